@@ -1,0 +1,1 @@
+"""What every operator uses unchanged: the choice of a backend, argument checks, autocast."""

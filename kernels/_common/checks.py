@@ -1,0 +1,68 @@
+"""Argument checks shared by the operators' `api.py` files; every message names the argument and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_floating(op: str, **tensors: Tensor) -> None:
+    """Raises `TypeError` unless every given tensor holds floating-point numbers."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; allowed: floating-point dtypes")
+
+
+def check_alike(op: str, **tensors: Tensor) -> None:
+    """Raises `ValueError` unless all given tensors agree in shape, dtype and device."""
+    (first_name, first), *others = tensors.items()
+    for name, tensor in others:
+        for what in ("shape", "dtype", "device"):
+            given, wanted = getattr(tensor, what), getattr(first, what)
+            if given != wanted:
+                raise ValueError(
+                    f"{op}: {name} has {what} {_plain(given)}, {first_name} has {_plain(wanted)}; they must agree"
+                )
+
+
+def check_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    """Raises `ValueError` unless `tensor` has exactly the given shape."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} has shape {_plain(tensor.shape)}; expected {_plain(shape)}")
+
+
+def check_dims(op: str, name: str, tensor: Tensor, layout: str) -> None:
+    """Raises `ValueError` unless `tensor` has as many dimensions as `layout`, written like `"(B, H, W, C)"`."""
+    expected = layout.count(",") + 1
+    if tensor.dim() != expected:
+        raise ValueError(f"{op}: {name} has shape {_plain(tensor.shape)}; expected {expected} dimensions, {layout}")
+
+
+def to_pair(op: str, name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
+    """Normalises an `int` or an (int, int) for (height, width).
+
+    Raises:
+        ValueError: `value` is not one or two integers of at least `minimum`.
+    """
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(n, int) and n >= minimum for n in pair):
+        raise ValueError(f"{op}: {name} is {value!r}; expected an int or (height, width), each at least {minimum}")
+    return pair[0], pair[1]
+
+
+def autocast_together(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Casts tensors to the autocast dtype of their device where autocast is on, as PyTorch does for its own attention.
+
+    float64 tensors are left alone, like under PyTorch's own autocast rules.
+    """
+    device_type = tensors[0].device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _plain(value: object) -> object:
+    return tuple(value) if isinstance(value, (torch.Size, list)) else value

@@ -1,0 +1,28 @@
+"""Gradients of an eager reference, for operators whose fused backward cannot run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def reference_gradients(
+    reference: Callable[..., Tensor], tensors: Sequence[Tensor | None], constants: Sequence[object], grad: Tensor
+) -> tuple[Tensor, ...]:
+    """Recomputes `reference(*tensors, *constants)` and returns the gradient of every tensor.
+
+    The gradient of an absent (None) tensor is an empty tensor, since operators cannot return None.
+    """
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    given = [leaf for leaf in leaves if leaf is not None]
+    with torch.enable_grad():
+        out = reference(*leaves, *constants)
+    gradients = iter(torch.autograd.grad(out, given, grad, allow_unused=True, materialize_grads=True))
+    return tuple(empty_gradient(grad) if leaf is None else next(gradients).contiguous() for leaf in leaves)
+
+
+def empty_gradient(like: Tensor) -> Tensor:
+    """What a backward operator returns in place of the gradient of an absent input."""
+    return like.new_empty(0)

@@ -1,0 +1,67 @@
+"""Public functions of channel attention: meaning, argument checks, choice of the backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitrail.kernels._common.checks import autocast_together, check_alike, check_dims, check_floating, check_shape
+from vitrail.kernels._common.dispatch import choose_backend
+from vitrail.kernels.channel_attention.op import fused_support
+from vitrail.kernels.channel_attention.reference import channel_attention_reference, packed_reference
+
+_NAME = "channel_attention"
+
+
+def channel_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
+    r"""Mixes the channels of each group by a map computed from all positions.
+
+    Per image and group, :math:`A = \mathrm{softmax}(s\, k^\top v)` of shape (D, D), the softmax over the last axis
+    and the sum over all H * W positions; then :math:`y_{n,i} = \sum_j A_{i,j}\, q_{n,j}` (DaViT, arXiv 2204.03645,
+    section 3.2). The roles are those of the authors' code: k and v make the map, q is mixed. The logits grow with
+    the number of positions, so they are summed in at least float32.
+
+    Args:
+        q: Channels to mix, (B, H, W, groups, D), any strides, any floating dtype.
+        k: Makes the rows of the map, like `q`.
+        v: Makes the columns of the map, like `q`.
+        scale: Factor on `k^T v`; `D ** -0.5` by default.
+        backend: "auto", "eager" or "triton"; see `vitrail.kernels._common.dispatch`.
+
+    Returns:
+        (B, H, W, groups, D), contiguous, in q's dtype (the autocast dtype under autocast).
+
+    Raises:
+        TypeError: An input is not floating point.
+        ValueError: Shapes, dtypes or devices do not fit together.
+        NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
+    """
+    check_dims(_NAME, "q", q, "(B, H, W, groups, D)")
+    check_alike(_NAME, q=q, k=k, v=v)
+    check_floating(_NAME, q=q)
+    q, k, v = autocast_together(q, k, v)
+    scale = _default_scale(q, scale)
+    if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
+        return torch.ops.vitrail.channel_attention(q, k, v, scale)
+    return channel_attention_reference(q, k, v, scale)
+
+
+def channel_attention_packed(qkv: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
+    """`channel_attention` of q, k and v that one projection produced: (B, H, W, 3, groups, D).
+
+    Same result as `channel_attention(*qkv.unbind(3), ...)`; its backward writes the gradient of `qkv` directly
+    instead of stacking three. See `channel_attention` for the other arguments, the result and the errors.
+    """
+    check_dims(_NAME, "qkv", qkv, "(B, H, W, 3, groups, D)")
+    check_shape(_NAME, "qkv", qkv, (*qkv.shape[:3], 3, *qkv.shape[4:]))
+    check_floating(_NAME, qkv=qkv)
+    (qkv,) = autocast_together(qkv)
+    q = qkv.select(3, 0)
+    scale = _default_scale(q, scale)
+    if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
+        return torch.ops.vitrail.channel_attention_packed(qkv, scale)
+    return packed_reference(qkv, scale)
+
+
+def _default_scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)

@@ -1,0 +1,114 @@
+"""Window attention in plain PyTorch: the definition that the fused kernels are tested against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def window_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    pad_k: Tensor | None,
+    pad_v: Tensor | None,
+    window_size: tuple[int, int],
+    shift_size: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """Computes `softmax(scale * q k^T + bias) v` inside every window of a cyclically shifted map.
+
+    See `vitrail.kernels.window_attention.window_attention` for the arguments.
+    """
+    height, width = q.shape[1:3]
+    pads = (-height % window_size[0], -width % window_size[1])
+    mask = _attention_mask(height, width, pads, window_size, shift_size, pad_k is not None, q.device)
+    q_windows = _to_windows(_pad(q, pads, None), window_size, shift_size)  # (B * nW, T, heads, D)
+    k_windows = _to_windows(_pad(k, pads, pad_k), window_size, shift_size)
+    v_windows = _to_windows(_pad(v, pads, pad_v), window_size, shift_size)
+    out = F.scaled_dot_product_attention(
+        q_windows.transpose(1, 2),  # (B * nW, heads, T, D)
+        k_windows.transpose(1, 2),
+        v_windows.transpose(1, 2),
+        attn_mask=_additive_mask(bias, mask, q),
+        scale=scale,
+    )
+    return _from_windows(out.transpose(1, 2), q, pads, window_size, shift_size)
+
+
+def _pad(x: Tensor, pads: tuple[int, int], value: Tensor | None) -> Tensor:
+    """Pads (B, H, W, heads, D) at the bottom and right with `value` (heads, D), or with zeros."""
+    if pads == (0, 0):
+        return x
+    padded = F.pad(x, (0, 0, 0, 0, 0, pads[1], 0, pads[0]))
+    if value is None:
+        return padded
+    is_pad = torch.ones(padded.shape[1:3], dtype=torch.bool, device=x.device)
+    is_pad[: x.shape[1], : x.shape[2]] = False
+    return torch.where(is_pad[..., None, None], value.to(x.dtype), padded)
+
+
+def _to_windows(x: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
+    """(B, H, W, heads, D) -> (B * nW, T, heads, D), windows in raster order, tokens in raster order."""
+    if shift != (0, 0):
+        x = torch.roll(x, (-shift[0], -shift[1]), dims=(1, 2))
+    batch, height, width, heads, dim = x.shape
+    rows, columns = height // window[0], width // window[1]
+    x = x.reshape(batch, rows, window[0], columns, window[1], heads, dim).transpose(2, 3)
+    return x.reshape(batch * rows * columns, window[0] * window[1], heads, dim)
+
+
+def _from_windows(
+    x: Tensor, like: Tensor, pads: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]
+) -> Tensor:
+    """(B * nW, T, heads, D) -> (B, H, W, heads, D) with the shape of `like`: undoes the partition, the roll and the pad."""
+    batch, height, width, heads, dim = like.shape
+    rows, columns = (height + pads[0]) // window[0], (width + pads[1]) // window[1]
+    x = x.reshape(batch, rows, columns, window[0], window[1], heads, dim).transpose(2, 3)
+    x = x.reshape(batch, height + pads[0], width + pads[1], heads, dim)
+    if shift != (0, 0):
+        x = torch.roll(x, shift, dims=(1, 2))
+    return x[:, :height, :width].contiguous()
+
+
+def _attention_mask(
+    height: int,
+    width: int,
+    pads: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    pads_are_keys: bool,
+    device: torch.device,
+) -> Tensor | None:
+    """Which key a query sees: (nW, T, T) of bool, or None where every query sees its whole window.
+
+    A cyclic shift brings tokens from opposite borders into one window; only those that were neighbours before the
+    shift see each other (Swin, section 3.2). Padded keys without a value are hidden from real queries.
+    """
+    hides_pads = pads != (0, 0) and not pads_are_keys
+    if shift == (0, 0) and not hides_pads:
+        return None
+    y = torch.arange(height + pads[0], device=device)[:, None]
+    x = torch.arange(width + pads[1], device=device)[None, :]
+    # Before the shift the first `shift` rows stand at the top; the shift carries them behind the last row.
+    wrapped = 2 * (y < shift[0]).int() + (x < shift[1]).int()
+    real = (y < height) & (x < width)
+    wrapped_windows = _to_windows(wrapped[None, :, :, None, None], window, shift)[..., 0, 0]  # (nW, T)
+    real_windows = _to_windows(real[None, :, :, None, None], window, shift)[..., 0, 0]
+    sees = wrapped_windows[:, :, None] == wrapped_windows[:, None, :]
+    if hides_pads:
+        # A padded query's output is cropped; letting it see padded keys keeps its softmax finite.
+        sees = sees & (real_windows[:, None, :] | ~real_windows[:, :, None])
+    return sees
+
+
+def _additive_mask(bias: Tensor | None, sees: Tensor | None, q: Tensor) -> Tensor | None:
+    """Bias (heads, T, T) and visibility (nW, T, T) as one mask (B * nW or 1, heads or 1, T, T) in q's dtype."""
+    mask = None if bias is None else bias.to(q.dtype)[None]
+    if sees is None:
+        return mask
+    hidden = torch.zeros(sees.shape, dtype=q.dtype, device=q.device).masked_fill(~sees, float("-inf"))
+    mask = hidden[:, None] if mask is None else mask + hidden[:, None]  # (nW, heads or 1, T, T)
+    return mask.repeat(q.shape[0], 1, 1, 1)

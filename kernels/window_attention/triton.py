@@ -1,0 +1,590 @@
+"""Triton kernels of window attention: index map, tiling and numerics.
+
+Index map. A window's token t stands at row t // ww and column t % ww of its window; the window's origin plus the
+shift, modulo the padded size, is a pixel. Tokens whose pixel lies outside the image are padding: they are never
+read or written, their key and value are `pad_k` and `pad_v` or hidden. Tokens that wrapped around a border form
+regions of their own and see only their like.
+
+Tiling. Windows of up to `_SINGLE_TILE` tokens fit into one tile: a program keeps one head's bias in registers and
+walks over windows, so that bias is read, and its gradient written, once a program and not once a window. Neighbouring
+programs work on the heads of the same windows, which share memory lines. Larger windows are cut into blocks of
+queries and keys with an online softmax.
+
+Numerics. Logits, softmax and all sums are float32; the weights are rounded to the input's dtype before they meet
+values or gradients, as in every fused attention. float32 inputs use full float32 products. The backward recomputes
+the weights; the softmax correction is sum_j P_ij dP_ij, so that the forward's output is not needed. No atomics: sums
+over windows (bias, padding) go to one slot a program and are added in a fixed order, so gradients are deterministic.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vitrail.kernels._common.gradients import empty_gradient
+
+_LOG2E = tl.constexpr(math.log2(math.e))
+_SINGLE_TILE = 64
+_BLOCK = 64
+
+
+@triton.jit
+def _locate(
+    tokens, window, height, width,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
+):  # fmt: skip
+    """Tokens of one window -> (batch, y, x, whether the pixel exists, region whose tokens see each other)."""
+    rows = tl.cdiv(height, WINDOW_H)
+    columns = tl.cdiv(width, WINDOW_W)
+    padded_height = rows * WINDOW_H
+    padded_width = columns * WINDOW_W
+    per_image = rows * columns
+    local = window % per_image
+    y = (local // columns) * WINDOW_H + tokens // WINDOW_W + SHIFT_Y
+    x = (local % columns) * WINDOW_W + tokens % WINDOW_W + SHIFT_X
+    wraps_y = y >= padded_height
+    wraps_x = x >= padded_width
+    y = tl.where(wraps_y, y - padded_height, y)
+    x = tl.where(wraps_x, x - padded_width, x)
+    is_token = tokens < WINDOW_H * WINDOW_W
+    real = (y < height) & (x < width) & is_token
+    region = wraps_y.to(tl.int32) * 2 + wraps_x.to(tl.int32)
+    return window // per_image, y, x, real, region
+
+
+@triton.jit
+def _offsets(batch, y, x, head, strides, HEAD_DIM: tl.constexpr):
+    """Element offsets (tokens, HEAD_DIM) into a (B, H, W, heads, D) tensor whose last stride is 1."""
+    stride_b, stride_y, stride_x, stride_h = strides
+    rows = batch.to(tl.int64) * stride_b + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x + head * stride_h
+    return rows[:, None] + tl.arange(0, HEAD_DIM)[None, :]
+
+
+@triton.jit
+def _load_keys(ptr, pad_ptr, offsets, real, head, HAS_PAD: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Loads keys or values; padded positions hold `pad_ptr`'s vector, or zeros."""
+    tile = tl.load(ptr + offsets, mask=real[:, None], other=0.0)
+    if HAS_PAD:
+        pad = tl.load(pad_ptr + head * HEAD_DIM + tl.arange(0, HEAD_DIM)).to(tile.dtype)
+        tile = tl.where(real[:, None], tile, pad[None, :])
+    return tile
+
+
+@triton.jit
+def _load_bias(ptr, head, q_tokens, k_tokens, N_TOKENS: tl.constexpr):
+    """Bias tile of one head, in units of log2."""
+    offsets = (head * N_TOKENS + q_tokens[:, None]) * N_TOKENS + k_tokens[None, :]
+    inside = (q_tokens[:, None] < N_TOKENS) & (k_tokens[None, :] < N_TOKENS)
+    return tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32) * _LOG2E
+
+
+@triton.jit
+def _logits(q, k, b_bias, scale, q_real, k_real, q_region, k_region, k_exists, HAS_BIAS: tl.constexpr, SHIFTED: tl.constexpr, HIDES_PADS: tl.constexpr):
+    """Logits in units of log2, minus infinity where the query does not see the key."""
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
+    if HAS_BIAS:
+        logits += b_bias
+    visible = k_exists[None, :]
+    if SHIFTED:
+        visible = visible & (q_region[:, None] == k_region[None, :])
+    if HIDES_PADS:
+        visible = visible & (k_real[None, :] | (q_real[:, None] == 0))
+    return tl.where(visible, logits, float("-inf"))
+
+
+@triton.jit
+def _finite(maximum):
+    """A row that sees nothing (tile padding) has no maximum; zero keeps its weights zero instead of NaN."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit(do_not_specialize=["height", "width", "n_windows"])
+def _window_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr, out_ptr,
+    q_strides, k_strides, v_strides, out_strides, height, width, n_windows, n_heads, scale,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """One program: one head, every `step`-th window, each a single tile."""
+    N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
+    SHIFTED: tl.constexpr = SHIFT_Y + SHIFT_X > 0
+    head = tl.program_id(0) % n_heads
+    step = tl.num_programs(0) // n_heads
+    tokens = tl.arange(0, BLOCK)
+    exists = tokens < N_TOKENS
+    b_bias = 0.0
+    if HAS_BIAS:
+        b_bias = _load_bias(bias_ptr, head, tokens, tokens, N_TOKENS)
+    for window in range(tl.program_id(0) // n_heads, n_windows, step):
+        batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
+        q = tl.load(q_ptr + _offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
+        k = _load_keys(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = _load_keys(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        logits = _logits(q, k, b_bias, scale, real, real, region, region, exists, HAS_BIAS, SHIFTED, HIDES_PADS)
+        weights = tl.exp2(logits - _finite(tl.max(logits, 1))[:, None])
+        total = tl.sum(weights, 1)
+        out = tl.dot(weights.to(v.dtype), v, input_precision="ieee") / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(out_ptr + _offsets(batch, y, x, head, out_strides, HEAD_DIM), out.to(out_ptr.dtype.element_ty), mask=real[:, None])
+
+
+@triton.jit(do_not_specialize=["height", "width", "n_windows"])
+def _window_bwd_kernel(
+    grad_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr,
+    d_q_ptr, d_k_ptr, d_v_ptr, d_bias_ptr, d_pad_ptr,
+    grad_strides, q_strides, k_strides, v_strides, d_q_strides, d_k_strides, d_v_strides,
+    height, width, n_windows, n_heads, scale,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Backward of `_window_fwd_kernel`; writes one partial bias and padding gradient a program."""
+    N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
+    SHIFTED: tl.constexpr = SHIFT_Y + SHIFT_X > 0
+    head = tl.program_id(0) % n_heads
+    step = tl.num_programs(0) // n_heads
+    tokens = tl.arange(0, BLOCK)
+    exists = tokens < N_TOKENS
+    b_bias = 0.0
+    if HAS_BIAS:
+        b_bias = _load_bias(bias_ptr, head, tokens, tokens, N_TOKENS)
+        d_bias = tl.zeros((BLOCK, BLOCK), tl.float32)
+    if HAS_PAD:
+        d_pad_k = tl.zeros((HEAD_DIM,), tl.float32)
+        d_pad_v = tl.zeros((HEAD_DIM,), tl.float32)
+    for window in range(tl.program_id(0) // n_heads, n_windows, step):
+        batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
+        q = tl.load(q_ptr + _offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
+        grad = tl.load(grad_ptr + _offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=real[:, None], other=0.0)
+        k = _load_keys(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = _load_keys(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        logits = _logits(q, k, b_bias, scale, real, real, region, region, exists, HAS_BIAS, SHIFTED, HIDES_PADS)
+        weights = tl.exp2(logits - _finite(tl.max(logits, 1))[:, None])
+        total = tl.sum(weights, 1)
+        weights = weights / tl.where(total == 0.0, 1.0, total)[:, None]
+        d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
+        d_logits = weights * (d_weights - tl.sum(weights * d_weights, 1)[:, None])
+        if HAS_BIAS:
+            d_bias += d_logits
+        d_scores = (d_logits * scale).to(q.dtype)
+        d_q = tl.dot(d_scores, k, input_precision="ieee")
+        d_k = tl.dot(tl.trans(d_scores), q, input_precision="ieee")
+        d_v = tl.dot(tl.trans(weights.to(v.dtype)), grad, input_precision="ieee")
+        tl.store(d_q_ptr + _offsets(batch, y, x, head, d_q_strides, HEAD_DIM), d_q.to(q.dtype), mask=real[:, None])
+        tl.store(d_k_ptr + _offsets(batch, y, x, head, d_k_strides, HEAD_DIM), d_k.to(k.dtype), mask=real[:, None])
+        tl.store(d_v_ptr + _offsets(batch, y, x, head, d_v_strides, HEAD_DIM), d_v.to(v.dtype), mask=real[:, None])
+        if HAS_PAD:
+            is_pad = (exists & (real == 0))[:, None]
+            d_pad_k += tl.sum(tl.where(is_pad, d_k, 0.0), 0)
+            d_pad_v += tl.sum(tl.where(is_pad, d_v, 0.0), 0)
+    if HAS_BIAS:
+        offsets = (tl.program_id(0) * N_TOKENS + tokens[:, None]) * N_TOKENS + tokens[None, :]
+        tl.store(d_bias_ptr + offsets, d_bias, mask=exists[:, None] & exists[None, :])
+    if HAS_PAD:
+        _store_pad_gradients(d_pad_ptr, tl.program_id(0), d_pad_k, d_pad_v, HEAD_DIM)
+
+
+@triton.jit
+def _store_pad_gradients(d_pad_ptr, slot, d_pad_k, d_pad_v, HEAD_DIM: tl.constexpr):
+    """Writes one program's sums over padded positions to its slot of (slots, 2, HEAD_DIM)."""
+    offsets = slot * 2 * HEAD_DIM + tl.arange(0, HEAD_DIM)
+    tl.store(d_pad_ptr + offsets, d_pad_k)
+    tl.store(d_pad_ptr + offsets + HEAD_DIM, d_pad_v)
+
+
+@triton.jit(do_not_specialize=["height", "width", "n_windows"])
+def _window_fwd_tiled_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr, out_ptr,
+    q_strides, k_strides, v_strides, out_strides, height, width, n_windows, n_heads, scale,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """One program: one block of queries of one window and head, over all blocks of keys."""
+    N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
+    N_BLOCKS: tl.constexpr = (N_TOKENS + BLOCK - 1) // BLOCK
+    SHIFTED: tl.constexpr = SHIFT_Y + SHIFT_X > 0
+    head = (tl.program_id(0) // N_BLOCKS) % n_heads
+    window = tl.program_id(0) // (N_BLOCKS * n_heads)
+    q_tokens = (tl.program_id(0) % N_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    batch, q_y, q_x, q_real, q_region = _locate(q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
+    q = tl.load(q_ptr + _offsets(batch, q_y, q_x, head, q_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
+    maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    out = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
+    for start in range(0, N_TOKENS, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
+        k = _load_keys(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = _load_keys(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        b_bias = 0.0
+        if HAS_BIAS:
+            b_bias = _load_bias(bias_ptr, head, q_tokens, tokens, N_TOKENS)
+        logits = _logits(
+            q, k, b_bias, scale, q_real, real, q_region, region, tokens < N_TOKENS, HAS_BIAS, SHIFTED, HIDES_PADS
+        )
+        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+        decay = tl.exp2(maximum - _finite(new_maximum))
+        weights = tl.exp2(logits - _finite(new_maximum)[:, None])
+        total = total * decay + tl.sum(weights, 1)
+        out = tl.dot(weights.to(v.dtype), v, acc=out * decay[:, None], input_precision="ieee")
+        maximum = new_maximum
+    out = out / tl.where(total == 0.0, 1.0, total)[:, None]
+    offsets = _offsets(batch, q_y, q_x, head, out_strides, HEAD_DIM)
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=q_real[:, None])
+
+
+@triton.jit(do_not_specialize=["height", "width", "n_windows"])
+def _window_bwd_dq_kernel(
+    grad_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr, d_q_ptr, stats_ptr,
+    grad_strides, q_strides, k_strides, v_strides, d_q_strides, height, width, n_windows, n_heads, scale,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """One program: gradient of one block of queries; leaves the rows' statistics for the other backward kernels.
+
+    The first pass over the keys finds each row's log-sum-exp and softmax correction, the second its gradient.
+    """
+    N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
+    N_BLOCKS: tl.constexpr = (N_TOKENS + BLOCK - 1) // BLOCK
+    SHIFTED: tl.constexpr = SHIFT_Y + SHIFT_X > 0
+    head = (tl.program_id(0) // N_BLOCKS) % n_heads
+    window = tl.program_id(0) // (N_BLOCKS * n_heads)
+    q_tokens = (tl.program_id(0) % N_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    batch, q_y, q_x, q_real, q_region = _locate(q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
+    q = tl.load(q_ptr + _offsets(batch, q_y, q_x, head, q_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
+    grad_offsets = _offsets(batch, q_y, q_x, head, grad_strides, HEAD_DIM)
+    grad = tl.load(grad_ptr + grad_offsets, mask=q_real[:, None], other=0.0)
+    maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    correction = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, N_TOKENS, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
+        k = _load_keys(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = _load_keys(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        b_bias = 0.0
+        if HAS_BIAS:
+            b_bias = _load_bias(bias_ptr, head, q_tokens, tokens, N_TOKENS)
+        logits = _logits(
+            q, k, b_bias, scale, q_real, real, q_region, region, tokens < N_TOKENS, HAS_BIAS, SHIFTED, HIDES_PADS
+        )
+        d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
+        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+        decay = tl.exp2(maximum - _finite(new_maximum))
+        weights = tl.exp2(logits - _finite(new_maximum)[:, None])
+        total = total * decay + tl.sum(weights, 1)
+        correction = correction * decay + tl.sum(weights * d_weights, 1)
+        maximum = new_maximum
+    total = tl.where(total == 0.0, 1.0, total)
+    row_lse = _finite(maximum) + tl.log2(total)
+    correction = correction / total
+    d_q = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
+    for start in range(0, N_TOKENS, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
+        k = _load_keys(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = _load_keys(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        b_bias = 0.0
+        if HAS_BIAS:
+            b_bias = _load_bias(bias_ptr, head, q_tokens, tokens, N_TOKENS)
+        logits = _logits(
+            q, k, b_bias, scale, q_real, real, q_region, region, tokens < N_TOKENS, HAS_BIAS, SHIFTED, HIDES_PADS
+        )
+        d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
+        weights = tl.exp2(logits - row_lse[:, None])
+        d_scores = weights * (d_weights - correction[:, None]) * scale
+        d_q = tl.dot(d_scores.to(k.dtype), k, acc=d_q, input_precision="ieee")
+    offsets = _offsets(batch, q_y, q_x, head, d_q_strides, HEAD_DIM)
+    tl.store(d_q_ptr + offsets, d_q.to(q.dtype), mask=q_real[:, None])
+    stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * N_BLOCKS * BLOCK) + q_tokens
+    tl.store(stats, row_lse)
+    tl.store(stats + N_BLOCKS * BLOCK, correction)
+
+
+@triton.jit(do_not_specialize=["height", "width", "n_windows"])
+def _window_bwd_dkdv_kernel(
+    grad_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr, d_k_ptr, d_v_ptr, d_pad_ptr, stats_ptr,
+    grad_strides, q_strides, k_strides, v_strides, d_k_strides, d_v_strides, height, width, n_windows, n_heads, scale,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """One program: gradients of one block of keys and values, over all blocks of queries."""
+    N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
+    N_BLOCKS: tl.constexpr = (N_TOKENS + BLOCK - 1) // BLOCK
+    SHIFTED: tl.constexpr = SHIFT_Y + SHIFT_X > 0
+    head = (tl.program_id(0) // N_BLOCKS) % n_heads
+    window = tl.program_id(0) // (N_BLOCKS * n_heads)
+    tokens = (tl.program_id(0) % N_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    exists = tokens < N_TOKENS
+    batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
+    k = _load_keys(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+    v = _load_keys(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+    stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * N_BLOCKS * BLOCK)
+    d_k = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
+    d_v = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
+    for start in range(0, N_TOKENS, BLOCK):
+        q_tokens = start + tl.arange(0, BLOCK)
+        batch, q_y, q_x, q_real, q_region = _locate(
+            q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X
+        )
+        q = tl.load(q_ptr + _offsets(batch, q_y, q_x, head, q_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
+        grad_offsets = _offsets(batch, q_y, q_x, head, grad_strides, HEAD_DIM)
+        grad = tl.load(grad_ptr + grad_offsets, mask=q_real[:, None], other=0.0)
+        row_lse = tl.load(stats + q_tokens)
+        correction = tl.load(stats + N_BLOCKS * BLOCK + q_tokens)
+        b_bias = 0.0
+        if HAS_BIAS:
+            b_bias = _load_bias(bias_ptr, head, q_tokens, tokens, N_TOKENS)
+        logits = _logits(q, k, b_bias, scale, q_real, real, q_region, region, exists, HAS_BIAS, SHIFTED, HIDES_PADS)
+        weights = tl.exp2(logits - row_lse[:, None])
+        d_v = tl.dot(tl.trans(weights.to(v.dtype)), grad, acc=d_v, input_precision="ieee")
+        d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
+        d_scores = weights * (d_weights - correction[:, None]) * scale
+        d_k = tl.dot(tl.trans(d_scores.to(q.dtype)), q, acc=d_k, input_precision="ieee")
+    tl.store(d_k_ptr + _offsets(batch, y, x, head, d_k_strides, HEAD_DIM), d_k.to(k.dtype), mask=real[:, None])
+    tl.store(d_v_ptr + _offsets(batch, y, x, head, d_v_strides, HEAD_DIM), d_v.to(v.dtype), mask=real[:, None])
+    if HAS_PAD:
+        is_pad = (exists & (real == 0))[:, None]
+        d_pad_k = tl.sum(tl.where(is_pad, d_k, 0.0), 0)
+        d_pad_v = tl.sum(tl.where(is_pad, d_v, 0.0), 0)
+        slot = (window * N_BLOCKS + tl.program_id(0) % N_BLOCKS) * n_heads + head
+        _store_pad_gradients(d_pad_ptr, slot.to(tl.int64), d_pad_k, d_pad_v, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["height", "width", "n_windows"])
+def _window_bwd_dbias_kernel(
+    grad_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr, d_bias_ptr, stats_ptr,
+    grad_strides, q_strides, k_strides, v_strides, height, width, n_windows, n_heads, scale,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """One program: one tile of one head's bias gradient, summed over every `step`-th window."""
+    N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
+    N_BLOCKS: tl.constexpr = (N_TOKENS + BLOCK - 1) // BLOCK
+    SHIFTED: tl.constexpr = SHIFT_Y + SHIFT_X > 0
+    tile = tl.program_id(0) % (N_BLOCKS * N_BLOCKS)
+    head = (tl.program_id(0) // (N_BLOCKS * N_BLOCKS)) % n_heads
+    split = tl.program_id(0) // (N_BLOCKS * N_BLOCKS * n_heads)
+    step = tl.num_programs(0) // (N_BLOCKS * N_BLOCKS * n_heads)
+    q_tokens = (tile // N_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    tokens = (tile % N_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    b_bias = _load_bias(bias_ptr, head, q_tokens, tokens, N_TOKENS)
+    d_bias = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for window in range(split, n_windows, step):
+        batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
+        batch, q_y, q_x, q_real, q_region = _locate(
+            q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X
+        )
+        k = _load_keys(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = _load_keys(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        q = tl.load(q_ptr + _offsets(batch, q_y, q_x, head, q_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
+        grad_offsets = _offsets(batch, q_y, q_x, head, grad_strides, HEAD_DIM)
+        grad = tl.load(grad_ptr + grad_offsets, mask=q_real[:, None], other=0.0)
+        logits = _logits(
+            q, k, b_bias, scale, q_real, real, q_region, region, tokens < N_TOKENS, HAS_BIAS, SHIFTED, HIDES_PADS
+        )
+        stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * N_BLOCKS * BLOCK) + q_tokens
+        weights = tl.exp2(logits - tl.load(stats)[:, None])
+        d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
+        d_bias += weights * (d_weights - tl.load(stats + N_BLOCKS * BLOCK)[:, None])
+    offsets = ((split * n_heads + head) * N_TOKENS + q_tokens[:, None]) * N_TOKENS + tokens[None, :]
+    tl.store(d_bias_ptr + offsets, d_bias, mask=(q_tokens[:, None] < N_TOKENS) & (tokens[None, :] < N_TOKENS))
+
+
+class Config(NamedTuple):
+    """How a kernel is launched: warps a program, pipeline stages, and programs a multiprocessor where they walk."""
+
+    num_warps: int
+    num_stages: int
+    programs: int = 0
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Keyword arguments of the Triton launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+CONFIGS = {
+    "fwd": Config(4, 2, 8),
+    "fwd_tiled": Config(4, 2),
+    "bwd": Config(4, 2, 4),
+    "bwd_dq": Config(4, 2),
+    "bwd_dkdv": Config(4, 2),
+    "bwd_dbias": Config(4, 2, 4),
+}
+
+
+class _Problem:
+    """The launch parameters that all kernels of one call share."""
+
+    def __init__(
+        self, q: Tensor, bias: Tensor | None, pad_k: Tensor | None, window: tuple[int, int], shift: tuple[int, int], scale: float
+    ) -> None:
+        batch, height, width, self.heads, self.head_dim = q.shape
+        self.tokens = window[0] * window[1]
+        self.n_windows = batch * math.ceil(height / window[0]) * math.ceil(width / window[1])
+        self.single_tile = self.tokens <= _SINGLE_TILE
+        self.block = max(16, triton.next_power_of_2(self.tokens)) if self.single_tile else _BLOCK
+        self.n_blocks = math.ceil(self.tokens / self.block)
+        padded = height % window[0] != 0 or width % window[1] != 0
+        self.has_pad = padded and pad_k is not None
+        self.scalars = (height, width, self.n_windows, self.heads, scale)
+        self.constants: dict[str, Any] = {
+            "WINDOW_H": window[0],
+            "WINDOW_W": window[1],
+            "SHIFT_Y": shift[0],
+            "SHIFT_X": shift[1],
+            "HAS_BIAS": bias is not None,
+            "HAS_PAD": self.has_pad,
+            "HIDES_PADS": padded and pad_k is None,
+            "BLOCK": self.block,
+            "HEAD_DIM": self.head_dim,
+        }
+        self.multiprocessors = _multiprocessors(q.device)
+
+    def walkers(self, per_multiprocessor: int) -> int:
+        """How many programs share the windows of one head, for so many programs of all heads on a multiprocessor."""
+        return min(self.n_windows, max(1, per_multiprocessor * self.multiprocessors // self.heads))
+
+
+def window_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    pad_k: Tensor | None,
+    pad_v: Tensor | None,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """Fused forward; arguments as in `window_attention_reference`."""
+    q, k, v = _unit_stride(q, k, v)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    problem = _Problem(q, bias, pad_k, window, shift, scale)
+    tensors = (q, k, v, _contiguous(bias), _contiguous(pad_k), _contiguous(pad_v), out)
+    if problem.single_tile:
+        config = CONFIGS["fwd"]
+        kernel, grid = _window_fwd_kernel, problem.walkers(config.programs) * problem.heads
+    else:
+        config = CONFIGS["fwd_tiled"]
+        kernel, grid = _window_fwd_tiled_kernel, problem.n_windows * problem.heads * problem.n_blocks
+    kernel[(grid,)](*tensors, *_strides(q, k, v, out), *problem.scalars, **problem.constants, **config.launch)
+    return out
+
+
+def window_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    bias: Tensor | None,
+    pad_k: Tensor | None,
+    pad_v: Tensor | None,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fused backward: fills `d_q`, `d_k`, `d_v`; returns the gradients of `bias`, `pad_k`, `pad_v` (empty if absent)."""
+    grad, q, k, v = _unit_stride(grad, q, k, v)
+    if q.numel() == 0:
+        return _zeros_or_empty(grad, bias), _zeros_or_empty(grad, pad_k), _zeros_or_empty(grad, pad_v)
+    problem = _Problem(q, bias, pad_k, window, shift, scale)
+    inputs = (grad, q, k, v, _contiguous(bias), _contiguous(pad_k), _contiguous(pad_v))
+    run = _backward_single_tile if problem.single_tile else _backward_tiled
+    bias_slots, pad_slots = run(problem, inputs, (d_q, d_k, d_v))
+    d_bias = empty_gradient(grad) if bias is None else bias_slots.sum(0).to(bias.dtype)
+    if pad_k is None or pad_v is None or not problem.has_pad:
+        return d_bias, _zeros_or_empty(grad, pad_k), _zeros_or_empty(grad, pad_v)
+    d_pad = pad_slots.sum(0)  # (heads, 2, D)
+    return d_bias, d_pad[:, 0].to(pad_k.dtype).contiguous(), d_pad[:, 1].to(pad_v.dtype).contiguous()
+
+
+def _backward_single_tile(
+    problem: _Problem, inputs: tuple[Any, ...], gradients: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Runs the one-tile kernel; returns (slots, heads, T, T) and (slots, heads, 2, D) of partial sums."""
+    config = CONFIGS["bwd"]
+    walkers = problem.walkers(config.programs)
+    bias_slots, pad_slots = _slots(problem, inputs, walkers, walkers)
+    _window_bwd_kernel[(walkers * problem.heads,)](
+        *inputs, *gradients, bias_slots, pad_slots,
+        *_strides(*inputs[:4], *gradients), *problem.scalars, **problem.constants, **config.launch,
+    )  # fmt: skip
+    return bias_slots, pad_slots
+
+
+def _backward_tiled(
+    problem: _Problem, inputs: tuple[Any, ...], gradients: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Runs the kernels for windows of several tiles; returns partial sums like `_backward_single_tile`."""
+    tiles = problem.n_blocks**2 * problem.heads
+    splits = min(problem.n_windows, max(1, CONFIGS["bwd_dbias"].programs * problem.multiprocessors // tiles))
+    bias_slots, pad_slots = _slots(problem, inputs, splits, problem.n_windows * problem.n_blocks)
+    rows = (problem.n_windows * problem.heads, 2, problem.n_blocks * problem.block)
+    stats = torch.empty(rows, dtype=torch.float32, device=inputs[0].device)
+    grid = (problem.n_windows * problem.heads * problem.n_blocks,)
+    d_q, d_k, d_v = gradients
+    strides = _strides(*inputs[:4])
+    _window_bwd_dq_kernel[grid](
+        *inputs, d_q, stats, *strides, *_strides(d_q), *problem.scalars, **problem.constants, **CONFIGS["bwd_dq"].launch
+    )
+    _window_bwd_dkdv_kernel[grid](
+        *inputs, d_k, d_v, pad_slots, stats, *strides, *_strides(d_k, d_v),
+        *problem.scalars, **problem.constants, **CONFIGS["bwd_dkdv"].launch
+    )
+    if problem.constants["HAS_BIAS"]:
+        _window_bwd_dbias_kernel[(splits * tiles,)](
+            *inputs, bias_slots, stats, *strides, *problem.scalars, **problem.constants, **CONFIGS["bwd_dbias"].launch
+        )
+    return bias_slots, pad_slots
+
+
+def _slots(problem: _Problem, inputs: tuple[Any, ...], n_bias: int, n_pad: int) -> tuple[Tensor, Tensor]:
+    """Uninitialised partial sums over windows: bias (n_bias, heads, T, T) and padding (n_pad, heads, 2, D)."""
+    n_bias = n_bias if problem.constants["HAS_BIAS"] else 0
+    n_pad = n_pad if problem.has_pad else 0
+    options = {"dtype": torch.float32, "device": inputs[0].device}
+    return (
+        torch.empty((n_bias, problem.heads, problem.tokens, problem.tokens), **options),
+        torch.empty((n_pad, problem.heads, 2, problem.head_dim), **options),
+    )
+
+
+def _unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The kernels step through a head's channels one by one; other layouts are copied."""
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Strides over (B, H, W, heads) of each tensor."""
+    return tuple(t.stride()[:4] for t in tensors)
+
+
+def _zeros_or_empty(grad: Tensor, tensor: Tensor | None) -> Tensor:
+    return empty_gradient(grad) if tensor is None else torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 1 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

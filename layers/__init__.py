@@ -1,0 +1,4 @@
+"""Layers: `nn.Module`s that own parameters, each built on one operator of `vitrail.kernels`.
+
+They work on maps of shape (B, H, W, C) of any height and width.
+"""

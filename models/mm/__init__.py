@@ -1,0 +1,10 @@
+"""The bridge between the models and the OpenMMLab runner; nothing else in the package imports mmengine.
+
+`import vitrail` does not import this package. The classification modules register their parts with mmengine's root
+registries when `vitrail.models.mm.runner` is imported:
+
+- `images`, `datasets`, `samplers`: from files to batches, deterministic in (seed, epoch, index);
+- `classifier`, `optim`: the trained module, its optimizer and mixed precision;
+- `checkpoint`, `hooks`, `progress`, `metrics`: what happens around the iterations;
+- `runner`: puts a config together and runs it; `report`: what is left at the end.
+"""

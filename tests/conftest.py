@@ -1,0 +1,64 @@
+"""Fixtures and rules that all tests share: where shared test data lies, what needs a GPU, fixed random seeds."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
+    )
+    settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 -- transforms of other libraries draw from the global generator
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def root_dir() -> Path:
+    """The repository's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Folder of the golden cases: outputs of the official implementations (see `_golden.load_case`)."""
+    return _shared_folder("golden")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of the small sample data sets."""
+    return _shared_folder("data")
+
+
+def _shared_folder(name: str) -> Path:
+    """Returns a folder of the shared test data, or skips the test with the place where it was looked for."""
+    shared = Path(os.environ.get("VITRAIL_SHARED") or ROOT.parent / "shared")
+    folder = shared / name
+    if not folder.is_dir():
+        pytest.skip(f"no folder {name!r} at {shared}; set VITRAIL_SHARED to the folder that holds it")
+    return folder

@@ -1,0 +1,1 @@
+"""Command-line tools, one command a file; each has `main(argv) -> int`."""

@@ -1,0 +1,190 @@
+"""Times several things in turns, so that their ratios hold on a machine whose speed drifts."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LEAST_ROUNDS = 5
+_CHUNKS_PER_MEASUREMENT = 8
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Something to time.
+
+    Attributes:
+        run: Does the work once or several times over.
+        calls: How many times one `run` does it.
+    """
+
+    run: Callable[[], object]
+    calls: int = 1
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call.
+
+    Attributes:
+        chunks: One list per round, of the seconds of every call in that round.
+    """
+
+    chunks: list[list[float]]
+
+    def percentile(self, percent: float) -> float:
+        """Percentile of the seconds of all calls, linearly interpolated."""
+        values = sorted(value for chunk in self.chunks for value in chunk)
+        position = (len(values) - 1) * percent / 100
+        low = int(position)
+        high = min(low + 1, len(values) - 1)
+        return values[low] + (values[high] - values[low]) * (position - low)
+
+    def speed_against(self, other: Timing) -> float:
+        """How many times as fast as `other`: the median over rounds, in which both ran within moments."""
+        pairs = zip(self.chunks, other.chunks, strict=True)
+        return statistics.median(statistics.median(theirs) / statistics.median(ours) for ours, theirs in pairs)
+
+
+def measure_in_turns(timed: Sequence[Timed], device: torch.device, min_time: float) -> list[Timing]:
+    """Times all of `timed`, in alternation.
+
+    Each has its turn in every round, for a chunk of calls; every second round goes backwards. It ends when each has
+    run for `min_time` seconds and there were five rounds.
+
+    Args:
+        timed: What to time; it has been run before, so that nothing is compiled or tuned any more.
+        device: Where it runs: CUDA events measure on a GPU, a clock elsewhere.
+        min_time: Seconds of measurement for each.
+    """
+    chunk_seconds = min_time / _CHUNKS_PER_MEASUREMENT
+    repeats = [_repeats_for(one, device, chunk_seconds) for one in timed]
+    chunks: list[list[list[float]]] = [[] for _ in timed]
+    spent = [0.0] * len(timed)
+    order = list(range(len(timed)))
+    while timed and (min(spent) < min_time or len(chunks[0]) < _LEAST_ROUNDS):
+        for index in order:
+            seconds = _time_calls(timed[index].run, repeats[index], device)
+            spent[index] += sum(seconds)
+            chunks[index].append([value / timed[index].calls for value in seconds])
+        order.reverse()
+    return [Timing(rounds) for rounds in chunks]
+
+
+def _repeats_for(timed: Timed, device: torch.device, seconds: float) -> int:
+    """How many runs fill a chunk; also warms up."""
+    typical = statistics.median(_time_calls(timed.run, 3, device))
+    return max(1, min(1000, round(seconds / max(typical, 1e-7))))
+
+
+def _time_calls(run: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
+    if device.type == "cuda":
+        return _time_calls_on_gpu(run, repeats, device)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def _time_calls_on_gpu(run: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    torch.cuda.synchronize(device)
+    for start, end in events:
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def capture_graph(runs: Sequence[Callable[[], object]]) -> Timed:
+    """Records calls as one CUDA graph, whose replay does them all without work on the host."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # lazy initialisation may not happen inside a capture
+        for _ in range(3):
+            runs[0]()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+    return Timed(graph.replay, len(runs))
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that copying a large tensor moves, reads and writes together."""
+    size = 2**29 if device.type == "cuda" else 2**26
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    (timing,) = measure_in_turns([Timed(lambda: target.copy_(source))], device, 0.2)
+    return 2 * size / timing.percentile(50)
+
+
+def nbytes(*tensors: Tensor) -> int:
+    """Bytes that the elements of tensors take."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on besides the code that is measured."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "threads": None if on_gpu else torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "timm": _version("timm"),
+        "vitrail": _version("vitrail"),
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_name() -> str:
+    """Model of the processor where Linux tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with "+changes" where files differ from it; None for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = _git(root, "rev-parse", "--short=12", "HEAD")
+        return commit + ("+changes" if _git(root, "status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+    return done.stdout.strip()

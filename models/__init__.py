@@ -1,5 +1,5 @@
 """Model families; importing this package registers every entry point with timm."""
 
-from vitrail.models import davit
+from vitrail.models import biformer, davit
 
-__all__ = ["davit"]
+__all__ = ["biformer", "davit"]

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitrail.kernels._common.partition import from_windows, pad_map, to_windows
+
 
 def window_attention_reference(
     q: Tensor,
@@ -25,9 +27,9 @@ def window_attention_reference(
     height, width = q.shape[1:3]
     pads = (-height % window_size[0], -width % window_size[1])
     mask = _attention_mask(height, width, pads, window_size, shift_size, pad_k is not None, q.device)
-    q_windows = _to_windows(_pad(q, pads, None), window_size, shift_size)  # (B * nW, T, heads, D)
-    k_windows = _to_windows(_pad(k, pads, pad_k), window_size, shift_size)
-    v_windows = _to_windows(_pad(v, pads, pad_v), window_size, shift_size)
+    q_windows = to_windows(pad_map(q, pads, None), window_size, shift_size)  # (B * nW, T, heads, D)
+    k_windows = to_windows(pad_map(k, pads, pad_k), window_size, shift_size)
+    v_windows = to_windows(pad_map(v, pads, pad_v), window_size, shift_size)
     out = F.scaled_dot_product_attention(
         q_windows.transpose(1, 2),  # (B * nW, heads, T, D)
         k_windows.transpose(1, 2),
@@ -35,42 +37,7 @@ def window_attention_reference(
         attn_mask=_additive_mask(bias, mask, q),
         scale=scale,
     )
-    return _from_windows(out.transpose(1, 2), q, pads, window_size, shift_size)
-
-
-def _pad(x: Tensor, pads: tuple[int, int], value: Tensor | None) -> Tensor:
-    """Pads (B, H, W, heads, D) at the bottom and right with `value` (heads, D), or with zeros."""
-    if pads == (0, 0):
-        return x
-    padded = F.pad(x, (0, 0, 0, 0, 0, pads[1], 0, pads[0]))
-    if value is None:
-        return padded
-    is_pad = torch.ones(padded.shape[1:3], dtype=torch.bool, device=x.device)
-    is_pad[: x.shape[1], : x.shape[2]] = False
-    return torch.where(is_pad[..., None, None], value.to(x.dtype), padded)
-
-
-def _to_windows(x: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
-    """(B, H, W, heads, D) -> (B * nW, T, heads, D), windows in raster order, tokens in raster order."""
-    if shift != (0, 0):
-        x = torch.roll(x, (-shift[0], -shift[1]), dims=(1, 2))
-    batch, height, width, heads, dim = x.shape
-    rows, columns = height // window[0], width // window[1]
-    x = x.reshape(batch, rows, window[0], columns, window[1], heads, dim).transpose(2, 3)
-    return x.reshape(batch * rows * columns, window[0] * window[1], heads, dim)
-
-
-def _from_windows(
-    x: Tensor, like: Tensor, pads: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]
-) -> Tensor:
-    """(B * nW, T, heads, D) -> (B, H, W, heads, D) with the shape of `like`: undoes the partition, the roll and the pad."""
-    batch, height, width, heads, dim = like.shape
-    rows, columns = (height + pads[0]) // window[0], (width + pads[1]) // window[1]
-    x = x.reshape(batch, rows, columns, window[0], window[1], heads, dim).transpose(2, 3)
-    x = x.reshape(batch, height + pads[0], width + pads[1], heads, dim)
-    if shift != (0, 0):
-        x = torch.roll(x, shift, dims=(1, 2))
-    return x[:, :height, :width].contiguous()
+    return from_windows(out.transpose(1, 2), q, pads, window_size, shift_size)
 
 
 def _attention_mask(
@@ -95,8 +62,8 @@ def _attention_mask(
     # Before the shift the first `shift` rows stand at the top; the shift carries them behind the last row.
     wrapped = 2 * (y < shift[0]).int() + (x < shift[1]).int()
     real = (y < height) & (x < width)
-    wrapped_windows = _to_windows(wrapped[None, :, :, None, None], window, shift)[..., 0, 0]  # (nW, T)
-    real_windows = _to_windows(real[None, :, :, None, None], window, shift)[..., 0, 0]
+    wrapped_windows = to_windows(wrapped[None, :, :, None, None], window, shift)[..., 0, 0]  # (nW, T)
+    real_windows = to_windows(real[None, :, :, None, None], window, shift)[..., 0, 0]
     sees = wrapped_windows[:, :, None] == wrapped_windows[:, None, :]
     if hides_pads:
         # A padded query's output is cropped; letting it see padded keys keeps its softmax finite.

@@ -1,0 +1,106 @@
+"""Public functions of routing attention: meaning, argument checks, choice of the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vitrail.kernels._common.checks import autocast_together, check_alike, check_dims, check_floating, check_shape, to_pair
+from vitrail.kernels._common.dispatch import choose_backend
+from vitrail.kernels.routing_attention.op import fused_support
+from vitrail.kernels.routing_attention.reference import region_routes_reference, routing_attention_reference
+
+_NAME = "routing_attention"
+
+
+def region_routes(
+    q: Tensor,
+    k: Tensor,
+    *,
+    n_regions: int | Sequence[int],
+    topk: int,
+    pad_q: Tensor | None = None,
+    pad_k: Tensor | None = None,
+) -> Tensor:
+    """The regions that each region attends to: those whose mean keys fit its mean query best.
+
+    Computed over all heads together, in float32 (float64 for float64 inputs), without gradients
+    (BiFormer, arXiv 2303.08810, section 3.2, equations 3 and 4).
+
+    Args:
+        q: Queries, (B, H, W, heads, D).
+        k: Keys, like `q`.
+        n_regions: Rows and columns of the region grid; the map is padded to whole regions.
+        topk: Routed regions of each region.
+        pad_q: Query that every padded position holds, (heads, D); zeros by default.
+        pad_k: Key that every padded position holds, (heads, D); zeros by default.
+
+    Returns:
+        Raster indices of regions, (B, R, topk), int64.
+
+    Raises:
+        TypeError: An input is not floating point.
+        ValueError: Shapes do not fit together or `topk` is out of range.
+    """
+    check_dims(_NAME, "q", q, "(B, H, W, heads, D)")
+    check_floating(_NAME, q=q, k=k)
+    check_alike(_NAME, q=q, k=k)
+    regions = to_pair(_NAME, "n_regions", n_regions, 1)
+    if not 1 <= topk <= regions[0] * regions[1]:
+        raise ValueError(f"{_NAME}: topk is {topk}; allowed: 1 to the number of regions, {regions[0] * regions[1]}")
+    for name, pad in (("pad_q", pad_q), ("pad_k", pad_k)):
+        if pad is not None:
+            check_shape(_NAME, name, pad, q.shape[3:])
+    return region_routes_reference(q, k, pad_q, pad_k, regions, topk)
+
+
+def routing_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    *,
+    n_regions: int | Sequence[int],
+    pad_k: Tensor | None = None,
+    pad_v: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention of every region over the tokens of its routed regions.
+
+    Args:
+        q: Queries, (B, H, W, heads, D).
+        k: Keys, like `q`.
+        v: Values, like `q`.
+        routes: Regions that each region attends to, (B, R, topk), int64; see `region_routes`.
+        n_regions: Rows and columns of the region grid; the map is padded at the bottom and right to whole regions.
+        pad_k: Key that every padded position holds, (heads, D); zeros by default. Padded positions are keys.
+        pad_v: Value that every padded position holds, (heads, D); zeros by default.
+        scale: Factor on `q k^T`; `D ** -0.5` by default.
+        backend: "auto", "eager" or "triton".
+
+    Returns:
+        (B, H, W, heads, D), contiguous.
+
+    Raises:
+        TypeError: An input is not floating point.
+        ValueError: Shapes, dtypes or devices do not fit together.
+        NotImplementedError: `backend="triton"`: there is no fused kernel yet.
+    """
+    check_dims(_NAME, "q", q, "(B, H, W, heads, D)")
+    check_floating(_NAME, q=q)
+    check_alike(_NAME, q=q, k=k, v=v)
+    regions = to_pair(_NAME, "n_regions", n_regions, 1)
+    check_dims(_NAME, "routes", routes, "(B, R, topk)")
+    check_shape(_NAME, "routes", routes, (q.shape[0], regions[0] * regions[1], routes.shape[2]))
+    for name, pad in (("pad_k", pad_k), ("pad_v", pad_v)):
+        if pad is not None:
+            check_shape(_NAME, name, pad, q.shape[3:])
+    q, k, v = autocast_together(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    arguments = (q, k, v, pad_k, pad_v, routes, regions, scale)
+    if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
+        return torch.ops.vitrail.routing_attention(*arguments)
+    return routing_attention_reference(*arguments)

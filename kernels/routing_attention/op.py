@@ -1,0 +1,84 @@
+"""Registration of `vitrail::region_routes` and `vitrail::routing_attention` with PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vitrail.kernels._common.dispatch import Support
+from vitrail.kernels._common.gradients import empty_gradient, reference_gradients
+from vitrail.kernels.routing_attention.reference import (
+    region_routes_reference,
+    region_size,
+    routing_attention_reference,
+)
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? pad_k, Tensor? pad_v, Tensor routes, int[] n_regions, float scale"
+)
+torch.library.define(
+    "vitrail::region_routes",
+    "(Tensor q, Tensor k, Tensor? pad_q, Tensor? pad_k, int[] n_regions, int topk) -> Tensor",
+)
+torch.library.define("vitrail::routing_attention", f"({_ARGUMENTS}) -> Tensor")
+torch.library.define(
+    "vitrail::routing_attention_backward",
+    f"(Tensor grad, {_ARGUMENTS}) -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_pad_k, Tensor d_pad_v)",
+)
+
+
+def fused_support(q: Tensor) -> Support:
+    """The one place that says when routing attention is handed to the reference, and why."""
+    return Support(False, "routing attention has no fused kernel yet")
+
+
+def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return reference_gradients(routing_attention_reference, (q, k, v, *rest[:2]), rest[2:], grad)
+
+
+def _fake_routes(q: Tensor, k: Tensor, pad_q: Any, pad_k: Any, n_regions: Sequence[int], topk: int) -> Tensor:
+    return torch.empty((q.shape[0], n_regions[0] * n_regions[1], topk), dtype=torch.int64, device=q.device)
+
+
+def _fake_forward(q: Tensor, *rest: Any) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def _fake_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(
+        empty_gradient(grad) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs[:5]
+    )
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.constants = inputs[6:]
+
+
+def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.vitrail.routing_attention_backward(grad, *ctx.saved_tensors, *ctx.constants)
+    kept = [g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)]
+    return *kept, None, None, None
+
+
+for _device in ("CPU", "CUDA"):
+    torch.library.impl("vitrail::region_routes", _device)(region_routes_reference)
+    torch.library.impl("vitrail::routing_attention", _device)(routing_attention_reference)
+    torch.library.impl("vitrail::routing_attention_backward", _device)(_backward)
+torch.library.register_fake("vitrail::region_routes")(_fake_routes)
+torch.library.register_fake("vitrail::routing_attention")(_fake_forward)
+torch.library.register_fake("vitrail::routing_attention_backward")(_fake_backward)
+torch.library.register_autograd("vitrail::routing_attention", _autograd_backward, setup_context=_save_inputs)
+
+
+@register_flop_formula(torch.ops.vitrail.routing_attention)
+def _forward_flops(q_shape: Any, k: Any, v: Any, pad_k: Any, pad_v: Any, routes: Any, n_regions: Any, *_: Any, **__: Any) -> int:  # noqa: E501
+    """Two products of a region's queries with the keys of its routed regions, padded positions included."""
+    batch, height, width, heads, dim = q_shape
+    tokens = math.prod(region_size(height, width, n_regions)[0])
+    return 4 * batch * math.prod(n_regions) * tokens * routes[2] * tokens * heads * dim

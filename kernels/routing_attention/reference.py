@@ -1,0 +1,54 @@
+"""Bi-level routing attention in plain PyTorch (BiFormer, arXiv 2303.08810, section 3.2)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitrail.kernels._common.partition import from_windows, pad_map, to_windows
+
+
+def region_size(height: int, width: int, n_regions: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width of a region, and of the padding that makes all regions whole."""
+    size = (-(-height // n_regions[0]), -(-width // n_regions[1]))
+    return size, (size[0] * n_regions[0] - height, size[1] * n_regions[1] - width)
+
+
+def region_routes_reference(
+    q: Tensor, k: Tensor, pad_q: Tensor | None, pad_k: Tensor | None, n_regions: tuple[int, int], topk: int
+) -> Tensor:
+    """The `topk` regions whose mean key has the largest product with each region's mean query; (B, R, topk)."""
+    size, pads = region_size(q.shape[1], q.shape[2], n_regions)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    batch, regions = q.shape[0], n_regions[0] * n_regions[1]
+    means = [
+        to_windows(pad_map(x.detach().to(dtype), pads, pad), size, (0, 0)).mean(1).reshape(batch, regions, -1)
+        for x, pad in ((q, pad_q), (k, pad_k))
+    ]
+    return (means[0] @ means[1].transpose(1, 2)).topk(topk, dim=-1).indices
+
+
+def routing_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pad_k: Tensor | None,
+    pad_v: Tensor | None,
+    routes: Tensor,
+    n_regions: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """Softmax attention of every region's queries over the keys of its routed regions."""
+    size, pads = region_size(q.shape[1], q.shape[2], n_regions)
+    batch, regions, topk = routes.shape
+    heads, dim = q.shape[3:]
+    q_regions = to_windows(pad_map(q, pads, None), size, (0, 0))  # (B * R, T, heads, D)
+    rows = torch.arange(batch, device=q.device)[:, None, None]
+
+    def gather(x: Tensor, pad: Tensor | None) -> Tensor:
+        tokens = to_windows(pad_map(x, pads, pad), size, (0, 0)).reshape(batch, regions, -1, heads, dim)
+        return tokens[rows, routes].reshape(batch * regions, -1, heads, dim).transpose(1, 2)  # (B * R, heads, kT, D)
+
+    out = F.scaled_dot_product_attention(q_regions.transpose(1, 2), gather(k, pad_k), gather(v, pad_v), scale=scale)
+    return from_windows(out.transpose(1, 2), q, pads, size, (0, 0))

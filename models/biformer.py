@@ -115,8 +115,10 @@ class BiFormer(HierarchicalBackbone):
             raise ValueError(f"drop_path_rate is {drop_path_rate}; allowed: 0 <= drop_path_rate < 1")
         super().__init__(in_chans, num_classes, dims, [stem_stride * 2**i for i in range(len(dims))], drop_rate)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.stem = _patch_stem(in_chans, dims[0], **factory) if swin_layout else _conv_stem(
-            in_chans, dims[0], stem_stride, **factory
+        self.stem = (
+            _patch_stem(in_chans, dims[0], **factory)
+            if swin_layout
+            else _conv_stem(in_chans, dims[0], stem_stride, **factory)
         )
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         stages = []

@@ -13,6 +13,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
+if not torch.cuda.is_available():
+    # Triton reads this when it is first imported: its kernels then run on the CPU, in the interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import HealthCheck, settings
 

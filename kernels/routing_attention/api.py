@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vitrail.kernels._common.checks import autocast_together, check_alike, check_dims, check_floating, check_shape, to_pair
+from vitrail.kernels._common.checks import (
+    autocast_together,
+    check_alike,
+    check_dims,
+    check_floating,
+    check_shape,
+    to_pair,
+)
 from vitrail.kernels._common.dispatch import choose_backend
 from vitrail.kernels.routing_attention.op import fused_support
 from vitrail.kernels.routing_attention.reference import region_routes_reference, routing_attention_reference

@@ -18,9 +18,7 @@ from vitrail.kernels.routing_attention.reference import (
     routing_attention_reference,
 )
 
-_ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? pad_k, Tensor? pad_v, Tensor routes, int[] n_regions, float scale"
-)
+_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? pad_k, Tensor? pad_v, Tensor routes, int[] n_regions, float scale"
 torch.library.define(
     "vitrail::region_routes",
     "(Tensor q, Tensor k, Tensor? pad_q, Tensor? pad_k, int[] n_regions, int topk) -> Tensor",
@@ -77,7 +75,9 @@ torch.library.register_autograd("vitrail::routing_attention", _autograd_backward
 
 
 @register_flop_formula(torch.ops.vitrail.routing_attention)
-def _forward_flops(q_shape: Any, k: Any, v: Any, pad_k: Any, pad_v: Any, routes: Any, n_regions: Any, *_: Any, **__: Any) -> int:  # noqa: E501
+def _forward_flops(
+    q_shape: Any, k: Any, v: Any, pad_k: Any, pad_v: Any, routes: Any, n_regions: Any, *_: Any, **__: Any
+) -> int:
     """Two products of a region's queries with the keys of its routed regions, padded positions included."""
     batch, height, width, heads, dim = q_shape
     tokens = math.prod(region_size(height, width, n_regions)[0])

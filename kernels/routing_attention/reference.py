@@ -41,7 +41,7 @@ def routing_attention_reference(
 ) -> Tensor:
     """Softmax attention of every region's queries over the keys of its routed regions."""
     size, pads = region_size(q.shape[1], q.shape[2], n_regions)
-    batch, regions, topk = routes.shape
+    batch, regions = routes.shape[:2]
     heads, dim = q.shape[3:]
     q_regions = to_windows(pad_map(q, pads, None), size, (0, 0))  # (B * R, T, heads, D)
     rows = torch.arange(batch, device=q.device)[:, None, None]

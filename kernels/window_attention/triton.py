@@ -67,7 +67,7 @@ def _offsets(batch, y, x, head, strides, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _load_keys(ptr, pad_ptr, offsets, real, head, HAS_PAD: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _load_kv(ptr, pad_ptr, offsets, real, head, HAS_PAD: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Loads keys or values; padded positions hold `pad_ptr`'s vector, or zeros."""
     tile = tl.load(ptr + offsets, mask=real[:, None], other=0.0)
     if HAS_PAD:
@@ -85,7 +85,20 @@ def _load_bias(ptr, head, q_tokens, k_tokens, N_TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _logits(q, k, b_bias, scale, q_real, k_real, q_region, k_region, k_exists, HAS_BIAS: tl.constexpr, SHIFTED: tl.constexpr, HIDES_PADS: tl.constexpr):
+def _logits(
+    q,
+    k,
+    b_bias,
+    scale,
+    q_real,
+    k_real,
+    q_region,
+    k_region,
+    k_exists,
+    HAS_BIAS: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    HIDES_PADS: tl.constexpr,
+):
     """Logits in units of log2, minus infinity where the query does not see the key."""
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
     if HAS_BIAS:
@@ -125,13 +138,17 @@ def _window_fwd_kernel(
     for window in range(tl.program_id(0) // n_heads, n_windows, step):
         batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
         q = tl.load(q_ptr + _offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
-        k = _load_keys(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        v = _load_keys(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        k = _load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = _load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         logits = _logits(q, k, b_bias, scale, real, real, region, region, exists, HAS_BIAS, SHIFTED, HIDES_PADS)
         weights = tl.exp2(logits - _finite(tl.max(logits, 1))[:, None])
         total = tl.sum(weights, 1)
         out = tl.dot(weights.to(v.dtype), v, input_precision="ieee") / tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(out_ptr + _offsets(batch, y, x, head, out_strides, HEAD_DIM), out.to(out_ptr.dtype.element_ty), mask=real[:, None])
+        tl.store(
+            out_ptr + _offsets(batch, y, x, head, out_strides, HEAD_DIM),
+            out.to(out_ptr.dtype.element_ty),
+            mask=real[:, None],
+        )
 
 
 @triton.jit(do_not_specialize=["height", "width", "n_windows"])
@@ -162,8 +179,8 @@ def _window_bwd_kernel(
         batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
         q = tl.load(q_ptr + _offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
         grad = tl.load(grad_ptr + _offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=real[:, None], other=0.0)
-        k = _load_keys(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        v = _load_keys(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        k = _load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = _load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         logits = _logits(q, k, b_bias, scale, real, real, region, region, exists, HAS_BIAS, SHIFTED, HIDES_PADS)
         weights = tl.exp2(logits - _finite(tl.max(logits, 1))[:, None])
         total = tl.sum(weights, 1)
@@ -221,8 +238,8 @@ def _window_fwd_tiled_kernel(
     for start in range(0, N_TOKENS, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
         batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
-        k = _load_keys(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        v = _load_keys(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        k = _load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = _load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         b_bias = 0.0
         if HAS_BIAS:
             b_bias = _load_bias(bias_ptr, head, q_tokens, tokens, N_TOKENS)
@@ -268,8 +285,8 @@ def _window_bwd_dq_kernel(
     for start in range(0, N_TOKENS, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
         batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
-        k = _load_keys(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        v = _load_keys(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        k = _load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = _load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         b_bias = 0.0
         if HAS_BIAS:
             b_bias = _load_bias(bias_ptr, head, q_tokens, tokens, N_TOKENS)
@@ -290,8 +307,8 @@ def _window_bwd_dq_kernel(
     for start in range(0, N_TOKENS, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
         batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
-        k = _load_keys(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        v = _load_keys(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        k = _load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = _load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         b_bias = 0.0
         if HAS_BIAS:
             b_bias = _load_bias(bias_ptr, head, q_tokens, tokens, N_TOKENS)
@@ -326,8 +343,8 @@ def _window_bwd_dkdv_kernel(
     tokens = (tl.program_id(0) % N_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
     exists = tokens < N_TOKENS
     batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
-    k = _load_keys(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-    v = _load_keys(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+    k = _load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+    v = _load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
     stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * N_BLOCKS * BLOCK)
     d_k = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     d_v = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
@@ -385,8 +402,8 @@ def _window_bwd_dbias_kernel(
         batch, q_y, q_x, q_real, q_region = _locate(
             q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X
         )
-        k = _load_keys(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        v = _load_keys(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        k = _load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = _load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         q = tl.load(q_ptr + _offsets(batch, q_y, q_x, head, q_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
         grad_offsets = _offsets(batch, q_y, q_x, head, grad_strides, HEAD_DIM)
         grad = tl.load(grad_ptr + grad_offsets, mask=q_real[:, None], other=0.0)
@@ -428,7 +445,13 @@ class _Problem:
     """The launch parameters that all kernels of one call share."""
 
     def __init__(
-        self, q: Tensor, bias: Tensor | None, pad_k: Tensor | None, window: tuple[int, int], shift: tuple[int, int], scale: float
+        self,
+        q: Tensor,
+        bias: Tensor | None,
+        pad_k: Tensor | None,
+        window: tuple[int, int],
+        shift: tuple[int, int],
+        scale: float,
     ) -> None:
         batch, height, width, self.heads, self.head_dim = q.shape
         self.tokens = window[0] * window[1]
@@ -500,7 +523,7 @@ def window_attention_backward(
     shift: tuple[int, int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fused backward: fills `d_q`, `d_k`, `d_v`; returns the gradients of `bias`, `pad_k`, `pad_v` (empty if absent)."""
+    """Fused backward: fills `d_q`, `d_k`, `d_v`; returns the gradients of bias and padding (empty if absent)."""
     grad, q, k, v = _unit_stride(grad, q, k, v)
     if q.numel() == 0:
         return _zeros_or_empty(grad, bias), _zeros_or_empty(grad, pad_k), _zeros_or_empty(grad, pad_v)
@@ -545,8 +568,16 @@ def _backward_tiled(
         *inputs, d_q, stats, *strides, *_strides(d_q), *problem.scalars, **problem.constants, **CONFIGS["bwd_dq"].launch
     )
     _window_bwd_dkdv_kernel[grid](
-        *inputs, d_k, d_v, pad_slots, stats, *strides, *_strides(d_k, d_v),
-        *problem.scalars, **problem.constants, **CONFIGS["bwd_dkdv"].launch
+        *inputs,
+        d_k,
+        d_v,
+        pad_slots,
+        stats,
+        *strides,
+        *_strides(d_k, d_v),
+        *problem.scalars,
+        **problem.constants,
+        **CONFIGS["bwd_dkdv"].launch,
     )
     if problem.constants["HAS_BIAS"]:
         _window_bwd_dbias_kernel[(splits * tiles,)](

@@ -1,0 +1,34 @@
+# One virtual environment, made once and again when the dependencies change.
+PYTHON ?= python3
+VENV ?= .venv
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-models test-gpu check bench clean
+
+$(STAMP): setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e ".[mm,onnx,dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m vitrail.tools.train digits/biformer_n
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not gpu"
+
+test-models: $(STAMP)
+	$(BIN)/python tests/contract/run.py
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -q -m gpu
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(STAMP)
+	$(BIN)/python -m vitrail.tools.benchmark davit_t --compare timm/davit_tiny
+
+clean:
+	rm -rf $(VENV)

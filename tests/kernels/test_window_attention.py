@@ -1,0 +1,138 @@
+"""Window attention: the fused kernels against the reference in float64, over random shapes."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vitrail.kernels._common.dispatch import HAS_TRITON
+from vitrail.kernels.window_attention import window_attention, window_attention_packed
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+
+def _case(seed: int, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any], Tensor]:
+    """Random inputs [qkv, bias?, pad_k?, pad_v?], options and output gradient."""
+    draw = random.Random(seed)
+    window = draw.choice([(7, 7), (3, 4), (1, 5), (9, 9), (4, 2)])
+    shift = draw.choice([(0, 0), (window[0] // 2, window[1] // 2), (0, window[1] - 1)])
+    height, width, heads, dim = draw.randint(1, 15), draw.randint(1, 15), draw.randint(1, 3), draw.choice([16, 32])
+    tokens = window[0] * window[1]
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+    batch = draw.randint(1, 2)
+    inputs = [randn(batch, height, width, 3, heads, dim)]
+    names = []
+    if draw.random() < 0.6:
+        inputs.append(randn(heads, tokens, tokens))
+        names.append("bias")
+    if draw.random() < 0.5:
+        inputs += [randn(heads, dim), randn(heads, dim)]
+        names += ["pad_k", "pad_v"]
+    options = {"window_size": window, "shift_size": shift, "names": names, "packed": draw.random() < 0.5}
+    return inputs, options, randn(batch, height, width, heads, dim)
+
+
+def _run(inputs: list[Tensor], options: dict[str, Any], grad: Tensor, dtype: torch.dtype, backend: str) -> list[Tensor]:
+    """Output and the gradient of every input."""
+    leaves = [x.to(dtype).requires_grad_() for x in inputs]
+    optional = dict(zip(options["names"], leaves[1:], strict=True))
+    sizes = {key: options[key] for key in ("window_size", "shift_size")}
+    if options["packed"]:
+        out = window_attention_packed(leaves[0], **sizes, **optional, backend=backend)
+    else:
+        out = window_attention(*leaves[0].unbind(3), **sizes, **optional, backend=backend)
+    return [out, *torch.autograd.grad(out, leaves, grad.to(dtype), materialize_grads=True)]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "dtype",
+    # Triton's interpreter multiplies bfloat16 tiles as raw integers: that dtype needs a GPU.
+    [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
+    ids=str,
+)
+@pytest.mark.parametrize("seed", range(8))
+def test_fused_is_as_exact_as_eager(seed: int, dtype: torch.dtype) -> None:
+    inputs, options, grad = _case(seed, dtype)
+    truth = _run(inputs, options, grad, torch.float64, "eager")
+    eager = _run(inputs, options, grad, dtype, "eager")
+    fused = _run(inputs, options, grad, dtype, "triton")
+    for exact, ours, theirs in zip(truth, fused, eager, strict=True):
+        scale = exact.norm() + 1e-12
+        assert ours.isfinite().all()
+        bound = 2 * (theirs.double() - exact).norm() / scale + torch.finfo(dtype).eps
+        assert (ours.double() - exact).norm() / scale <= bound
+
+
+@pytest.mark.parametrize("shift", [(0, 0), (1, 2)])
+@pytest.mark.parametrize("pads", [False, True])
+def test_reference_is_the_definition(shift: tuple[int, int], pads: bool) -> None:
+    """Pixel by pixel: which keys a query sees, and with which values."""
+    window, (batch, height, width, heads, dim) = (3, 4), (2, 7, 9, 2, 8)
+    q, k, v = torch.randn(3, batch, height, width, heads, dim, dtype=torch.float64)
+    bias = torch.randn(heads, 12, 12, dtype=torch.float64)
+    pad_k, pad_v = torch.randn(2, heads, dim, dtype=torch.float64) if pads else (None, None)
+    got = window_attention(q, k, v, window_size=window, shift_size=shift, bias=bias, pad_k=pad_k, pad_v=pad_v)
+    padded = (9, 12)
+    for y in range(height):
+        for x in range(width):
+            rolled = ((y - shift[0]) % padded[0], (x - shift[1]) % padded[1])
+            origin = (rolled[0] // 3 * 3, rolled[1] // 4 * 4)
+            mine = (rolled[0] + shift[0] >= padded[0], rolled[1] + shift[1] >= padded[1])
+            row = (rolled[0] - origin[0]) * 4 + rolled[1] - origin[1]
+            keys, values, biases = [], [], []
+            for token in range(12):
+                ky, kx = origin[0] + token // 4 + shift[0], origin[1] + token % 4 + shift[1]
+                if (ky >= padded[0], kx >= padded[1]) != mine:
+                    continue
+                ky, kx = ky % padded[0], kx % padded[1]
+                if ky < height and kx < width:
+                    keys.append(k[:, ky, kx])
+                    values.append(v[:, ky, kx])
+                elif pad_k is not None and pad_v is not None:
+                    keys.append(pad_k.expand(batch, -1, -1))
+                    values.append(pad_v.expand(batch, -1, -1))
+                else:
+                    continue
+                biases.append(bias[:, row, token])
+            logits = torch.einsum("bhd,tbhd->bht", q[:, y, x], torch.stack(keys)) * dim**-0.5 + torch.stack(biases, 1)
+            want = torch.einsum("bht,tbhd->bhd", logits.softmax(-1), torch.stack(values))
+            torch.testing.assert_close(got[:, y, x], want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_operator_registration(with_bias: bool) -> None:
+    q, k, v = (torch.randn(1, 5, 6, 2, 24, requires_grad=True) for _ in range(3))
+    bias = torch.randn(2, 9, 9, requires_grad=True) if with_bias else None
+    torch.library.opcheck(torch.ops.vitrail.window_attention, (q, k, v, bias, None, None, (3, 3), (1, 1), 0.2))
+
+
+def test_empty_batch() -> None:
+    q = torch.randn(0, 5, 5, 1, 16, requires_grad=True)
+    out = window_attention(q, q, q, window_size=3)
+    assert out.shape == q.shape
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window_size": 0}, "window_size is 0"),
+        ({"window_size": 3, "shift_size": 3}, "shift_size is"),
+        ({"window_size": 3, "bias": torch.zeros(1, 9, 8)}, "bias has shape"),
+        ({"window_size": 3, "pad_k": torch.zeros(1, 16)}, "together"),
+        ({"window_size": 3, "backend": "cuda"}, "backend is 'cuda'"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    q = torch.randn(1, 5, 5, 1, 16)
+    with pytest.raises(ValueError, match=message):
+        window_attention(q, q, q, **options)

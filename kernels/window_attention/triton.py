@@ -432,7 +432,7 @@ class Config(NamedTuple):
 
 
 CONFIGS = {
-    "fwd": Config(4, 2, 8),
+    "fwd": Config(4, 3, 8),
     "fwd_tiled": Config(4, 2),
     "bwd": Config(4, 2, 4),
     "bwd_dq": Config(4, 2),

@@ -10,6 +10,7 @@ import torch
 from _golden import load_case
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import vitrail  # noqa: F401 -- registers the models
 from vitrail.models.biformer import checkpoint_filter_fn
@@ -74,6 +75,13 @@ def _load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
 )
 def test_parameter_count(name: str, parameters: int) -> None:
     assert sum(p.numel() for p in timm.create_model(name, device="meta").parameters()) == parameters
+
+
+def test_multiply_adds() -> None:
+    model = timm.create_model("biformer_t").eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, 3, 224, 224))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(2.216, abs=5e-4)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 40)])

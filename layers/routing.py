@@ -68,7 +68,9 @@ class RoutingAttention(nn.Module):
             grid = self.n_regions
             routes = region_routes(q, k, n_regions=grid, topk=self.topk, pad_q=bias[0], pad_k=bias[1])
             y = routing_attention(q, k, v, routes, n_regions=grid, pad_k=bias[1], pad_v=bias[2], scale=self.scale)
-        pads = region_size(x.shape[1], x.shape[2], self.n_regions)[1]
+        bottom, right = region_size(x.shape[1], x.shape[2], self.n_regions)[1]
+        # No more of the padding than the 5x5 filter reaches from inside the map; a region grid can pad far beyond.
+        pads = (min(bottom, 2), min(right, 2))
         position = self.lepe(pad_map(v, pads, bias[2]).flatten(3))[:, : x.shape[1], : x.shape[2]]
         return self.proj(y.flatten(3) + position)
 

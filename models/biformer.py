@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, Mlp, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, Mlp, register_notrace_module, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -22,6 +22,8 @@ from vitrail.models._hierarchical import HierarchicalBackbone, Stage
 
 __all__ = ["BiFormer"]
 
+DENSE_NORM_KEY = "extra_norms.{}"  # the output norm of a stage in the authors' detectors and segmenters
+DENSE_NORM_EPS = 1e-6
 _FULL = -2  # the code of full attention in a list of topk
 
 
@@ -109,6 +111,8 @@ class BiFormer(HierarchicalBackbone):
     ) -> None:
         if not len(depths) == len(dims) == len(topk) > 0:
             raise ValueError(f"depths {depths}, dims {dims} and topk {topk} must have one entry a stage")
+        if any(k != _FULL and dim % head_dim for dim, k in zip(dims, topk, strict=True)):
+            raise ValueError(f"head_dim is {head_dim}; allowed: divisors of the dims of all routed stages, {dims}")
         if stem_stride not in (2, 4):
             raise ValueError(f"stem_stride is {stem_stride}; allowed: 2 or 4")
         if not 0.0 <= drop_path_rate < 1.0:
@@ -116,7 +120,7 @@ class BiFormer(HierarchicalBackbone):
         super().__init__(in_chans, num_classes, dims, [stem_stride * 2**i for i in range(len(dims))], drop_rate)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.stem = (
-            _patch_stem(in_chans, dims[0], **factory)
+            _PatchStem(in_chans, dims[0], **factory)
             if swin_layout
             else _conv_stem(in_chans, dims[0], stem_stride, **factory)
         )
@@ -166,8 +170,21 @@ def _conv_merge(dim_in: int, dim_out: int, **factory: Any) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(dim_in, dim_out, 3, 2, 1, **factory), nn.BatchNorm2d(dim_out, **factory))
 
 
-def _patch_stem(in_chans: int, dim: int, **factory: Any) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(in_chans, dim, 4, 4, **factory), nn.BatchNorm2d(dim, **factory))
+@register_notrace_module
+class _PatchStem(nn.Sequential):
+    """Patches of 4 x 4 pixels. Without padding, three halvings need 32 pixels, which only an untraced check can see."""
+
+    def __init__(self, in_chans: int, dim: int, **factory: Any) -> None:
+        super().__init__(nn.Conv2d(in_chans, dim, 4, 4, **factory), nn.BatchNorm2d(dim, **factory))
+
+    def forward(self, input: Tensor) -> Tensor:
+        height, width = input.shape[2], input.shape[3]
+        if height < 32 or width < 32:
+            raise ValueError(f"the image is {height} x {width} pixels; allowed: at least 32 in height and width")
+        x = input
+        for module in self:
+            x = module(x)
+        return x
 
 
 def _patch_merge(dim_in: int, dim_out: int, **factory: Any) -> nn.Sequential:

@@ -28,6 +28,8 @@ from vitrail.models._hierarchical import HierarchicalBackbone, Stage
 
 __all__ = ["DaViT"]
 
+DENSE_NORM_KEY = "norm{}"  # the output norm of a stage in the authors' detectors and segmenters
+DENSE_NORM_EPS = 1e-5
 _NORM_EPS = 1e-5
 
 

@@ -74,6 +74,19 @@ torch.library.register_fake("vitrail::routing_attention_backward")(_fake_backwar
 torch.library.register_autograd("vitrail::routing_attention", _autograd_backward, setup_context=_save_inputs)
 
 
+@register_flop_formula(torch.ops.vitrail.region_routes)
+def _routes_flops(q_shape: Any, k: Any, pad_q: Any, pad_k: Any, n_regions: Any, *_: Any, **__: Any) -> int:
+    """One product of all mean queries with all mean keys."""
+    batch, _, _, heads, dim = q_shape
+    return 2 * batch * math.prod(n_regions) ** 2 * heads * dim
+
+
+@register_flop_formula(torch.ops.vitrail.routing_attention_backward)
+def _backward_flops(grad_shape: Any, *forward_shapes: Any, **__: Any) -> int:
+    """Five products where the forward has two: the logits anew, and four gradients."""
+    return _forward_flops(*forward_shapes) // 2 * 5
+
+
 @register_flop_formula(torch.ops.vitrail.routing_attention)
 def _forward_flops(
     q_shape: Any, k: Any, v: Any, pad_k: Any, pad_v: Any, routes: Any, n_regions: Any, *_: Any, **__: Any

@@ -15,6 +15,7 @@ def region_size(height: int, width: int, n_regions: tuple[int, int]) -> tuple[tu
     return size, (size[0] * n_regions[0] - height, size[1] * n_regions[1] - width)
 
 
+@torch.no_grad()
 def region_routes_reference(
     q: Tensor, k: Tensor, pad_q: Tensor | None, pad_k: Tensor | None, n_regions: tuple[int, int], topk: int
 ) -> Tensor:
@@ -23,10 +24,21 @@ def region_routes_reference(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, regions = q.shape[0], n_regions[0] * n_regions[1]
     means = [
-        to_windows(pad_map(x.detach().to(dtype), pads, pad), size, (0, 0)).mean(1).reshape(batch, regions, -1)
+        to_windows(pad_map(x.to(dtype), pads, pad), size, (0, 0))
+        .mean(1)
+        .reshape(batch, regions, x.shape[3] * x.shape[4])
         for x, pad in ((q, pad_q), (k, pad_k))
     ]
-    return (means[0] @ means[1].transpose(1, 2)).topk(topk, dim=-1).indices
+    return _product(means[0], means[1].transpose(1, 2)).topk(topk, dim=-1).indices
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Batched matrix product that autocast leaves alone: rounding must not change which regions are chosen."""
+    device_type = a.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return a @ b
+    with torch.autocast(device_type, enabled=False):
+        return a @ b
 
 
 def routing_attention_reference(
@@ -44,11 +56,15 @@ def routing_attention_reference(
     batch, regions = routes.shape[:2]
     heads, dim = q.shape[3:]
     q_regions = to_windows(pad_map(q, pads, None), size, (0, 0))  # (B * R, T, heads, D)
-    rows = torch.arange(batch, device=q.device)[:, None, None]
+    tokens = size[0] * size[1]
+    rows = routes + regions * torch.arange(batch, device=q.device)[:, None, None]
 
     def gather(x: Tensor, pad: Tensor | None) -> Tensor:
-        tokens = to_windows(pad_map(x, pads, pad), size, (0, 0)).reshape(batch, regions, -1, heads, dim)
-        return tokens[rows, routes].reshape(batch * regions, -1, heads, dim).transpose(1, 2)  # (B * R, heads, kT, D)
+        table = to_windows(pad_map(x, pads, pad), size, (0, 0)).reshape(batch * regions, tokens * heads * dim)
+        # A table look-up, for its backward: quicker on CPUs than that of indexing, and summed in a fixed order.
+        gathered = F.embedding(rows, table)  # (B, R, k, T * heads * D)
+        gathered = gathered.reshape(batch * regions, routes.shape[2] * tokens, heads, dim)
+        return gathered.transpose(1, 2)  # (B * R, heads, kT, D)
 
     out = F.scaled_dot_product_attention(q_regions.transpose(1, 2), gather(k, pad_k), gather(v, pad_v), scale=scale)
     return from_windows(out.transpose(1, 2), q, pads, size, (0, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,33 @@ def test_nchw_checkpoint_is_refused() -> None:
 def test_too_many_routes_are_refused() -> None:
     with pytest.raises(ValueError, match="topk is 17"):
         timm.create_model("biformer_n", topk=(17, 2, 4, -2))
+
+
+def test_heads_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="head_dim is 32"):
+        timm.create_model("biformer_n", dims=(48, 64, 128, 256))
+
+
+def test_image_too_small_for_patches_is_refused() -> None:
+    with pytest.raises(ValueError, match="31 x 40 pixels"):
+        timm.create_model("biformer_stl", dims=(32, 64, 96, 128), depths=(1, 1, 1, 1)).eval()(torch.randn(1, 3, 31, 40))
+
+
+def test_official_swin_layout_is_renamed() -> None:
+    model = timm.create_model("biformer_stl", device="meta")
+    backwards = (
+        (r"^stem\.", "downsample_layers.0."),
+        (r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1."),
+        (r"(stages\.[012]\..*attn)\.qkv\.", r"\1.qkv.qkv."),
+        (r"(stages\.[012]\..*attn)\.proj\.", r"\1.wo."),
+        (r"\.mlp\.fc1\.", ".mlp.0."),
+        (r"\.mlp\.fc2\.", ".mlp.2."),
+        (r"^head\.fc\.", "head."),
+    )
+    official = {}
+    for key, value in model.state_dict().items():
+        for pattern, replacement in backwards:
+            key = re.sub(pattern, replacement, key)
+        official[key] = value
+    assert {"downsample_layers.1.1.weight", "stages.0.blocks.0.attn.qkv.qkv.weight"} <= official.keys()
+    model.load_state_dict(checkpoint_filter_fn({"model": official}, model), assign=True)

@@ -7,6 +7,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from vitrail.kernels.channel_attention import channel_attention_packed
+from vitrail.layers._heads import head_width
 
 
 @register_notrace_module
@@ -37,12 +38,8 @@ class ChannelAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(
-                f"ChannelAttention: dim is {dim}, num_heads {num_heads}; dim must be a multiple of num_heads"
-            )
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
+        self.head_dim = head_width("ChannelAttention", dim, num_heads)
         self.scale = self.head_dim**-0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)

@@ -11,6 +11,7 @@ from vitrail.kernels._common.checks import to_pair
 from vitrail.kernels._common.partition import pad_map
 from vitrail.kernels.routing_attention import region_routes, routing_attention
 from vitrail.kernels.routing_attention.reference import region_size
+from vitrail.layers._heads import head_width
 from vitrail.layers.depthwise import DepthwiseConv2d
 
 
@@ -44,12 +45,11 @@ class RoutingAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_heads(dim, num_heads)
         self.n_regions = to_pair("RoutingAttention", "n_win", n_win, 1)
         if not 1 <= topk <= n_win * n_win:
             raise ValueError(f"RoutingAttention: topk is {topk}; allowed: 1 to n_win ** 2 = {n_win * n_win}")
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
+        self.head_dim = head_width("RoutingAttention", dim, num_heads)
         self.topk = topk
         self.scale = dim**-0.5
         self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
@@ -99,8 +99,8 @@ class FullAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_heads(dim, num_heads)
         self.num_heads = num_heads
+        self.head_dim = head_width("FullAttention", dim, num_heads)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, device=device, dtype=dtype)
         self.lepe = DepthwiseConv2d(dim, 5, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
@@ -108,12 +108,7 @@ class FullAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
         batch, height, width, dim = x.shape
-        qkv = self.qkv(x).view(batch, height * width, 3, self.num_heads, dim // self.num_heads)
+        qkv = self.qkv(x).view(batch, height * width, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, D)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, height, width, dim)
         return self.proj(y + self.lepe(x))
-
-
-def _check_heads(dim: int, num_heads: int) -> None:
-    if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"dim is {dim}, num_heads {num_heads}; dim must be a multiple of num_heads")

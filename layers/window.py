@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
 from vitrail.kernels.window_attention import window_attention_packed
+from vitrail.layers._heads import head_width
 
 
 @register_notrace_module
@@ -49,12 +50,8 @@ class WindowAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(
-                f"WindowAttention: dim is {dim}, num_heads {num_heads}; dim must be a multiple of num_heads"
-            )
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
+        self.head_dim = head_width("WindowAttention", dim, num_heads)
         self.scale = self.head_dim**-0.5
         self.window_size = window = to_pair("WindowAttention", "window_size", window_size, 1)
         self.shift_size = shift = to_pair("WindowAttention", "shift_size", shift_size, 0)

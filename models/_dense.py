@@ -14,6 +14,7 @@ from typing import Any
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from vitrail.models._checkpoint import unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone
 
 
@@ -69,8 +70,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], backbone: DenseBackbone)
             "state_dict" or "model".
         backbone: The backbone that will load them.
     """
-    for wrapper in ("state_dict", "model"):
-        state_dict = state_dict.get(wrapper, state_dict)
+    state_dict = unwrap(state_dict)
     if any(key.startswith("model.") for key in state_dict):
         return dict(state_dict)  # its own layout
     family = _family(backbone.model)

@@ -6,19 +6,19 @@ arXiv 2303.08810. Upstream: github.com/rayleizhu/BiFormer at 1697bbbe (MIT).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, Mlp, register_notrace_module, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.layers.depthwise import DepthwiseConv2d
 from vitrail.layers.routing import FullAttention, RoutingAttention
+from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage
+from vitrail.models._registry import imagenet_cfg
 
 __all__ = ["BiFormer"]
 
@@ -213,20 +213,13 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     Raises:
         ValueError: The checkpoint is of the authors' NCHW rewrite, which pads differently.
     """
-    for wrapper in ("state_dict", "model"):
-        state_dict = state_dict.get(wrapper, state_dict)
+    state_dict = unwrap(state_dict)
     if any("qkv_linear" in key for key in state_dict):
         raise ValueError(
             "the checkpoint is of the NCHW form of BiFormer (it has 'qkv_linear' keys), which pads its maps "
             "differently and is not provided; allowed: the released tiny, small, base and STL layouts"
         )
-    return {_own_key(key): value for key, value in state_dict.items()}
-
-
-def _own_key(key: str) -> str:
-    for pattern, replacement in _OFFICIAL_KEYS:
-        key = re.sub(pattern, replacement, key)
-    return key
+    return rename_keys(state_dict, _OFFICIAL_KEYS)
 
 
 _WIDE = (96, 192, 384, 768)
@@ -246,23 +239,15 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "min_input_size": (3, 32, 32),
-        "pool_size": (7, 7),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.0",
-        "classifier": "head.fc",
-        "license": "mit",
-        "origin_url": "https://github.com/rayleizhu/BiFormer",
-        "paper_ids": "arXiv:2303.08810",
-        **kwargs,
-    }
+    return imagenet_cfg(
+        **{
+            "first_conv": "stem.0",
+            "license": "mit",
+            "origin_url": "https://github.com/rayleizhu/BiFormer",
+            "paper_ids": "arXiv:2303.08810",
+            **kwargs,
+        }
+    )
 
 
 default_cfgs = generate_default_cfgs(

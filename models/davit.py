@@ -7,7 +7,6 @@ here carry timm's names, so that weights of either load.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 import torch.fx
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -24,7 +22,9 @@ from vitrail.kernels._common.checks import to_pair
 from vitrail.layers.channel import ChannelAttention
 from vitrail.layers.depthwise import DepthwiseConv2d
 from vitrail.layers.window import WindowAttention
+from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage
+from vitrail.models._registry import imagenet_cfg
 
 __all__ = ["DaViT"]
 
@@ -261,17 +261,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         state_dict: Checkpoint of the authors, of timm or of this model, alone or under "state_dict" or "model".
         model: The model that will load it.
     """
-    for wrapper in ("state_dict", "model"):
-        state_dict = state_dict.get(wrapper, state_dict)
-    return {_own_key(key): value for key, value in state_dict.items()}
-
-
-def _own_key(key: str) -> str:
-    for pattern, replacement in _OFFICIAL_KEYS:
-        renamed, n_matches = re.subn(pattern, replacement, key)
-        if n_matches:
-            return renamed
-    return key
+    return rename_keys(unwrap(state_dict), _OFFICIAL_KEYS)
 
 
 _VARIANTS: dict[str, dict[str, Any]] = {
@@ -288,23 +278,15 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "min_input_size": (3, 32, 32),
-        "pool_size": (7, 7),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/dingmyu/davit",
-        "paper_ids": "arXiv:2204.03645",
-        **kwargs,
-    }
+    return imagenet_cfg(
+        **{
+            "first_conv": "stem.conv",
+            "license": "apache-2.0",
+            "origin_url": "https://github.com/dingmyu/davit",
+            "paper_ids": "arXiv:2204.03645",
+            **kwargs,
+        }
+    )
 
 
 default_cfgs = generate_default_cfgs(

@@ -40,6 +40,16 @@ def check_dims(op: str, name: str, tensor: Tensor, layout: str) -> None:
         raise ValueError(f"{op}: {name} has shape {_plain(tensor.shape)}; expected {expected} dimensions, {layout}")
 
 
+def check_pads(op: str, q: Tensor, **pads: Tensor | None) -> None:
+    """Checks what padded positions of q-like maps hold: all or none given, floating point, (heads, D) each."""
+    given = {name: pad for name, pad in pads.items() if pad is not None}
+    if given and len(given) < len(pads):
+        raise ValueError(f"{op}: {' and '.join(pads)} must be given together or not at all")
+    check_floating(op, **given)
+    for name, pad in given.items():
+        check_shape(op, name, pad, q.shape[3:])
+
+
 def to_pair(op: str, name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
     """Normalises an `int` or an (int, int) for (height, width).
 

@@ -1,8 +1,10 @@
-"""Gradients of an eager reference, for operators whose fused backward cannot run."""
+"""What the operators' backward registrations share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,3 +28,18 @@ def reference_gradients(
 def empty_gradient(like: Tensor) -> Tensor:
     """What a backward operator returns in place of the gradient of an absent input."""
     return like.new_empty(0)
+
+
+def fake_gradients(grad: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Shapes of a backward operator's results: a contiguous gradient of each tensor, an empty one if it is absent."""
+    return tuple(
+        empty_gradient(grad) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors
+    )
+
+
+def requested_gradients(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """One entry for each input of the forward operator: its gradient if asked for, else None.
+
+    `gradients` belong to the first inputs; those behind them are constants.
+    """
+    return tuple(g if needed else None for g, needed in zip_longest(gradients, ctx.needs_input_grad))

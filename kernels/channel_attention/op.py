@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitrail.kernels._common.dispatch import Support
+from vitrail.kernels._common.gradients import fake_gradients, requested_gradients
 from vitrail.kernels.channel_attention.reference import (
     channel_attention_gradients,
     channel_attention_reference,
@@ -48,7 +49,7 @@ def _fake_packed_forward(qkv: Tensor, scale: float) -> Tensor:
 
 
 def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    return fake_gradients(grad, (q, k, v))
 
 
 def _fake_packed_backward(grad: Tensor, qkv: Tensor, scale: float) -> Tensor:
@@ -62,7 +63,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     gradients = torch.ops.vitrail.channel_attention_backward(grad, *ctx.saved_tensors, ctx.scale)
-    return *(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)), None
+    return requested_gradients(ctx, gradients)
 
 
 def _autograd_packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -12,6 +12,7 @@ from vitrail.kernels._common.checks import (
     check_alike,
     check_dims,
     check_floating,
+    check_pads,
     check_shape,
     to_pair,
 )
@@ -57,7 +58,7 @@ def region_routes(
     regions = to_pair(_NAME, "n_regions", n_regions, 1)
     if not 1 <= topk <= regions[0] * regions[1]:
         raise ValueError(f"{_NAME}: topk is {topk}; allowed: 1 to the number of regions, {regions[0] * regions[1]}")
-    _check_pads(q, pad_q=pad_q, pad_k=pad_k)
+    check_pads(_NAME, q, pad_q=pad_q, pad_k=pad_k)
     return region_routes_reference(q, k, pad_q, pad_k, regions, topk)
 
 
@@ -102,20 +103,10 @@ def routing_attention(
     check_shape(_NAME, "routes", routes, (q.shape[0], regions[0] * regions[1], routes.shape[2]))
     if routes.dtype != torch.int64:
         raise TypeError(f"{_NAME}: routes is {routes.dtype}; allowed: torch.int64")
-    _check_pads(q, pad_k=pad_k, pad_v=pad_v)
+    check_pads(_NAME, q, pad_k=pad_k, pad_v=pad_v)
     q, k, v = autocast_together(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = (q, k, v, pad_k, pad_v, routes, regions, scale)
     if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
         return torch.ops.vitrail.routing_attention(*arguments)
     return routing_attention_reference(*arguments)
-
-
-def _check_pads(q: Tensor, **pads: Tensor | None) -> None:
-    """Checks what padded positions hold: floating, (heads, D), both or none."""
-    given = {name: pad for name, pad in pads.items() if pad is not None}
-    if len(given) == 1:
-        raise ValueError(f"{_NAME}: {' and '.join(pads)} must be given together or not at all")
-    for name, pad in given.items():
-        check_floating(_NAME, **{name: pad})
-        check_shape(_NAME, name, pad, q.shape[3:])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitrail.kernels._common.dispatch import Support
-from vitrail.kernels._common.gradients import empty_gradient, reference_gradients
+from vitrail.kernels._common.gradients import fake_gradients, reference_gradients, requested_gradients
 from vitrail.kernels.routing_attention.reference import (
     region_routes_reference,
     region_size,
@@ -48,9 +48,7 @@ def _fake_forward(q: Tensor, *rest: Any) -> Tensor:
 
 
 def _fake_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(
-        empty_gradient(grad) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs[:5]
-    )
+    return fake_gradients(grad, inputs[:5])
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -60,8 +58,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     gradients = torch.ops.vitrail.routing_attention_backward(grad, *ctx.saved_tensors, *ctx.constants)
-    kept = [g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)]
-    return *kept, None, None, None
+    return requested_gradients(ctx, gradients)
 
 
 for _device in ("CPU", "CUDA"):

@@ -12,6 +12,7 @@ from vitrail.kernels._common.checks import (
     check_alike,
     check_dims,
     check_floating,
+    check_pads,
     check_shape,
     to_pair,
 )
@@ -115,15 +116,8 @@ def _check_arguments(
     shift = to_pair(_NAME, "shift_size", shift_size, 0)
     if shift[0] >= window[0] or shift[1] >= window[1]:
         raise ValueError(f"{_NAME}: shift_size is {shift}; allowed: smaller than window_size {window}")
-    if (pad_k is None) != (pad_v is None):
-        raise ValueError(f"{_NAME}: pad_k and pad_v must be given together or not at all")
-    tokens = window[0] * window[1]
-    for name, tensor, shape in (
-        ("bias", bias, (heads, tokens, tokens)),
-        ("pad_k", pad_k, (heads, dim)),
-        ("pad_v", pad_v, (heads, dim)),
-    ):
-        if tensor is not None:
-            check_floating(_NAME, **{name: tensor})
-            check_shape(_NAME, name, tensor, shape)
+    check_pads(_NAME, q, pad_k=pad_k, pad_v=pad_v)
+    if bias is not None:
+        check_floating(_NAME, bias=bias)
+        check_shape(_NAME, "bias", bias, (heads, window[0] * window[1], window[0] * window[1]))
     return window, shift, dim**-0.5 if scale is None else float(scale)

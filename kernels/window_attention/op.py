@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitrail.kernels._common.dispatch import Support, triton_support
-from vitrail.kernels._common.gradients import empty_gradient, reference_gradients
+from vitrail.kernels._common.gradients import fake_gradients, reference_gradients, requested_gradients
 from vitrail.kernels.window_attention.reference import window_attention_reference
 
 _TAIL = "Tensor? bias, Tensor? pad_k, Tensor? pad_v, int[] window_size, int[] shift_size, float scale"
@@ -83,11 +83,7 @@ def _fake_packed_forward(qkv: Tensor, *rest: Any) -> Tensor:
 
 
 def _fake_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    """Contiguous gradients of all tensor inputs, empty ones for those that are absent."""
-    tensors = inputs[:-3]
-    return tuple(
-        empty_gradient(grad) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors
-    )
+    return fake_gradients(grad, inputs[:-3])
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -95,18 +91,14 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.constants = inputs[-3:]
 
 
-def _needed(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Drops the gradients nobody asked for and adds the `None`s of the three constants."""
-    tensor_gradients = [g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)]
-    return *tensor_gradients, None, None, None
-
-
 def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _needed(ctx, torch.ops.vitrail.window_attention_backward(grad, *ctx.saved_tensors, *ctx.constants))
+    gradients = torch.ops.vitrail.window_attention_backward(grad, *ctx.saved_tensors, *ctx.constants)
+    return requested_gradients(ctx, gradients)
 
 
 def _autograd_packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _needed(ctx, torch.ops.vitrail.window_attention_packed_backward(grad, *ctx.saved_tensors, *ctx.constants))
+    gradients = torch.ops.vitrail.window_attention_packed_backward(grad, *ctx.saved_tensors, *ctx.constants)
+    return requested_gradients(ctx, gradients)
 
 
 for _device in ("CPU", "CUDA"):

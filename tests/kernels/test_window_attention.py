@@ -16,10 +16,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 
+# The first and the third are cut into several tiles.
+_WINDOWS = [(9, 9), (7, 7), (5, 14), (3, 4), (1, 5)]
+
+
 def _case(seed: int, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any], Tensor]:
     """Random inputs [qkv, bias?, pad_k?, pad_v?], options and output gradient."""
     draw = random.Random(seed)
-    window = draw.choice([(7, 7), (3, 4), (1, 5), (9, 9), (4, 2)])
+    window = _WINDOWS[seed % len(_WINDOWS)]
     shift = draw.choice([(0, 0), (window[0] // 2, window[1] // 2), (0, window[1] - 1)])
     height, width, heads, dim = draw.randint(1, 15), draw.randint(1, 15), draw.randint(1, 3), draw.choice([16, 32])
     tokens = window[0] * window[1]
@@ -60,7 +64,7 @@ def _run(inputs: list[Tensor], options: dict[str, Any], grad: Tensor, dtype: tor
     [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
     ids=str,
 )
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(15))
 def test_fused_is_as_exact_as_eager(seed: int, dtype: torch.dtype) -> None:
     inputs, options, grad = _case(seed, dtype)
     truth = _run(inputs, options, grad, torch.float64, "eager")

@@ -26,6 +26,7 @@ test-gpu: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p vitrail.kernels -p vitrail.layers
 
 bench: $(STAMP)
 	$(BIN)/python -m vitrail.tools.benchmark davit_t --compare timm/davit_tiny

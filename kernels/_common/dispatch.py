@@ -60,7 +60,8 @@ settings = Settings()
 def record_choices() -> Iterator[list[Choice]]:
     """Collects the backend choice of every operator call made inside the `with` block."""
     outer = settings.recorder
-    settings.recorder = choices = []
+    choices: list[Choice] = []
+    settings.recorder = choices
     try:
         yield choices
     finally:

@@ -91,13 +91,13 @@ def window_attention_packed(
     """
     check_dims(_NAME, "qkv", qkv, "(B, H, W, 3, heads, D)")
     check_shape(_NAME, "qkv", qkv, (*qkv.shape[:3], 3, *qkv.shape[4:]))
-    q = qkv.select(3, 0)
-    window, shift, scale = _check_arguments(q, bias, pad_k, pad_v, window_size, shift_size, scale)
+    window, shift, scale = _check_arguments(qkv.select(3, 0), bias, pad_k, pad_v, window_size, shift_size, scale)
     (qkv,) = autocast_together(qkv)
+    q, k, v = qkv.unbind(3)
     arguments = (bias, pad_k, pad_v, window, shift, scale)
-    if choose_backend(_NAME, backend, fused_support(qkv.select(3, 0), window), q) == "triton":
+    if choose_backend(_NAME, backend, fused_support(q, window), q) == "triton":
         return torch.ops.vitrail.window_attention_packed(qkv, *arguments)
-    return window_attention_reference(*qkv.unbind(3), *arguments)
+    return window_attention_reference(q, k, v, *arguments)
 
 
 def _check_arguments(

@@ -52,26 +52,30 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tupl
     if fused_support(q, rest[3]).ok:
         from vitrail.kernels.window_attention.triton import window_attention_backward
 
-        d_qkv = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-        return *d_qkv, *window_attention_backward(grad, q, k, v, *d_qkv, *rest)
+        d_q, d_k, d_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        return d_q, d_k, d_v, *window_attention_backward(grad, q, k, v, d_q, d_k, d_v, *rest)
     return reference_gradients(window_attention_reference, (q, k, v, *rest[:3]), rest[3:], grad)
 
 
 def _packed_forward(qkv: Tensor, *rest: Any) -> Tensor:
-    return _forward(*qkv.unbind(3), *rest)
+    q, k, v = qkv.unbind(3)
+    return _forward(q, k, v, *rest)
 
 
 def _packed_backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    if fused_support(qkv.select(3, 0), rest[3]).ok:
+    q, k, v = qkv.unbind(3)
+    if fused_support(q, rest[3]).ok:
         from vitrail.kernels.window_attention.triton import window_attention_backward
 
         d_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-        return d_qkv, *window_attention_backward(grad, *qkv.unbind(3), *d_qkv.unbind(3), *rest)
+        d_q, d_k, d_v = d_qkv.unbind(3)
+        return d_qkv, *window_attention_backward(grad, q, k, v, d_q, d_k, d_v, *rest)
     return reference_gradients(_packed_reference, (qkv, *rest[:3]), rest[3:], grad)
 
 
 def _packed_reference(qkv: Tensor, *rest: Any) -> Tensor:
-    return window_attention_reference(*qkv.unbind(3), *rest)
+    q, k, v = qkv.unbind(3)
+    return window_attention_reference(q, k, v, *rest)
 
 
 def _fake_forward(q: Tensor, *rest: Any) -> Tensor:

@@ -274,3 +274,19 @@ def test_the_command_leaves_sys_argv_alone(capsys: pytest.CaptureFixture[str]) -
     assert main(["--help"]) == 0
     assert "--cfg-options" in capsys.readouterr().out
     assert sys.argv == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", [None, "bf16", "fp16"])
+@pytest.mark.parametrize("launcher", ["none", "pytorch"])
+def test_trains_biformer_on_the_gpu(tmp_path: Path, amp: str | None, launcher: str) -> None:
+    pytest.importorskip("sklearn")
+    command = ["-m", "vitrail.tools.train"]
+    if launcher == "pytorch":
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", *command]
+    precision = ["--amp", amp] if amp else []
+    changes = ["train_cfg.max_epochs=5", "sync_bn=True"]
+    done = _runs.run_python(*command, "digits/biformer_n", "--work-dir", tmp_path / "run", "--device", "cuda",
+                            "--launcher", launcher, *precision, "--cfg-options", *changes, folder=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert _metrics(tmp_path / "run")["held_out"]["top1"] > 80

@@ -74,7 +74,7 @@ class WindowAttention(nn.Module):
         pad_k, pad_v = self._padding(qkv)
         if torch.jit.is_scripting():
             y = torch.ops.vitrail.window_attention_packed(
-                qkv, bias, pad_k, pad_v, self.window_size, self.shift_size, self.scale
+                qkv, bias, pad_k, pad_v, self.window_size, self.shift_size, self.scale, False
             )
         else:
             y = window_attention_packed(

@@ -19,10 +19,14 @@ def pad_map(x: Tensor, pads: tuple[int, int], value: Tensor | None) -> Tensor:
     return torch.where(is_pad[..., None, None], value.to(x.dtype), padded)
 
 
+def roll_map(x: Tensor, shift: tuple[int, int]) -> Tensor:
+    """Rolls (B, H, W, heads, D) cyclically up and left by `shift`."""
+    return x if shift == (0, 0) else torch.roll(x, (-shift[0], -shift[1]), dims=(1, 2))
+
+
 def to_windows(x: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
     """(B, H, W, heads, D) -> (B * nW, T, heads, D), windows in raster order, tokens in raster order."""
-    if shift != (0, 0):
-        x = torch.roll(x, (-shift[0], -shift[1]), dims=(1, 2))
+    x = roll_map(x, shift)
     batch, height, width, heads, dim = x.shape
     rows, columns = height // window[0], width // window[1]
     x = x.reshape(batch, rows, window[0], columns, window[1], heads, dim).transpose(2, 3)
@@ -37,6 +41,4 @@ def from_windows(
     rows, columns = (height + pads[0]) // window[0], (width + pads[1]) // window[1]
     x = x.reshape(batch, rows, columns, window[0], window[1], heads, dim).transpose(2, 3)
     x = x.reshape(batch, height + pads[0], width + pads[1], heads, dim)
-    if shift != (0, 0):
-        x = torch.roll(x, shift, dims=(1, 2))
-    return x[:, :height, :width].contiguous()
+    return roll_map(x, (-shift[0], -shift[1]))[:, :height, :width].contiguous()

@@ -34,6 +34,7 @@ def window_attention(
     pad_k: Tensor | None = None,
     pad_v: Tensor | None = None,
     scale: float | None = None,
+    roll_first: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     r"""Softmax attention inside each window of a map: :math:`\mathrm{softmax}(s\, q k^\top + \mathrm{bias})\, v`.
@@ -53,6 +54,8 @@ def window_attention(
         pad_k: Key that every padded position holds, (heads, D). Without it padded positions are hidden.
         pad_v: Value that every padded position holds, (heads, D); given exactly where `pad_k` is.
         scale: Factor on `q k^T`; `D ** -0.5` by default.
+        roll_first: Roll the map, then pad it, as timm's Swin does; by default it is padded, then rolled, as the
+            authors do. The two differ where the map is shifted and no multiple of the window.
         backend: "auto", "eager" or "triton"; see `vitrail.kernels._common.dispatch`.
 
     Returns:
@@ -67,7 +70,7 @@ def window_attention(
     check_alike(_NAME, q=q, k=k, v=v)
     window, shift, scale = _check_arguments(q, bias, pad_k, pad_v, window_size, shift_size, scale)
     q, k, v = autocast_together(q, k, v)
-    arguments = (bias, pad_k, pad_v, window, shift, scale)
+    arguments = (bias, pad_k, pad_v, window, shift, scale, roll_first)
     if choose_backend(_NAME, backend, fused_support(q, window), q) == "triton":
         return torch.ops.vitrail.window_attention(q, k, v, *arguments)
     return window_attention_reference(q, k, v, *arguments)
@@ -82,6 +85,7 @@ def window_attention_packed(
     pad_k: Tensor | None = None,
     pad_v: Tensor | None = None,
     scale: float | None = None,
+    roll_first: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """`window_attention` of queries, keys and values that one projection produced: (B, H, W, 3, heads, D).
@@ -94,7 +98,7 @@ def window_attention_packed(
     window, shift, scale = _check_arguments(qkv.select(3, 0), bias, pad_k, pad_v, window_size, shift_size, scale)
     (qkv,) = autocast_together(qkv)
     q, k, v = qkv.unbind(3)
-    arguments = (bias, pad_k, pad_v, window, shift, scale)
+    arguments = (bias, pad_k, pad_v, window, shift, scale, roll_first)
     if choose_backend(_NAME, backend, fused_support(q, window), q) == "triton":
         return torch.ops.vitrail.window_attention_packed(qkv, *arguments)
     return window_attention_reference(q, k, v, *arguments)

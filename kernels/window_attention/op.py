@@ -18,7 +18,8 @@ from vitrail.kernels._common.dispatch import Support, triton_support
 from vitrail.kernels._common.gradients import fake_gradients, reference_gradients, requested_gradients
 from vitrail.kernels.window_attention.reference import window_attention_reference
 
-_TAIL = "Tensor? bias, Tensor? pad_k, Tensor? pad_v, int[] window_size, int[] shift_size, float scale"
+_TAIL = "Tensor? bias, Tensor? pad_k, Tensor? pad_v, int[] window_size, int[] shift_size, float scale, bool roll_first"
+_N_CONSTANTS = 4  # the last four of them
 _TAIL_GRADS = "Tensor d_bias, Tensor d_pad_k, Tensor d_pad_v"
 
 torch.library.define("vitrail::window_attention", f"(Tensor q, Tensor k, Tensor v, {_TAIL}) -> Tensor")
@@ -87,12 +88,12 @@ def _fake_packed_forward(qkv: Tensor, *rest: Any) -> Tensor:
 
 
 def _fake_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return fake_gradients(grad, inputs[:-3])
+    return fake_gradients(grad, inputs[:-_N_CONSTANTS])
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:-3])
-    ctx.constants = inputs[-3:]
+    ctx.save_for_backward(*inputs[:-_N_CONSTANTS])
+    ctx.constants = inputs[-_N_CONSTANTS:]
 
 
 def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail.kernels._common.partition import from_windows, pad_map, to_windows
+from vitrail.kernels._common.partition import from_windows, pad_map, roll_map, to_windows
 
 
 def window_attention_reference(
@@ -19,6 +19,7 @@ def window_attention_reference(
     window_size: tuple[int, int],
     shift_size: tuple[int, int],
     scale: float,
+    roll_first: bool,
 ) -> Tensor:
     """Computes `softmax(scale * q k^T + bias) v` inside every window of a cyclically shifted map.
 
@@ -26,10 +27,11 @@ def window_attention_reference(
     """
     height, width = q.shape[1:3]
     pads = (-height % window_size[0], -width % window_size[1])
-    mask = _attention_mask(height, width, pads, window_size, shift_size, pad_k is not None, q.device)
-    q_windows = to_windows(pad_map(q, pads, None), window_size, shift_size)  # (B * nW, T, heads, D)
-    k_windows = to_windows(pad_map(k, pads, pad_k), window_size, shift_size)
-    v_windows = to_windows(pad_map(v, pads, pad_v), window_size, shift_size)
+    mask = _attention_mask(height, width, pads, window_size, shift_size, pad_k is not None, roll_first, q.device)
+    early_shift, shift = (shift_size, (0, 0)) if roll_first else ((0, 0), shift_size)
+    q_windows = to_windows(pad_map(roll_map(q, early_shift), pads, None), window_size, shift)  # (B * nW, T, heads, D)
+    k_windows = to_windows(pad_map(roll_map(k, early_shift), pads, pad_k), window_size, shift)
+    v_windows = to_windows(pad_map(roll_map(v, early_shift), pads, pad_v), window_size, shift)
     out = F.scaled_dot_product_attention(
         q_windows.transpose(1, 2),  # (B * nW, heads, T, D)
         k_windows.transpose(1, 2),
@@ -37,7 +39,8 @@ def window_attention_reference(
         attn_mask=_additive_mask(bias, mask, q),
         scale=scale,
     )
-    return from_windows(out.transpose(1, 2), q, pads, window_size, shift_size)
+    y = from_windows(out.transpose(1, 2), q, pads, window_size, shift)
+    return roll_map(y, (-early_shift[0], -early_shift[1]))
 
 
 def _attention_mask(
@@ -47,6 +50,7 @@ def _attention_mask(
     window: tuple[int, int],
     shift: tuple[int, int],
     pads_are_keys: bool,
+    roll_first: bool,
     device: torch.device,
 ) -> Tensor | None:
     """Which key a query sees: (nW, T, T) of bool, or None where every query sees its whole window.
@@ -57,13 +61,15 @@ def _attention_mask(
     hides_pads = pads != (0, 0) and not pads_are_keys
     if shift == (0, 0) and not hides_pads:
         return None
-    y = torch.arange(height + pads[0], device=device)[:, None]
-    x = torch.arange(width + pads[1], device=device)[None, :]
-    # Before the shift the first `shift` rows stand at the top; the shift carries them behind the last row.
-    wrapped = 2 * (y < shift[0]).int() + (x < shift[1]).int()
+    padded = (height + pads[0], width + pads[1])
+    y = torch.arange(padded[0], device=device)[:, None]  # after the shift
+    x = torch.arange(padded[1], device=device)[None, :]
+    wrapped = 2 * (y >= padded[0] - shift[0]).int() + (x >= padded[1] - shift[1]).int()
+    if not roll_first:
+        y, x = (y + shift[0]) % padded[0], (x + shift[1]) % padded[1]  # before the shift
     real = (y < height) & (x < width)
-    wrapped_windows = to_windows(wrapped[None, :, :, None, None], window, shift)[..., 0, 0]  # (nW, T)
-    real_windows = to_windows(real[None, :, :, None, None], window, shift)[..., 0, 0]
+    wrapped_windows = to_windows(wrapped[None, :, :, None, None], window, (0, 0))[..., 0, 0]  # (nW, T)
+    real_windows = to_windows(real[None, :, :, None, None], window, (0, 0))[..., 0, 0]
     sees = wrapped_windows[:, :, None] == wrapped_windows[:, None, :]
     if hides_pads:
         # A padded query's output is cropped; letting it see padded keys keeps its softmax finite.

@@ -1,9 +1,9 @@
 """Triton kernels of window attention: index map, tiling and numerics.
 
 Index map. A window's token t stands at row t // ww and column t % ww of its window; the window's origin plus the
-shift, modulo the padded size, is a pixel. Tokens whose pixel lies outside the image are padding: they are never
-read or written, their key and value are `pad_k` and `pad_v` or hidden. Tokens that wrapped around a border form
-regions of their own and see only their like.
+shift, modulo the padded size (the map's own size where the roll comes first), is a pixel. Tokens whose pixel lies
+outside the image are padding: they are never read or written, their key and value are `pad_k` and `pad_v` or hidden.
+Tokens that wrapped around a border form regions of their own and see only their like.
 
 Tiling. Windows of up to `_SINGLE_TILE` tokens fit into one tile: a program keeps one head's bias in registers and
 walks over windows, so that bias is read, and its gradient written, once a program and not once a window. Neighbouring
@@ -38,6 +38,7 @@ _BLOCK = 64
 def _locate(
     tokens, window, height, width,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
+    ROLL_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Tokens of one window -> (batch, y, x, whether the pixel exists, region whose tokens see each other)."""
     rows = tl.cdiv(height, WINDOW_H)
@@ -46,15 +47,20 @@ def _locate(
     padded_width = columns * WINDOW_W
     per_image = rows * columns
     local = window % per_image
-    y = (local // columns) * WINDOW_H + tokens // WINDOW_W + SHIFT_Y
-    x = (local % columns) * WINDOW_W + tokens % WINDOW_W + SHIFT_X
-    wraps_y = y >= padded_height
-    wraps_x = x >= padded_width
-    y = tl.where(wraps_y, y - padded_height, y)
-    x = tl.where(wraps_x, x - padded_width, x)
+    y = (local // columns) * WINDOW_H + tokens // WINDOW_W
+    x = (local % columns) * WINDOW_W + tokens % WINDOW_W
     is_token = tokens < WINDOW_H * WINDOW_W
-    real = (y < height) & (x < width) & is_token
+    wraps_y = y >= padded_height - SHIFT_Y
+    wraps_x = x >= padded_width - SHIFT_X
     region = wraps_y.to(tl.int32) * 2 + wraps_x.to(tl.int32)
+    if ROLL_FIRST:
+        real = (y < height) & (x < width) & is_token
+        y = (y + SHIFT_Y) % height
+        x = (x + SHIFT_X) % width
+    else:
+        y = tl.where(wraps_y, y + SHIFT_Y - padded_height, y + SHIFT_Y)
+        x = tl.where(wraps_x, x + SHIFT_X - padded_width, x + SHIFT_X)
+        real = (y < height) & (x < width) & is_token
     return window // per_image, y, x, real, region
 
 
@@ -122,7 +128,7 @@ def _window_fwd_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr, out_ptr,
     q_strides, k_strides, v_strides, out_strides, height, width, n_windows, n_heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program: one head, every `step`-th window, each a single tile."""
@@ -136,7 +142,9 @@ def _window_fwd_kernel(
     if HAS_BIAS:
         b_bias = _load_bias(bias_ptr, head, tokens, tokens, N_TOKENS)
     for window in range(tl.program_id(0) // n_heads, n_windows, step):
-        batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
+        batch, y, x, real, region = _locate(
+            tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
+        )
         q = tl.load(q_ptr + _offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
         k = _load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         v = _load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
@@ -158,7 +166,7 @@ def _window_bwd_kernel(
     grad_strides, q_strides, k_strides, v_strides, d_q_strides, d_k_strides, d_v_strides,
     height, width, n_windows, n_heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Backward of `_window_fwd_kernel`; writes one partial bias and padding gradient a program."""
@@ -176,7 +184,9 @@ def _window_bwd_kernel(
         d_pad_k = tl.zeros((HEAD_DIM,), tl.float32)
         d_pad_v = tl.zeros((HEAD_DIM,), tl.float32)
     for window in range(tl.program_id(0) // n_heads, n_windows, step):
-        batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
+        batch, y, x, real, region = _locate(
+            tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
+        )
         q = tl.load(q_ptr + _offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
         grad = tl.load(grad_ptr + _offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=real[:, None], other=0.0)
         k = _load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
@@ -220,7 +230,7 @@ def _window_fwd_tiled_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr, out_ptr,
     q_strides, k_strides, v_strides, out_strides, height, width, n_windows, n_heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program: one block of queries of one window and head, over all blocks of keys."""
@@ -230,14 +240,18 @@ def _window_fwd_tiled_kernel(
     head = (tl.program_id(0) // N_BLOCKS) % n_heads
     window = tl.program_id(0) // (N_BLOCKS * n_heads)
     q_tokens = (tl.program_id(0) % N_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-    batch, q_y, q_x, q_real, q_region = _locate(q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
+    batch, q_y, q_x, q_real, q_region = _locate(
+        q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
+    )
     q = tl.load(q_ptr + _offsets(batch, q_y, q_x, head, q_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
     maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     out = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     for start in range(0, N_TOKENS, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
+        batch, y, x, real, region = _locate(
+            tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
+        )
         k = _load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         v = _load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         b_bias = 0.0
@@ -262,7 +276,7 @@ def _window_bwd_dq_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr, d_q_ptr, stats_ptr,
     grad_strides, q_strides, k_strides, v_strides, d_q_strides, height, width, n_windows, n_heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program: gradient of one block of queries; leaves the rows' statistics for the other backward kernels.
@@ -275,7 +289,9 @@ def _window_bwd_dq_kernel(
     head = (tl.program_id(0) // N_BLOCKS) % n_heads
     window = tl.program_id(0) // (N_BLOCKS * n_heads)
     q_tokens = (tl.program_id(0) % N_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-    batch, q_y, q_x, q_real, q_region = _locate(q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
+    batch, q_y, q_x, q_real, q_region = _locate(
+        q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
+    )
     q = tl.load(q_ptr + _offsets(batch, q_y, q_x, head, q_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
     grad_offsets = _offsets(batch, q_y, q_x, head, grad_strides, HEAD_DIM)
     grad = tl.load(grad_ptr + grad_offsets, mask=q_real[:, None], other=0.0)
@@ -284,7 +300,9 @@ def _window_bwd_dq_kernel(
     correction = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, N_TOKENS, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
+        batch, y, x, real, region = _locate(
+            tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
+        )
         k = _load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         v = _load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         b_bias = 0.0
@@ -306,7 +324,9 @@ def _window_bwd_dq_kernel(
     d_q = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     for start in range(0, N_TOKENS, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
+        batch, y, x, real, region = _locate(
+            tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
+        )
         k = _load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         v = _load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         b_bias = 0.0
@@ -331,7 +351,7 @@ def _window_bwd_dkdv_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr, d_k_ptr, d_v_ptr, d_pad_ptr, stats_ptr,
     grad_strides, q_strides, k_strides, v_strides, d_k_strides, d_v_strides, height, width, n_windows, n_heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program: gradients of one block of keys and values, over all blocks of queries."""
@@ -342,7 +362,7 @@ def _window_bwd_dkdv_kernel(
     window = tl.program_id(0) // (N_BLOCKS * n_heads)
     tokens = (tl.program_id(0) % N_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
     exists = tokens < N_TOKENS
-    batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
+    batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST)
     k = _load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
     v = _load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
     stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * N_BLOCKS * BLOCK)
@@ -351,7 +371,7 @@ def _window_bwd_dkdv_kernel(
     for start in range(0, N_TOKENS, BLOCK):
         q_tokens = start + tl.arange(0, BLOCK)
         batch, q_y, q_x, q_real, q_region = _locate(
-            q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X
+            q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
         )
         q = tl.load(q_ptr + _offsets(batch, q_y, q_x, head, q_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
         grad_offsets = _offsets(batch, q_y, q_x, head, grad_strides, HEAD_DIM)
@@ -382,7 +402,7 @@ def _window_bwd_dbias_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr, d_bias_ptr, stats_ptr,
     grad_strides, q_strides, k_strides, v_strides, height, width, n_windows, n_heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of one head's bias gradient, summed over every `step`-th window."""
@@ -398,9 +418,11 @@ def _window_bwd_dbias_kernel(
     b_bias = _load_bias(bias_ptr, head, q_tokens, tokens, N_TOKENS)
     d_bias = tl.zeros((BLOCK, BLOCK), tl.float32)
     for window in range(split, n_windows, step):
-        batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X)
+        batch, y, x, real, region = _locate(
+            tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
+        )
         batch, q_y, q_x, q_real, q_region = _locate(
-            q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X
+            q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
         )
         k = _load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         v = _load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
@@ -452,6 +474,7 @@ class _Problem:
         window: tuple[int, int],
         shift: tuple[int, int],
         scale: float,
+        roll_first: bool,
     ) -> None:
         batch, height, width, self.heads, self.head_dim = q.shape
         self.tokens = window[0] * window[1]
@@ -467,6 +490,8 @@ class _Problem:
             "WINDOW_W": window[1],
             "SHIFT_Y": shift[0],
             "SHIFT_X": shift[1],
+            # Without padding or shift the orders are one, and need no kernel of their own.
+            "ROLL_FIRST": roll_first and padded and shift != (0, 0),
             "HAS_BIAS": bias is not None,
             "HAS_PAD": self.has_pad,
             "HIDES_PADS": padded and pad_k is None,
@@ -490,13 +515,14 @@ def window_attention_forward(
     window: tuple[int, int],
     shift: tuple[int, int],
     scale: float,
+    roll_first: bool,
 ) -> Tensor:
     """Fused forward; arguments as in `window_attention_reference`."""
     q, k, v = _unit_stride(q, k, v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    problem = _Problem(q, bias, pad_k, window, shift, scale)
+    problem = _Problem(q, bias, pad_k, window, shift, scale, roll_first)
     tensors = (q, k, v, _contiguous(bias), _contiguous(pad_k), _contiguous(pad_v), out)
     if problem.single_tile:
         config = CONFIGS["fwd"]
@@ -522,12 +548,13 @@ def window_attention_backward(
     window: tuple[int, int],
     shift: tuple[int, int],
     scale: float,
+    roll_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fused backward: fills `d_q`, `d_k`, `d_v`; returns the gradients of bias and padding (empty if absent)."""
     grad, q, k, v = _unit_stride(grad, q, k, v)
     if q.numel() == 0:
         return _zeros_or_empty(grad, bias), _zeros_or_empty(grad, pad_k), _zeros_or_empty(grad, pad_v)
-    problem = _Problem(q, bias, pad_k, window, shift, scale)
+    problem = _Problem(q, bias, pad_k, window, shift, scale, roll_first)
     inputs = (grad, q, k, v, _contiguous(bias), _contiguous(pad_k), _contiguous(pad_v))
     run = _backward_single_tile if problem.single_tile else _backward_tiled
     bias_slots, pad_slots = run(problem, inputs, (d_q, d_k, d_v))

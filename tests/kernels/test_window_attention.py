@@ -42,6 +42,7 @@ def _case(seed: int, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any], 
         inputs += [randn(heads, dim), randn(heads, dim)]
         names += ["pad_k", "pad_v"]
     options = {"window_size": window, "shift_size": shift, "names": names, "packed": draw.random() < 0.5}
+    options["roll_first"] = draw.random() < 0.5
     return inputs, options, randn(batch, height, width, heads, dim)
 
 
@@ -49,7 +50,7 @@ def _run(inputs: list[Tensor], options: dict[str, Any], grad: Tensor, dtype: tor
     """Output and the gradient of every input."""
     leaves = [x.to(dtype).requires_grad_() for x in inputs]
     optional = dict(zip(options["names"], leaves[1:], strict=True))
-    sizes = {key: options[key] for key in ("window_size", "shift_size")}
+    sizes = {key: options[key] for key in ("window_size", "shift_size", "roll_first")}
     if options["packed"]:
         out = window_attention_packed(leaves[0], **sizes, **optional, backend=backend)
     else:
@@ -79,29 +80,41 @@ def test_fused_is_as_exact_as_eager(seed: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("shift", [(0, 0), (1, 2)])
 @pytest.mark.parametrize("pads", [False, True])
-def test_reference_is_the_definition(shift: tuple[int, int], pads: bool) -> None:
+@pytest.mark.parametrize("roll_first", [False, True])
+def test_reference_is_the_definition(shift: tuple[int, int], pads: bool, roll_first: bool) -> None:
     """Pixel by pixel: which keys a query sees, and with which values."""
     window, (batch, height, width, heads, dim) = (3, 4), (2, 7, 9, 2, 8)
     q, k, v = torch.randn(3, batch, height, width, heads, dim, dtype=torch.float64)
     bias = torch.randn(heads, 12, 12, dtype=torch.float64)
     pad_k, pad_v = torch.randn(2, heads, dim, dtype=torch.float64) if pads else (None, None)
-    got = window_attention(q, k, v, window_size=window, shift_size=shift, bias=bias, pad_k=pad_k, pad_v=pad_v)
+    options = {"window_size": window, "shift_size": shift, "roll_first": roll_first}
+    got = window_attention(q, k, v, **options, bias=bias, pad_k=pad_k, pad_v=pad_v)
     padded = (9, 12)
+    cycle = (height, width) if roll_first else padded
+
+    def region(rolled: tuple[int, int]) -> tuple[bool, bool]:
+        return rolled[0] >= padded[0] - shift[0], rolled[1] >= padded[1] - shift[1]
+
+    def pixel(rolled: tuple[int, int]) -> tuple[int, int] | None:
+        if roll_first and (rolled[0] >= height or rolled[1] >= width):
+            return None
+        y, x = (rolled[0] + shift[0]) % cycle[0], (rolled[1] + shift[1]) % cycle[1]
+        return (y, x) if y < height and x < width else None
+
     for y in range(height):
         for x in range(width):
-            rolled = ((y - shift[0]) % padded[0], (x - shift[1]) % padded[1])
+            rolled = ((y - shift[0]) % cycle[0], (x - shift[1]) % cycle[1])
             origin = (rolled[0] // 3 * 3, rolled[1] // 4 * 4)
-            mine = (rolled[0] + shift[0] >= padded[0], rolled[1] + shift[1] >= padded[1])
             row = (rolled[0] - origin[0]) * 4 + rolled[1] - origin[1]
             keys, values, biases = [], [], []
             for token in range(12):
-                ky, kx = origin[0] + token // 4 + shift[0], origin[1] + token % 4 + shift[1]
-                if (ky >= padded[0], kx >= padded[1]) != mine:
+                key = (origin[0] + token // 4, origin[1] + token % 4)
+                if region(key) != region(rolled):
                     continue
-                ky, kx = ky % padded[0], kx % padded[1]
-                if ky < height and kx < width:
-                    keys.append(k[:, ky, kx])
-                    values.append(v[:, ky, kx])
+                source = pixel(key)
+                if source is not None:
+                    keys.append(k[:, source[0], source[1]])
+                    values.append(v[:, source[0], source[1]])
                 elif pad_k is not None and pad_v is not None:
                     keys.append(pad_k.expand(batch, -1, -1))
                     values.append(pad_v.expand(batch, -1, -1))
@@ -117,7 +130,7 @@ def test_reference_is_the_definition(shift: tuple[int, int], pads: bool) -> None
 def test_operator_registration(with_bias: bool) -> None:
     q, k, v = (torch.randn(1, 5, 6, 2, 24, requires_grad=True) for _ in range(3))
     bias = torch.randn(2, 9, 9, requires_grad=True) if with_bias else None
-    torch.library.opcheck(torch.ops.vitrail.window_attention, (q, k, v, bias, None, None, (3, 3), (1, 1), 0.2))
+    torch.library.opcheck(torch.ops.vitrail.window_attention, (q, k, v, bias, None, None, (3, 3), (1, 1), 0.2, True))
 
 
 def test_empty_batch() -> None:

@@ -14,6 +14,39 @@ from vitrail.kernels.window_attention import window_attention_packed
 from vitrail.layers._heads import head_width
 
 
+def relative_position_bias(table: Tensor, window_size: tuple[int, int]) -> Tensor:
+    """Spreads Swin's table of relative positions over all pairs of tokens of a window (arXiv 2103.14030, eq. 4).
+
+    Args:
+        table: One row for each offset of a query (y, x) from a key (y', x'), raster order over (y - y', x - x') from
+            the most negative: ((2 h - 1) * (2 w - 1), heads).
+        window_size: Height h and width w in tokens.
+
+    Returns:
+        (heads, h * w, h * w): row the query's, column the key's raster position.
+    """
+    height, width = window_size
+    heads = table.shape[1]
+    # Sliding windows over the table hold the offsets y + (height - 1 - y'); the flip turns them into y - y'. Unlike
+    # indexing, its backward is deterministic and cheap.
+    grid = table.view(2 * height - 1, 2 * width - 1, heads).unfold(0, height, 1).unfold(1, width, 1)
+    return grid.flip(3, 4).permute(2, 0, 1, 3, 4).reshape(heads, height * width, height * width)
+
+
+def padding_key_value(qkv_bias: Optional[Tensor], qkv: Tensor) -> tuple[Tensor, Tensor]:  # noqa: UP045 -- TorchScript
+    """Key and value, (heads, D) each, of a position that is zero before the projection to `qkv`.
+
+    Args:
+        qkv_bias: Bias of the projection, (3 * heads * D,), or None.
+        qkv: What it projected, (B, H, W, 3, heads, D).
+    """
+    if qkv_bias is None:
+        zeros = torch.zeros(2, qkv.shape[4], qkv.shape[5], dtype=qkv.dtype, device=qkv.device)
+        return zeros[0], zeros[1]
+    bias = qkv_bias.view(3, qkv.shape[4], qkv.shape[5])
+    return bias[1], bias[2]
+
+
 @register_notrace_module
 class WindowAttention(nn.Module):
     """Projects q, k, v once, attends inside (shifted) windows, projects back; (B, H, W, C) to (B, H, W, C).
@@ -70,8 +103,10 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C), for any H and W."""
         qkv = self.qkv(x).view(x.shape[0], x.shape[1], x.shape[2], 3, self.num_heads, self.head_dim)
-        bias = self._logit_bias()
-        pad_k, pad_v = self._padding(qkv)
+        bias = None
+        if self.relative_position_bias_table is not None:
+            bias = relative_position_bias(self.relative_position_bias_table, self.window_size)
+        pad_k, pad_v = padding_key_value(self.qkv.bias, qkv)
         if torch.jit.is_scripting():
             y = torch.ops.vitrail.window_attention_packed(
                 qkv, bias, pad_k, pad_v, self.window_size, self.shift_size, self.scale, False
@@ -87,24 +122,6 @@ class WindowAttention(nn.Module):
                 scale=self.scale,
             )
         return self.proj(y.flatten(3))
-
-    def _logit_bias(self) -> Optional[Tensor]:  # noqa: UP045 -- TorchScript reads the annotation
-        """Bias of query (y, x) for key (y', x'): the table's row of offset (y - y', x - x'); (heads, T, T) or None."""
-        table = self.relative_position_bias_table
-        if table is None:
-            return None
-        height, width = self.window_size
-        # Sliding windows over the table hold the offsets y + (height - 1 - y'); the flip turns them into y - y'.
-        grid = table.view(2 * height - 1, 2 * width - 1, self.num_heads).unfold(0, height, 1).unfold(1, width, 1)
-        return grid.flip(3, 4).permute(2, 0, 1, 3, 4).reshape(self.num_heads, height * width, height * width)
-
-    def _padding(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """Key and value of a position that is zero before the projection, (heads, D) each."""
-        if self.qkv.bias is None:
-            zeros = torch.zeros(2, self.num_heads, self.head_dim, dtype=qkv.dtype, device=qkv.device)
-            return zeros[0], zeros[1]
-        bias = self.qkv.bias.view(3, self.num_heads, self.head_dim)
-        return bias[1], bias[2]
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, window_size={self.window_size}, shift_size={self.shift_size}"

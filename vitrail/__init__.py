@@ -9,5 +9,6 @@ from vitrail import models
 from vitrail._version import __version__
 from vitrail.layers.explain import explain
 from vitrail.models._registry import list_models
+from vitrail.models.accelerate import accelerate
 
-__all__ = ["__version__", "create_model", "explain", "list_models", "models"]
+__all__ = ["__version__", "accelerate", "create_model", "explain", "list_models", "models"]

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 BACKENDS = ("auto", "eager", "triton")
+FUSED_HEAD_DIMS = (16, 32, 64, 128)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -76,8 +77,8 @@ def triton_support(tensor: torch.Tensor, head_dim: int) -> Support:
         return Support(False, f"Triton kernels run on CUDA devices, the input is on {tensor.device.type}")
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return Support(False, f"Triton kernels take float16, bfloat16 and float32, the input is {tensor.dtype}")
-    if head_dim not in (16, 32, 64, 128):
-        return Support(False, f"Triton kernels take head widths 16, 32, 64 and 128, the input has {head_dim}")
+    if head_dim not in FUSED_HEAD_DIMS:
+        return Support(False, f"Triton kernels take head widths {FUSED_HEAD_DIMS}, the input has {head_dim}")
     return Support(True, "supported")
 
 

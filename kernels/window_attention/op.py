@@ -18,6 +18,8 @@ from vitrail.kernels._common.dispatch import Support, triton_support
 from vitrail.kernels._common.gradients import fake_gradients, reference_gradients, requested_gradients
 from vitrail.kernels.window_attention.reference import window_attention_reference
 
+MAX_WINDOW = 1024  # tokens that the Triton kernels take
+
 _TAIL = "Tensor? bias, Tensor? pad_k, Tensor? pad_v, int[] window_size, int[] shift_size, float scale, bool roll_first"
 _N_CONSTANTS = 4  # the last four of them
 _TAIL_GRADS = "Tensor d_bias, Tensor d_pad_k, Tensor d_pad_v"
@@ -36,8 +38,9 @@ torch.library.define(
 def fused_support(q: Tensor, window_size: Sequence[int]) -> Support:
     """The one place that says when window attention is handed to the reference, and why."""
     support = triton_support(q, q.shape[-1])
-    if support.ok and math.prod(window_size) > 1024:
-        return Support(False, f"Triton kernels take windows of up to 1024 tokens, the window is {tuple(window_size)}")
+    if support.ok and math.prod(window_size) > MAX_WINDOW:
+        taken = f"Triton kernels take windows of up to {MAX_WINDOW} tokens"
+        return Support(False, f"{taken}, the window is {tuple(window_size)}")
     return support
 
 

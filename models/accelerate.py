@@ -1,0 +1,229 @@
+"""Runs this package's operators inside models that people already have: `vitrail.accelerate(model)`.
+
+Each replacement is a subclass of the module it stands for and overrides what it computes, not what it holds. Swapping
+a module's class for it therefore leaves parameters, buffers, hooks and checkpoints as they are, and can be undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from timm.models.davit import SpatialBlock
+from timm.models.maxxvit import AttentionCl, PartitionAttentionCl
+from timm.models.swin_transformer import SwinTransformerBlock
+from torch import Tensor, nn
+
+from vitrail.kernels._common.dispatch import FUSED_HEAD_DIMS
+from vitrail.kernels.window_attention import window_attention, window_attention_packed
+from vitrail.kernels.window_attention.op import MAX_WINDOW
+from vitrail.layers.window import padding_key_value, relative_position_bias
+
+__all__ = ["Acceleration", "accelerate", "register_acceleration"]
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What `accelerate` did; printing it gives a table.
+
+    Attributes:
+        replaced: Name of the class that each replaced module had, by the module's qualified name.
+        kept: Why a module that looks like attention was left as it is, by the module's qualified name.
+    """
+
+    replaced: Mapping[str, str]
+    kept: Mapping[str, str]
+    _originals: dict[nn.Module, type[nn.Module]] = field(repr=False)
+
+    def undo(self) -> None:
+        """Gives every replaced module its own class back."""
+        for module, original in self._originals.items():
+            module.__class__ = original
+        self._originals.clear()
+
+    def __str__(self) -> str:
+        rows = [(name, f"{kind}: fused") for name, kind in self.replaced.items()]
+        rows += [(name, f"kept: {reason}") for name, reason in self.kept.items()]
+        if not rows:
+            return "no attention found"
+        width = max(len(name) for name, _ in rows)
+        total = f"{len(self.replaced)} modules replaced, {len(self.kept)} kept"
+        return "\n".join([*(f"{name.ljust(width)}  {what}" for name, what in rows), total])
+
+
+@dataclass(frozen=True)
+class _Replacement:
+    fused: type[nn.Module]
+    objection: Callable[[nn.Module], str | None]
+
+
+_REPLACEMENTS: dict[type[nn.Module], _Replacement] = {}
+
+
+def register_acceleration(
+    original: type[nn.Module], fused: type[nn.Module], objection: Callable[[nn.Module], str | None] = lambda _: None
+) -> None:
+    """Teaches `accelerate` one more module class.
+
+    Args:
+        original: The exact class of the modules to replace; subclasses of it stay as they are.
+        fused: A subclass of `original` that needs no further state, whose methods compute the same function.
+        objection: Returns why one instance cannot be replaced, or None if it can.
+
+    Raises:
+        TypeError: `fused` is not a proper subclass of `original`.
+    """
+    if fused is original or not issubclass(fused, original):
+        raise TypeError(f"fused is {fused.__name__}; allowed: a subclass of {original.__name__}")
+    _REPLACEMENTS[original] = _Replacement(fused, objection)
+
+
+def accelerate(model: nn.Module) -> Acceleration:
+    """Replaces the attention of timm's Swin, Swin-S3, DaViT and MaxViT (and registered classes) by fused operators.
+
+    The model is changed in place. Its parameters, their names and its outputs stay the same, up to rounding in its
+    dtype. Where the fused kernels cannot run (on a CPU, say) the replacements use the operators' references.
+    Call it before `torch.compile`.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The report; `undo()` on it restores the model.
+
+    Example:
+        >>> model = timm.create_model("swin_tiny_patch4_window7_224").cuda().half()
+        >>> print(vitrail.accelerate(model))
+    """
+    replaced: dict[str, str] = {}
+    kept: dict[str, str] = {}
+    originals: dict[nn.Module, type[nn.Module]] = {}
+    handled: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        original = type(module)
+        replacement = _REPLACEMENTS.get(original)
+        if replacement is None:
+            if isinstance(getattr(module, "qkv", None), nn.Linear) and not name.startswith(handled or ("\0",)):
+                kept[name] = f"no replacement is registered for {original.__module__}.{original.__name__}"
+            continue
+        objection = replacement.objection(module)
+        if objection is None:
+            replaced[name] = original.__name__
+            originals[module] = original
+        else:
+            kept[name] = objection
+        handled = (*handled, f"{name}.")
+    for module in originals:
+        module.__class__ = _REPLACEMENTS[type(module)].fused
+    return Acceleration(MappingProxyType(replaced), MappingProxyType(kept), originals)
+
+
+def _objection(head_dim: int, window: tuple[int, int], dropout: float) -> str | None:
+    if head_dim not in FUSED_HEAD_DIMS:
+        return f"its heads have {head_dim} channels; fused: {FUSED_HEAD_DIMS}"
+    if window[0] * window[1] > MAX_WINDOW:
+        return f"its windows {tuple(window)} have more than {MAX_WINDOW} tokens"
+    if dropout > 0:
+        return f"it drops attention weights (attn_drop {dropout}), which the fused kernels do not"
+    return None
+
+
+class FusedSwinBlock(SwinTransformerBlock):
+    """timm's Swin block with fused window attention on the whole map: no roll, pad, partition or mask tensor.
+
+    timm hides other regions' keys by subtracting 100 from their logits; here they do not take part at all.
+    """
+
+    def _attn(self, x: Tensor) -> Tensor:
+        attn = self.attn
+        qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1))
+        pad_k, pad_v = padding_key_value(attn.qkv.bias, qkv)
+        y = window_attention_packed(
+            qkv,
+            window_size=self.window_size,
+            shift_size=self.shift_size,
+            bias=relative_position_bias(attn.relative_position_bias_table, self.window_size),
+            pad_k=pad_k,
+            pad_v=pad_v,
+            scale=attn.scale,
+            roll_first=True,
+        )
+        return attn.proj_drop(attn.proj(y.flatten(3)))
+
+
+def _swin_objection(block: SwinTransformerBlock) -> str | None:
+    attn = block.attn
+    return _objection(attn.qkv.out_features // (3 * attn.num_heads), block.window_size, attn.attn_drop.p)
+
+
+class FusedDaViTSpatialBlock(SpatialBlock):
+    """timm's DaViT window block with fused window attention on the whole map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        x = self.cpe1(x).permute(0, 2, 3, 1)
+        x = x + self.drop_path1(self._attend(self.norm1(x)))
+        x = self.cpe2(x.permute(0, 3, 1, 2))
+        if self.mlp is None:
+            return x
+        x = x.permute(0, 2, 3, 1)
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x.permute(0, 3, 1, 2)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        attn = self.attn
+        qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1))
+        pad_k, pad_v = padding_key_value(attn.qkv.bias, qkv)
+        y = window_attention_packed(qkv, window_size=self.window_size, pad_k=pad_k, pad_v=pad_v, scale=attn.scale)
+        return attn.proj(y.flatten(3))
+
+
+def _davit_objection(block: SpatialBlock) -> str | None:
+    if block.drop_path1 is None:
+        return "it has no feed-forward part (ffn=False), for which timm's block has no forward either"
+    return _objection(block.dim // block.num_heads, block.window_size, 0.0)
+
+
+class FusedMaxViTAttention(AttentionCl):
+    """timm's channels-last MaxViT attention on maps (B, H, W, C), each map or each window of it on its own."""
+
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+        """One window a map, (B, h, w, C) -> (B, h, w, C); `shared_rel_pos` is (1, heads, h * w, h * w)."""
+        return self.attend(x, (x.shape[1], x.shape[2]), shared_rel_pos)
+
+    def attend(self, x: Tensor, window: tuple[int, int], shared_rel_pos: Tensor | None = None) -> Tensor:
+        """Attends inside windows that tile the map exactly, (B, H, W, C) -> (B, H, W, C)."""
+        bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
+        if bias is not None:  # with or without a batch axis of one
+            bias = bias.reshape(self.num_heads, *bias.shape[-2:])
+        layout, axis = ((self.num_heads, 3, self.dim_head), 4) if self.head_first else ((3, self.num_heads, -1), 3)
+        q, k, v = self.qkv(x).unflatten(-1, layout).unbind(axis)
+        y = window_attention(q, k, v, window_size=window, bias=bias, scale=self.scale)
+        return self.proj_drop(self.proj(y.flatten(3)))
+
+
+def _maxvit_objection(attn: AttentionCl) -> str | None:
+    window = getattr(attn.rel_pos, "window_size", (1, 1))
+    return _objection(attn.dim_head, window, attn.attn_drop.p)
+
+
+class FusedMaxViTPartition(PartitionAttentionCl):
+    """timm's MaxViT block attention with no partition: the fused attention reads the whole map."""
+
+    def _partition_attn(self, x: Tensor) -> Tensor:
+        height, width = self.partition_size
+        tiles = x.shape[1] % height == 0 and x.shape[2] % width == 0
+        if tiles and isinstance(self.attn, FusedMaxViTAttention):
+            return self.attn.attend(x, (height, width))
+        return super()._partition_attn(x)
+
+
+def _partition_objection(block: PartitionAttentionCl) -> str | None:
+    return None if block.partition_block else "it partitions into a grid, which timm's code does as before"
+
+
+register_acceleration(SwinTransformerBlock, FusedSwinBlock, _swin_objection)
+register_acceleration(SpatialBlock, FusedDaViTSpatialBlock, _davit_objection)
+register_acceleration(AttentionCl, FusedMaxViTAttention, _maxvit_objection)
+register_acceleration(PartitionAttentionCl, FusedMaxViTPartition, _partition_objection)

@@ -1,0 +1,119 @@
+"""`vitrail.accelerate`: same outputs and gradients, nothing else changed, reversible, and an honest report."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models.davit import SpatialBlock
+from timm.models.swin_transformer import SwinTransformerBlock
+from torch import Tensor, nn
+
+import vitrail
+from vitrail.models.accelerate import FusedSwinBlock, register_acceleration
+
+_TINY_SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4, "num_classes": 5}
+_TINY_DAVIT = {"embed_dims": (16, 32), "depths": (1, 1), "num_heads": (1, 2), "num_classes": 5}
+_CASES: dict[str, tuple[str, dict[str, Any], tuple[int, int], int]] = {
+    "swin": ("swin_tiny_patch4_window7_224", {**_TINY_SWIN, "img_size": 32}, (32, 32), 4),
+    "swin, any size": ("swin_tiny_patch4_window7_224", {**_TINY_SWIN, "strict_img_size": False}, (52, 76), 4),
+    "swin without bias": (
+        "swin_tiny_patch4_window7_224",
+        {**_TINY_SWIN, "img_size": 48, "qkv_bias": False},
+        (48, 48),
+        4,
+    ),
+    "davit": ("davit_tiny", _TINY_DAVIT, (60, 72), 2),
+    "maxvit": ("maxvit_pico_rw_256", {"img_size": 64, "num_classes": 5}, (64, 64), 33),
+    "maxvit, tensorflow": (
+        "maxvit_tiny_tf_224",
+        {"img_size": 64, "num_classes": 5, "depths": (1, 1), "embed_dim": (32, 64)},
+        (64, 64),
+        6,
+    ),
+}
+
+
+def _model(name: str, options: dict[str, Any]) -> nn.Module:
+    model = timm.create_model(name, **options).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def _outputs(model: nn.Module, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    logits = model(image)
+    logits.square().sum().backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("case", _CASES)
+def test_outputs_and_gradients_stay(case: str) -> None:
+    name, options, size, n_replaced = _CASES[case]
+    model = _model(name, options)
+    image = torch.randn(2, 3, *size, dtype=torch.float64)
+    logits, gradients = _outputs(model, image)
+    classes, state = [type(m) for m in model.modules()], copy.deepcopy(model.state_dict())
+
+    report = vitrail.accelerate(model)
+    assert len(report.replaced) == n_replaced, report
+    fast_logits, fast_gradients = _outputs(model, image)
+    torch.testing.assert_close(fast_logits, logits, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(fast_gradients, gradients, rtol=1e-8, atol=1e-8)
+    assert {op.op for _, op in vitrail.explain(model, image).rows} == {"window_attention"}
+    torch.testing.assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
+
+    report.undo()
+    assert [type(m) for m in model.modules()] == classes
+    torch.testing.assert_close(model(image), logits, rtol=0, atol=0)
+
+
+def test_a_second_call_finds_nothing_to_do() -> None:
+    model = _model("swin_tiny_patch4_window7_224", {**_TINY_SWIN, "img_size": 32})
+    first = vitrail.accelerate(model)
+    assert set(first.replaced.values()) == {"SwinTransformerBlock"}
+    assert not first.kept
+    second = vitrail.accelerate(model)
+    assert not second.replaced
+    second.undo()
+    assert any(isinstance(m, FusedSwinBlock) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("swin_tiny_patch4_window7_224", {**_TINY_SWIN, "img_size": 32, "attn_drop_rate": 0.1}, "attn_drop 0.1"),
+        ("swin_tiny_patch4_window7_224", {**_TINY_SWIN, "img_size": 32, "embed_dim": 24}, "heads have 24 channels"),
+        ("swinv2_tiny_window8_256", {"img_size": 64}, "SwinTransformerV2Block|no replacement is registered"),
+        ("test_vit", {}, "no replacement is registered for timm"),
+    ],
+)
+def test_says_what_it_kept_and_why(name: str, options: dict[str, Any], reason: str) -> None:
+    model = timm.create_model(name, **options)
+    report = vitrail.accelerate(model)
+    assert not report.replaced
+    assert report.kept
+    text = str(report)
+    assert any(part in text for part in reason.split("|")), text
+    assert f"0 modules replaced, {len(report.kept)} kept" in text
+
+
+def test_registered_classes() -> None:
+    with pytest.raises(TypeError, match="a subclass of SpatialBlock"):
+        register_acceleration(SpatialBlock, FusedSwinBlock)
+    assert str(vitrail.accelerate(nn.Linear(2, 2))) == "no attention found"
+    assert issubclass(FusedSwinBlock, SwinTransformerBlock)
+
+
+def test_compiles_into_one_graph() -> None:
+    model = _model("swin_tiny_patch4_window7_224", {**_TINY_SWIN, "img_size": 32}).float()
+    image = torch.randn(1, 3, 32, 32)
+    want = model(image)
+    vitrail.accelerate(model)
+    got = torch.compile(model, fullgraph=True, backend="eager")(image)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

@@ -67,7 +67,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="vitrail-benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("models", nargs="*", metavar="MODEL", help="a name that timm.create_model knows; timm/NAME must be timm's own")
+    add(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="a name that timm.create_model knows; timm/NAME must be "
+        "timm's own, accelerated/NAME is timm's after vitrail.accelerate",
+    )
     add("--compare", nargs="+", default=[], metavar="MODEL", help="more models; the first is the reference of `speed`")
     add(
         "--kernels", nargs="*", metavar="NAME", help=f"measure operators instead: {', '.join(OPERATORS)} (default: all)"

@@ -50,7 +50,10 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["--kernels", "--device", "cpu", "--min-time", "0.01"]) == 1
 
 
-@pytest.mark.parametrize("arguments", [["biformer_x"], ["biformer_n", "--precision", "int3"], []])
+@pytest.mark.parametrize(
+    "arguments",
+    [["biformer_x"], ["biformer_n", "--precision", "int3"], ["accelerated/test_resnet"], ["mine/test_resnet"], []],
+)
 def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     try:
         status = main([*arguments, "--device", "cpu"])

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitrail
-from vitrail.tools._common.cli import ToolError, unknown_name
+from vitrail.tools._common.cli import ToolError, UsageError, unknown_name
 from vitrail.tools._common.measure import Timed, Timing, capture_graph, environment, measure_in_turns
 from vitrail.tools._common.table import Row
 
@@ -52,24 +52,28 @@ class _Candidate:
 
 
 def resolve(name: str) -> tuple[str, str]:
-    """Splits "timm/NAME" or "NAME" into where a model comes from, "timm" or "vitrail", and its entry point.
+    """Splits "timm/NAME", "accelerated/NAME" or "NAME" into where a model comes from and its entry point.
+
+    It comes from "timm", from "vitrail", or is timm's with `vitrail.accelerate` applied ("accelerated").
 
     Raises:
         UsageError: There is no such model; the message names the nearest ones.
     """
     ours = set(vitrail.list_models())
-    plain = name.removeprefix("timm/")
-    known = set(timm.list_models()) - ours if name.startswith("timm/") else set(timm.list_models())
+    source, _, plain = name.rpartition("/")
+    if source not in ("", "timm", "accelerated"):
+        raise UsageError(f"model is {name!r}; allowed: NAME, timm/NAME or accelerated/NAME")
+    known = set(timm.list_models()) - (ours if source else set())
     if plain.split(".")[0] not in known:
-        raise unknown_name("model", name, [f"timm/{n}" for n in known] if name.startswith("timm/") else known)
-    return ("vitrail" if plain in ours else "timm"), plain
+        raise unknown_name("model", name, [f"{source}/{n}" for n in known] if source else known)
+    return source or ("vitrail" if plain in ours else "timm"), plain
 
 
 def bench_models(names: Sequence[str], reference: str, settings: Settings, report: Callable[[str], None]) -> list[Row]:
     """Measures models in alternation.
 
     Args:
-        names: Entry points, "timm/NAME" for those that must be timm's; each is measured once.
+        names: As `resolve` takes them; each is measured once.
         reference: The one of `names` to which the others' speed is compared.
         settings: What all have in common.
         report: Called with one line on what happens now.
@@ -102,7 +106,7 @@ def _prepare(name: str, compiled: bool, settings: Settings) -> _Candidate:
     gc.collect()
     before = torch.cuda.memory_allocated(settings.device) if on_gpu else 0
     source, entry_point = resolve(name)
-    model, size = _build(entry_point, settings)
+    model, size = _build(source, entry_point, settings)
     facts: Row = {
         "model": name,
         "source": source,
@@ -135,7 +139,7 @@ def _prepare(name: str, compiled: bool, settings: Settings) -> _Candidate:
     return _Candidate(facts, step)
 
 
-def _build(entry_point: str, settings: Settings) -> tuple[nn.Module, tuple[int, int, int]]:
+def _build(source: str, entry_point: str, settings: Settings) -> tuple[nn.Module, tuple[int, int, int]]:
     """A model with random weights in the dtype, layout and mode asked for, and its (channels, height, width)."""
     model = timm.create_model(entry_point)
     channels, *default = model.default_cfg["input_size"]
@@ -145,6 +149,8 @@ def _build(entry_point: str, settings: Settings) -> tuple[nn.Module, tuple[int, 
     model = model.to(settings.device, PRECISIONS[settings.precision]).train(settings.train)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    if source == "accelerated" and not vitrail.accelerate(model).replaced:
+        raise UsageError(f"accelerated/{entry_point}: vitrail.accelerate replaces nothing in this model")
     return model, (channels, *size)
 
 

@@ -1,6 +1,7 @@
 """Registration of `vitrail::channel_attention` and `vitrail::channel_attention_packed` with PyTorch.
 
-The operators run on any device, by the reference. They save their inputs only; the backward recomputes the map.
+The operators run on any device: what `fused_support` accepts goes to the Triton kernels, everything else to the
+reference. They save their inputs only; the backward recomputes the map.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vitrail.kernels._common.dispatch import Support
+from vitrail.kernels._common.dispatch import Support, triton_support
 from vitrail.kernels._common.gradients import fake_gradients, requested_gradients
 from vitrail.kernels.channel_attention.reference import (
     channel_attention_gradients,
@@ -32,11 +33,41 @@ torch.library.define("vitrail::channel_attention_packed_backward", "(Tensor grad
 
 def fused_support(q: Tensor) -> Support:
     """The one place that says when channel attention is handed to the reference, and why."""
-    return Support(False, "channel attention has no Triton kernel yet")
+    return triton_support(q, q.shape[-1])
 
 
-def _packed_gradients(grad: Tensor, qkv: Tensor, scale: float) -> Tensor:
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    if fused_support(q).ok:
+        from vitrail.kernels.channel_attention.triton import channel_attention_forward
+
+        return channel_attention_forward(q, k, v, scale)
+    return channel_attention_reference(q, k, v, scale)
+
+
+def _packed_forward(qkv: Tensor, scale: float) -> Tensor:
     q, k, v = qkv.unbind(3)
+    return _forward(q, k, v, scale) if fused_support(q).ok else packed_reference(qkv, scale)
+
+
+def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
+    if fused_support(q).ok:
+        from vitrail.kernels.channel_attention.triton import channel_attention_backward
+
+        d_q, d_k, d_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        channel_attention_backward(grad, q, k, v, d_q, d_k, d_v, scale)
+        return d_q, d_k, d_v
+    return channel_attention_gradients(grad, q, k, v, scale)
+
+
+def _packed_backward(grad: Tensor, qkv: Tensor, scale: float) -> Tensor:
+    q, k, v = qkv.unbind(3)
+    if fused_support(q).ok:
+        from vitrail.kernels.channel_attention.triton import channel_attention_backward
+
+        d_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+        d_q, d_k, d_v = d_qkv.unbind(3)
+        channel_attention_backward(grad, q, k, v, d_q, d_k, d_v, scale)
+        return d_qkv
     return torch.stack(channel_attention_gradients(grad, q, k, v, scale), 3)
 
 
@@ -71,10 +102,10 @@ def _autograd_packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 
 
 for _device in ("CPU", "CUDA"):
-    torch.library.impl("vitrail::channel_attention", _device)(channel_attention_reference)
-    torch.library.impl("vitrail::channel_attention_packed", _device)(packed_reference)
-    torch.library.impl("vitrail::channel_attention_backward", _device)(channel_attention_gradients)
-    torch.library.impl("vitrail::channel_attention_packed_backward", _device)(_packed_gradients)
+    torch.library.impl("vitrail::channel_attention", _device)(_forward)
+    torch.library.impl("vitrail::channel_attention_packed", _device)(_packed_forward)
+    torch.library.impl("vitrail::channel_attention_backward", _device)(_backward)
+    torch.library.impl("vitrail::channel_attention_packed_backward", _device)(_packed_backward)
 torch.library.register_fake("vitrail::channel_attention")(_fake_forward)
 torch.library.register_fake("vitrail::channel_attention_packed")(_fake_packed_forward)
 torch.library.register_fake("vitrail::channel_attention_backward")(_fake_backward)

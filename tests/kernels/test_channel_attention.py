@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrail.kernels._common.dispatch import record_choices
+from vitrail.kernels._common.dispatch import HAS_TRITON, record_choices
 from vitrail.kernels.channel_attention import channel_attention, channel_attention_packed
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 shapes = st.tuples(*(st.integers(1, high) for high in (3, 9, 9, 4, 8)))
 
 
@@ -149,6 +153,43 @@ def test_flops_of_the_operator_are_those_of_the_reference() -> None:
     with FlopCounterMode(display=False) as counter:
         torch.ops.vitrail.channel_attention_packed(qkv, 0.5).sum().backward()
     assert counter.get_total_flops() == counts[0] * 7 // 2
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "dtype",
+    # Triton's interpreter multiplies bfloat16 tiles as raw integers: that dtype needs a GPU.
+    [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
+    ids=str,
+)
+@pytest.mark.parametrize("seed", range(12))
+def test_fused_is_as_exact_as_eager(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("vitrail.kernels.channel_attention.triton")
+    monkeypatch.setattr(triton, "_BLOCK_BYTES", 1024)  # several chunks and tiles on a small map
+    monkeypatch.setattr(triton, "_LEAST_CHUNK", 32)
+    monkeypatch.setattr(triton, "_MOST_CHUNKS", 3)
+    draw = random.Random(seed)
+    shape = (*(draw.randint(1, high) for high in (2, 17, 17, 3)), draw.choice([16, 32]))
+    inputs, grad = make_inputs(shape), torch.randn(shape, dtype=torch.float64)
+    inputs, grad = [x.to(DEVICE, dtype) for x in inputs], grad.to(DEVICE, dtype)
+    packed, strided = draw.random() < 0.5, draw.random() < 0.5
+    if strided:
+        inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+
+    def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = (
+            channel_attention_packed(torch.stack(leaves, 3), backend=backend)
+            if packed
+            else channel_attention(*leaves, backend=backend)
+        )
+        return [out, *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+    for exact, ours, theirs in zip(run(torch.float64, "eager"), run(dtype, "triton"), run(dtype, "eager"), strict=True):
+        scale = exact.norm() + 1e-12
+        bound = 2 * (theirs.double() - exact).norm() / scale + torch.finfo(dtype).eps
+        assert ours.isfinite().all()
+        assert (ours.double() - exact).norm() / scale <= bound
 
 
 def test_choice_is_recorded_and_the_missing_kernel_is_named() -> None:

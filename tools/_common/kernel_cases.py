@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor
 
+from vitrail.kernels.channel_attention import channel_attention, channel_attention_packed
 from vitrail.kernels.window_attention import window_attention, window_attention_packed
 
 EVERYWHERE = ("cpu", "cuda")
@@ -236,6 +237,73 @@ def _attention_alone(shape: _WindowShape) -> Implementation:
     return Implementation(run, prepare, lambda out: _join_windows(out, shape), whole_job=False)
 
 
+class _ChannelShape(NamedTuple):
+    batch: int
+    size: int
+    groups: int
+    dim: int
+
+    def __str__(self) -> str:
+        return f"B{self.batch} {self.size}x{self.size}x{self.groups * self.dim} g{self.groups}"
+
+
+# The stages of DaViT-T at 224 pixels.
+_CHANNEL_SHAPES = {
+    "cuda": (
+        _ChannelShape(64, 56, 3, 32),
+        _ChannelShape(64, 28, 6, 32),
+        _ChannelShape(64, 14, 12, 32),
+        _ChannelShape(64, 7, 24, 32),
+    ),
+    "cpu": (_ChannelShape(2, 14, 2, 16),),
+}
+
+
+def _channel_attention_cases(device_type: str) -> list[KernelCase]:
+    """DaViT's attention between the channels of a group, from image-shaped (B, H, W, groups, D) to the same."""
+    return [_channel_case(shape) for shape in _CHANNEL_SHAPES[device_type]]
+
+
+def _channel_case(shape: _ChannelShape) -> KernelCase:
+    image = (shape.batch, shape.size, shape.size, shape.groups, shape.dim)
+    return KernelCase(
+        "channel_attention",
+        str(shape),
+        (image, image, image),
+        _eager_channels,
+        {
+            "vitrail": Implementation(channel_attention),
+            "vitrail packed": Implementation(channel_attention_packed, _stack),
+            "eager": Implementation(_eager_channels),
+            "eager compiled": Implementation(
+                torch.compile(_eager_channels, dynamic=False, fullgraph=True), devices=("cuda",)
+            ),
+            "timm": Implementation(_timm_channels, _stack),
+            "timm compiled": Implementation(
+                torch.compile(_timm_channels, dynamic=False, fullgraph=True), _stack, devices=("cuda",)
+            ),
+        },
+    )
+
+
+def _eager_channels(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return channel_attention(q, k, v, backend="eager")
+
+
+def _stack(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    return (torch.stack((q, k, v), 3),)
+
+
+def _timm_channels(qkv: Tensor) -> Tensor:
+    """The core of timm's DaViT channel block, on tokens; its scale multiplies k."""
+    batch, height, width, _, groups, dim = qkv.shape
+    q, k, v = qkv.reshape(batch, height * width, 3, groups, dim).permute(2, 0, 3, 1, 4).unbind(0)
+    weights = ((k * dim**-0.5).transpose(-1, -2) @ v).softmax(-1)
+    out = (weights @ q.transpose(-1, -2)).transpose(-1, -2)
+    return out.transpose(1, 2).reshape(batch, height, width, groups, dim)
+
+
 OPERATORS: dict[str, Callable[[str], list[KernelCase]]] = {
     "window_attention": _window_attention_cases,
+    "channel_attention": _channel_attention_cases,
 }

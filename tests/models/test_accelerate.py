@@ -117,3 +117,21 @@ def test_compiles_into_one_graph() -> None:
     vitrail.accelerate(model)
     got = torch.compile(model, fullgraph=True, backend="eager")(image)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(224, 224), (200, 333)], ids=str)
+def test_fused_kernels_keep_a_half_precision_model(size: tuple[int, int]) -> None:
+    options = {"strict_img_size": False, "num_classes": 10}
+    model = timm.create_model("swin_tiny_patch4_window7_224", **options).cuda().bfloat16()
+    image = torch.randn(2, 3, *size, device="cuda")
+    exact = copy.deepcopy(model).double()
+    want, gradients = _outputs(exact, image.double())
+    theirs, their_gradients = _outputs(model, image.bfloat16())
+    vitrail.accelerate(model)
+    assert {choice.backend for _, choice in vitrail.explain(model, image.bfloat16()).rows} == {"triton"}
+    ours, our_gradients = _outputs(model, image.bfloat16())
+    assert (ours - want).norm() <= 2 * (theirs - want).norm()
+    for name, gradient in gradients.items():
+        bound = 2 * (their_gradients[name] - gradient).norm() + 1e-2 * gradient.norm()
+        assert (our_gradients[name] - gradient).norm() <= bound, name

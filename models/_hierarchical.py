@@ -128,7 +128,8 @@ class HierarchicalBackbone(nn.Module):
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
         self.head.to(device=like.device, dtype=like.dtype).train(self.training)
-        self.head_hidden_size = self.head.num_features
+        # timm 1.0.29's simplest head has no count of its own: it pools the map's channels.
+        self.head_hidden_size = getattr(self.head, "num_features", self.num_features)
 
     def forward_intermediates(
         self,

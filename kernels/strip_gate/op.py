@@ -1,0 +1,73 @@
+"""Registration of `vitrail::strip_gate` with PyTorch.
+
+The operator runs on any device, by the reference. It saves its inputs only; the backward recomputes the gates.
+Like all pointwise operators it has no entry in PyTorch's FLOP counter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitrail.kernels._common.dispatch import Support
+from vitrail.kernels._common.gradients import requested_gradients
+from vitrail.kernels.strip_gate.reference import strip_gate_gradients, strip_gate_reference
+
+_ARGUMENTS = "Tensor x, Tensor logits_h, Tensor logits_w, bool skip"
+
+torch.library.define("vitrail::strip_gate", f"({_ARGUMENTS}) -> Tensor")
+torch.library.define(
+    "vitrail::strip_gate_backward", f"(Tensor grad, {_ARGUMENTS}) -> (Tensor d_x, Tensor d_logits_h, Tensor d_logits_w)"
+)
+
+
+def fused_support(x: Tensor) -> Support:
+    """The one place that says when the strip gate is handed to the reference, and why."""
+    return Support(False, "the strip gate has no Triton kernel yet")
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """Layout of the map that a call returns; what PyTorch makes of odd strides would be unknown to compilers."""
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def _forward(x: Tensor, logits_h: Tensor, logits_w: Tensor, skip: bool) -> Tensor:
+    return strip_gate_reference(x, logits_h, logits_w, skip).contiguous(memory_format=_layout(x))
+
+
+def _backward(grad: Tensor, x: Tensor, logits_h: Tensor, logits_w: Tensor, skip: bool) -> tuple[Tensor, Tensor, Tensor]:
+    d_x, d_logits_h, d_logits_w = strip_gate_gradients(grad, x, logits_h, logits_w, skip)
+    return d_x.contiguous(memory_format=_layout(x)), d_logits_h.contiguous(), d_logits_w.contiguous()
+
+
+def _fake_forward(x: Tensor, logits_h: Tensor, logits_w: Tensor, skip: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=_layout(x))
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor, logits_h: Tensor, logits_w: Tensor, skip: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_x = torch.empty_like(x, memory_format=_layout(x))
+    return d_x, logits_h.new_empty(logits_h.shape), logits_w.new_empty(logits_w.shape)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:-1])
+    ctx.skip = inputs[-1]
+
+
+def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.vitrail.strip_gate_backward(grad, *ctx.saved_tensors, ctx.skip)
+    return requested_gradients(ctx, gradients)
+
+
+for _device in ("CPU", "CUDA"):
+    torch.library.impl("vitrail::strip_gate", _device)(_forward)
+    torch.library.impl("vitrail::strip_gate_backward", _device)(_backward)
+torch.library.register_fake("vitrail::strip_gate")(_fake_forward)
+torch.library.register_fake("vitrail::strip_gate_backward")(_fake_backward)
+torch.library.register_autograd("vitrail::strip_gate", _autograd_backward, setup_context=_save_inputs)

@@ -68,7 +68,7 @@ def retention(
     Raises:
         TypeError: An input is not floating point, or `decay` or `slopes` has half precision.
         ValueError: Shapes, dtypes, devices or sizes do not fit together, or an argument needs another activation.
-        NotImplementedError: `backend="triton"`: there is no fused kernel yet.
+        NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
     """
     _check_tensors(q, k, v, decay, slopes)
     _check_activation(activation, slopes, signed_slopes, length_offset)
@@ -76,7 +76,7 @@ def retention(
     q, k, v = autocast_together(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = (q, k, v, decay, slopes, window, shift, activation, signed_slopes, length_offset, scale)
-    if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
+    if choose_backend(_NAME, backend, fused_support(q, window, activation), q) == "triton":
         return torch.ops.vitrail.retention(*arguments)
     return retention_reference(*arguments)
 

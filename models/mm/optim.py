@@ -1,16 +1,23 @@
-"""timm's optimizers with mmengine's accumulation, clipping and schedules, and autocast on every device."""
+"""Optimizers that follow what models declare, and autocast on every device.
+
+timm's optimizers get mmengine's accumulation, clipping and schedules; mmengine's get timm's layer-wise learning rates.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
 from mmengine.optim import OptimWrapper
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+
+from vitrail.models._dense import DenseBackbone
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -87,9 +94,7 @@ class TimmOptimWrapperConstructor:
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Builds the optimizer of a (possibly wrapped) `TimmClassifier`."""
-        config = {name: value for name, value in self.config.items() if name != "optimizer"}
-        config.setdefault("type", "OptimWrapper")
-        return OPTIM_WRAPPERS.build(config, default_args={"optimizer": self.build_optimizer(model)})
+        return _wrap(self.config, self.build_optimizer(model))
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Builds the optimizer alone.
@@ -106,3 +111,78 @@ class TimmOptimWrapperConstructor:
             # timm's schedulers would apply the scale at every step; mmengine's start from each group's own rate.
             group["lr"] *= group.pop("lr_scale", 1.0)
         return optimizer
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LayerDecayConstructor:
+    """Learning rates that fall from layer to layer towards the image, in the backbone of a detector or segmenter.
+
+    A layer's rate is `layer_decay` times that of the next one; neck, heads and the backbone's output norms have the
+    whole rate. The layers are those of the model's `group_matcher`. Parameters of one dimension (biases, norms) and
+    those that the model's `no_weight_decay` names have no weight decay. The backbone is a `VitrailBackbone`.
+
+    Args:
+        optim_wrapper_cfg: With the optimizer, of mmengine's registry, under `optimizer`.
+        paramwise_cfg: `layer_decay`, in (0, 1], and optionally `coarse`: True decays by stages in place of blocks.
+
+    Raises:
+        ValueError: `paramwise_cfg` holds something else.
+    """
+
+    def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None) -> None:
+        given = dict(paramwise_cfg or {})
+        if "layer_decay" not in given or not given.keys() <= {"layer_decay", "coarse"}:
+            raise ValueError(f"paramwise_cfg is {given}; allowed: layer_decay, and optionally coarse")
+        if not 0 < given["layer_decay"] <= 1:
+            raise ValueError(f"layer_decay is {given['layer_decay']}; allowed: 0 < layer_decay <= 1")
+        self.config = dict(optim_wrapper_cfg)
+        self.layer_decay, self.coarse = given["layer_decay"], bool(given.get("coarse"))
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """Builds the optimizer of a (possibly wrapped) detector or segmenter."""
+        return _wrap(self.config, self.build_optimizer(model))
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Builds the optimizer alone.
+
+        Raises:
+            ValueError: The model's backbone is of another kind, or the optimizer has an unknown argument.
+            NotImplementedError: The backbone's model declares no layers.
+        """
+        config = dict(self.config["optimizer"])
+        scales, exempt = self._backbone_rules(getattr(model, "module", model))
+        groups: dict[tuple[float, bool], dict[str, Any]] = {}
+        for name, parameter in getattr(model, "module", model).named_parameters():
+            if not parameter.requires_grad:
+                continue
+            key = (scales.get(name, 1.0), parameter.ndim > 1 and name not in exempt)
+            groups.setdefault(key, {"params": [], "lr": config["lr"] * key[0]})["params"].append(parameter)
+            if not key[1]:
+                groups[key]["weight_decay"] = 0.0
+        # The log shows the rate of the first group: that of the heads.
+        config["params"] = [group for _, group in sorted(groups.items(), key=lambda item: item[0], reverse=True)]
+        try:
+            return OPTIMIZERS.build(config)
+        except TypeError as error:
+            raise ValueError(f"optimizer: {error}") from error
+
+    def _backbone_rules(self, model: nn.Module) -> tuple[dict[str, float], set[str]]:
+        """Factors of the learning rate, and names without weight decay, of the backbone's layers."""
+        backbone = getattr(model, "backbone", None)
+        if not isinstance(backbone, DenseBackbone):
+            raise ValueError(f"layer decay needs a VitrailBackbone; the model's is {type(backbone).__name__}")
+        inner, prefix = backbone.model, "backbone.model."
+        if not hasattr(inner, "group_matcher"):
+            raise NotImplementedError(f"layer decay: {type(inner).__name__} has no group_matcher")
+        layers = group_parameters(inner, inner.group_matcher(coarse=self.coarse), reverse=True)
+        depth = max(layers.values()) + 1
+        scales = {prefix + name: self.layer_decay ** (depth - layer) for name, layer in layers.items()}
+        patterns = inner.no_weight_decay() if hasattr(inner, "no_weight_decay") else ()
+        exempt = {prefix + name for name in layers if any(fnmatch(name, pattern) for pattern in patterns)}
+        return scales, exempt
+
+
+def _wrap(config: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> OptimWrapper:
+    config = {name: value for name, value in config.items() if name != "optimizer"}
+    config.setdefault("type", "OptimWrapper")
+    return OPTIM_WRAPPERS.build(config, default_args={"optimizer": optimizer})

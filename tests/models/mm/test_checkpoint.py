@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import random
 from pathlib import Path
 
 import pytest
@@ -38,12 +39,22 @@ def test_pickled_code_is_not_run(tmp_path: Path, writer: str, verdict: str) -> N
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", os.urandom(200)], ids=["empty", "cut", "noise"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short"], ids=["empty", "cut"])
 def test_damaged_file_is_named(tmp_path: Path, suffix: str, content: bytes) -> None:
     file = tmp_path / f"damaged{suffix}"
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match="damaged"):
         read_checkpoint(file)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_noise_is_refused_whatever_it_spells(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"noise{suffix}"
+    noise = random.Random(0)
+    for _ in range(300):
+        file.write_bytes(noise.randbytes(200))
+        with pytest.raises(CheckpointError, match=r"damaged|holds"):
+            read_checkpoint(file)
 
 
 def test_weights_without_tensors_are_refused(tmp_path: Path) -> None:

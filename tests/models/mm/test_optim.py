@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+from mmengine.optim import build_optim_wrapper
 from torch import nn
 
-from vitrail.models.mm.optim import AutocastOptimWrapper, TimmOptimWrapperConstructor
+from vitrail.models.mm.backbone import VitrailBackbone
+from vitrail.models.mm.optim import AutocastOptimWrapper, LayerDecayConstructor, TimmOptimWrapperConstructor
 
 
 def _classifier(name: str = "test_vit") -> SimpleNamespace:
@@ -42,6 +44,69 @@ def test_layer_decay_scales_each_groups_own_rate() -> None:
 def test_unknown_optimizer_argument_is_named() -> None:
     with pytest.raises(ValueError, match="wrong"):
         _groups_by_name(_classifier(), lr=1e-3, wrong=1)
+
+
+class _Segmenter(nn.Module):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.backbone = VitrailBackbone(**{"name": "biformer_n", **kwargs})
+        self.decode_head = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+
+
+def _decayed(model: nn.Module, **paramwise: Any) -> dict[str, dict[str, Any]]:
+    config = {"type": "OptimWrapper", "constructor": "LayerDecayConstructor", "paramwise_cfg": paramwise}
+    optimizer = {"type": "AdamW", "lr": 1e-3, "weight_decay": 0.05}
+    built = build_optim_wrapper(model, {**config, "optimizer": optimizer, "clip_grad": {"max_norm": 1.0}})
+    assert built.clip_grad_kwargs == {"max_norm": 1.0}
+    assert built.optimizer.param_groups[0]["lr"] == 1e-3
+    owned = [id(parameter) for group in built.optimizer.param_groups for parameter in group["params"]]
+    assert sorted(owned) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    owner = {id(parameter): group for group in built.optimizer.param_groups for parameter in group["params"]}
+    return {name: owner[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_layers_of_a_backbone_decay_and_heads_do_not() -> None:
+    model = _Segmenter()
+    groups = _decayed(model, layer_decay=0.5)
+    blocks = [f"{i}.blocks.{j}" for i, s in enumerate(model.backbone.model.stages) for j in range(len(s.blocks))]
+    rates = [groups[f"backbone.model.stages.{block}.attn.qkv.weight"]["lr"] for block in blocks]
+    assert rates[-1] == pytest.approx(0.5e-3)
+    assert all(later > earlier for earlier, later in pairwise(rates))
+    ladder = sorted({group["lr"] for group in groups.values()})
+    assert all(later == pytest.approx(2 * earlier) for earlier, later in pairwise(ladder))
+    assert ladder[0] == next(group["lr"] for name, group in groups.items() if name.startswith("backbone.model.stem"))
+    assert {group["lr"] for name, group in groups.items() if not name.startswith("backbone.model.")} == {1e-3}
+    parameters = dict(model.named_parameters())
+    assert all(group["weight_decay"] == 0.05 * (parameters[name].ndim > 1) for name, group in groups.items())
+
+
+def test_coarse_decay_has_a_step_for_each_stage() -> None:
+    groups = _decayed(_Segmenter(), layer_decay=0.5, coarse=True)
+    for i in range(4):
+        rates = {group["lr"] for name, group in groups.items() if name.startswith(f"backbone.model.stages.{i}.")}
+        assert rates == {0.5 ** (4 - i) * 1e-3}
+
+
+def test_frozen_parameters_are_left_out_and_declared_names_not_decayed() -> None:
+    model = _Segmenter(frozen_stages=1)
+    groups = _decayed(model, layer_decay=0.9)
+    assert not any(name.startswith("backbone.model.stem") for name in groups)
+    arguments = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)}
+    groups = _decayed(_Segmenter(name="swin_tiny_patch4_window7_224", **arguments), layer_decay=0.9)
+    tables = {group["weight_decay"] for name, group in groups.items() if name.endswith("bias_table")}
+    assert tables == {0.0}
+
+
+@pytest.mark.parametrize("paramwise", [{}, {"layer_decay": 0}, {"layer_decay": 1.1}, {"layer_decay": 0.9, "depth": 3}])
+def test_bad_layer_decay_is_named(paramwise: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="layer_decay"):
+        LayerDecayConstructor({}, paramwise)
+
+
+def test_layer_decay_needs_a_backbone_that_declares_layers() -> None:
+    constructor = LayerDecayConstructor({"optimizer": {"type": "SGD", "lr": 0.1}}, {"layer_decay": 0.9})
+    with pytest.raises(ValueError, match="VitrailBackbone; the model's is Linear"):
+        constructor(SimpleNamespace(backbone=nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize(("precision", "device"), [("fp16", "cpu"), ("fp8", "cuda")])

@@ -1,4 +1,5 @@
 """Layers: `nn.Module`s that own parameters, each built on one operator of `vitrail.kernels`.
 
-They work on maps of shape (B, H, W, C) of any height and width.
+They work on maps of shape (B, H, W, C) of any height and width; `strip` alone, made for convolutional networks, on
+(B, C, H, W).
 """

@@ -13,6 +13,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 import vitrail
+from vitrail.kernels._common import dispatch
 from vitrail.models.accelerate import FusedSwinBlock, register_acceleration
 
 _TINY_SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4, "num_classes": 5}
@@ -119,13 +120,31 @@ def test_compiles_into_one_graph() -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not dispatch.HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("case", ["swin", "swin, any size", "davit"])
+def test_the_kernels_compute_the_model(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, options, size, _ = _CASES[case]
+    model = _model(name, options).float()
+    image = torch.randn(1, 3, *size)
+    logits, gradients = _outputs(model, image)
+    vitrail.accelerate(model)
+    monkeypatch.setattr(dispatch.settings, "default_backend", "triton")
+    if torch.cuda.is_available():
+        model, image = model.cuda(), image.cuda()
+    assert {choice.backend for _, choice in vitrail.explain(model, image).rows} == {"triton"}
+    ours, our_gradients = _outputs(model, image)
+    torch.testing.assert_close(ours.cpu(), logits, rtol=1e-4, atol=1e-4)
+    for key, gradient in gradients.items():
+        assert (our_gradients[key].cpu() - gradient).norm() <= 1e-3 * gradient.norm(), key
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [(224, 224), (200, 332)], ids=str)
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "davit_tiny"])
 def test_fused_kernels_compute_the_model(name: str, size: tuple[int, int]) -> None:
     # In float32: a deep random network turns the rounding of half precision into logits of another kind.
     options = {"strict_img_size": False} if name.startswith("swin") else {}
-    model = timm.create_model(name, num_classes=10, **options).cuda()
+    model = timm.create_model(name, num_classes=10, **options).cuda().eval()
     image = torch.randn(2, 3, *size, device="cuda")
     logits, gradients = _outputs(model, image)
     vitrail.accelerate(model)

@@ -34,7 +34,7 @@ _NORM_EPS = 1e-5
 
 
 @torch.fx.wrap  # a size that decides whether to pad cannot be traced
-def _pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Pads (B, C, H, W) with zeros at the bottom and right to multiples of `multiple`."""
     pad_h, pad_w = -x.shape[2] % multiple, -x.shape[3] % multiple
     return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h > 0 or pad_w > 0 else x
@@ -56,7 +56,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # A channels-last image makes every later map channels-last: the normalisations then see contiguous channels.
-        x = _pad_to_multiple(x, 4).contiguous(memory_format=torch.channels_last)
+        x = pad_to_multiple(x, 4).contiguous(memory_format=torch.channels_last)
         return self.norm(self.conv(x))
 
 
@@ -78,7 +78,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(dim_in, dim_out, 2, stride=2, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(_pad_to_multiple(self.norm(x), 2))
+        return self.conv(pad_to_multiple(self.norm(x), 2))
 
 
 class ConvPosEnc(nn.Module):
@@ -170,7 +170,7 @@ class DaViT(HierarchicalBackbone):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_stages(depths, dims, num_heads)
+        check_stages(depths, dims, num_heads)
         if not 0.0 <= drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate is {drop_path_rate}; allowed: 0 <= drop_path_rate < 1")
         super().__init__(in_chans, num_classes, dims, [4 * 2**i for i in range(len(dims))], drop_rate)
@@ -231,7 +231,8 @@ class DaViT(HierarchicalBackbone):
                 module.window_size = window
 
 
-def _check_stages(depths: Sequence[int], dims: Sequence[int], num_heads: Sequence[int]) -> None:
+def check_stages(depths: Sequence[int], dims: Sequence[int], num_heads: Sequence[int]) -> None:
+    """Raises `ValueError` unless all lists have an entry of at least 1 for every stage."""
     if not len(depths) == len(dims) == len(num_heads) > 0:
         raise ValueError(
             f"depths {tuple(depths)}, dims {tuple(dims)} and num_heads {tuple(num_heads)} must have one entry a stage"

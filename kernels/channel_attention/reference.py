@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
+
+from vitrail.kernels._common.checks import without_autocast
 
 
 def channel_attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -53,7 +53,7 @@ def _sum_of_products(x: Tensor, y: Tensor) -> Tensor:
     A detection image has tens of thousands of positions: beyond float16's range and bfloat16's digits.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    with _without_autocast(x.device.type):
+    with without_autocast(x):
         return torch.bmm(x.transpose(1, 2).to(dtype), y.to(dtype))
 
 
@@ -67,9 +67,3 @@ def _groups_last(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """(B * groups, H * W, D) -> contiguous (B, H, W, groups, D), which is `shape`."""
     batch, height, width, groups, dim = shape
     return x.reshape(batch, groups, height, width, dim).permute(0, 2, 3, 1, 4).contiguous()
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)

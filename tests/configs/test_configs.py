@@ -1,4 +1,4 @@
-"""Every packaged config builds: model, optimizer groups, schedule and transforms; only the data are made up."""
+"""Every config of a classifier builds: model, optimizer groups, schedule and transforms; only the data are made up."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from vitrail.models.mm.runner import complete_config, optimizer_config
 from vitrail.models.mm.samplers import RepeatedSampler
 from vitrail.tools._common.configs import packaged_configs, read_config
 
-DENSE = ("ade20k/", "camvid/", "cityscapes/", "coco/")  # have tests of their own
+DENSE = ("ade20k/", "camvid/", "cityscapes/", "coco/", "coco_sample/")  # have tests of their own
 NAMES = sorted(name for name in packaged_configs() if not name.startswith(DENSE))
 STEPS_PER_EPOCH = 4
 EXPONENTIAL = {"imagenet/mobilenetv2_ela_l"}  # no warm-up, a tenth of the rate at the end
+LAST_RATE = {"imagenet/l2vit_t": 1e-6, "imagenet/l2vit_s": 1e-6, "imagenet/l2vit_b": 1e-6}  # the others: 1e-5
 
 # name: (classes, pixels, drop path, learning rate at 8 processes, epochs)
 IMAGENET = {
@@ -96,7 +97,7 @@ def test_schedule_warms_up_and_ends_low(name: str) -> None:
         assert rates[-1] == pytest.approx(0.1 * base, rel=0.02)
         return
     assert rates[0] < 0.05 * base
-    assert rates[-1] == pytest.approx(1e-5, rel=0.5)
+    assert rates[-1] == pytest.approx(LAST_RATE.get(name, 1e-5), rel=0.5)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,5 @@
+"""Attention without a softmax: keys and values are summed over the map once, linear in its size."""
+
+from vitrail.kernels.linear_attention.api import linear_attention
+
+__all__ = ["linear_attention"]

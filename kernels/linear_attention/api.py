@@ -1,0 +1,53 @@
+"""Public function of linear attention: meaning, argument checks, choice of the backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitrail.kernels._common.checks import autocast_together, check_alike, check_dims, check_floating, check_shape
+from vitrail.kernels._common.dispatch import choose_backend
+from vitrail.kernels.linear_attention.op import fused_support
+from vitrail.kernels.linear_attention.reference import linear_attention_reference
+
+_NAME = "linear_attention"
+
+
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *, floor: float = 100.0, backend: str = "auto"
+) -> Tensor:
+    r"""Global attention with rectified queries and keys in place of the softmax.
+
+    Per image and head, with :math:`\phi = \mathrm{ReLU}` and sums over all H * W positions,
+
+    .. math:: y_i = t\, \frac{\phi(q_i) \sum_j \phi(k_j) v_j^\top}{\max(f,\ \phi(q_i) \cdot \sum_j \phi(k_j))}
+
+    (L2ViT, arXiv 2501.16182, as released). The sums are not normalised and grow with the number of positions, so they
+    are taken in at least float32: a 512 x 2048 image leaves float16's range.
+
+    Args:
+        q: Queries, (B, H, W, heads, D), any strides, any floating dtype.
+        k: Keys, like `q`.
+        v: Values, like `q`.
+        temperature: Factor t of each head, (heads,), any floating dtype.
+        floor: Least denominator f, above 0. It does not depend on the map's size.
+        backend: "auto", "eager" or "triton"; see `vitrail.kernels._common.dispatch`.
+
+    Returns:
+        (B, H, W, heads, D), contiguous, in q's dtype (the autocast dtype under autocast).
+
+    Raises:
+        TypeError: An input is not floating point.
+        ValueError: Shapes, dtypes or devices do not fit together, or `floor` is not above 0.
+        NotImplementedError: `backend="triton"`: there is no fused kernel yet.
+    """
+    check_dims(_NAME, "q", q, "(B, H, W, heads, D)")
+    check_alike(_NAME, q=q, k=k, v=v)
+    check_floating(_NAME, q=q, temperature=temperature)
+    check_shape(_NAME, "temperature", temperature, (q.shape[3],))
+    if not floor > 0:
+        raise ValueError(f"{_NAME}: floor is {floor}; allowed: above 0")
+    q, k, v = autocast_together(q, k, v)
+    if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
+        return torch.ops.vitrail.linear_attention(q, k, v, temperature, float(floor))
+    return linear_attention_reference(q, k, v, temperature, float(floor))

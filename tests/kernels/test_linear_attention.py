@@ -1,0 +1,136 @@
+"""Linear attention: the reference against the written-out definition, the operator against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitrail.kernels._common.dispatch import record_choices
+from vitrail.kernels.linear_attention import linear_attention
+
+shapes = st.tuples(*(st.integers(1, high) for high in (3, 7, 7, 3, 6)))
+
+
+def by_definition(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, floor: float) -> Tensor:
+    """One query at a time: a weighted sum of the values, its weights summed up to at least the floor."""
+    out = torch.empty_like(q)
+    for b, y, x, h in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:4])).tolist():
+        keys, values = k[b, :, :, h].flatten(0, 1).clamp(min=0), v[b, :, :, h].flatten(0, 1)
+        weights = (q[b, y, x, h].clamp(min=0) * keys).sum(-1)
+        total = max(floor, weights.sum().item())
+        out[b, y, x, h] = temperature[h] * (weights[:, None] * values).sum(0) / total
+    return out
+
+
+def make_inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [*(torch.randn(shape, dtype=dtype) for _ in range(3)), torch.randn(shape[3], dtype=dtype)]
+
+
+@settings(max_examples=30)
+@given(shape=shapes, floor=st.sampled_from([0.1, 3.0, 100.0]))
+def test_reference_is_the_definition(shape: tuple[int, ...], floor: float) -> None:
+    inputs = make_inputs(shape)
+    want = by_definition(*inputs, floor)
+    torch.testing.assert_close(linear_attention(*inputs, floor=floor), want, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=25)
+@given(shape=shapes, floor=st.sampled_from([0.1, 3.0, 100.0]))
+def test_operator_and_its_gradients_are_those_of_the_reference(shape: tuple[int, ...], floor: float) -> None:
+    inputs = [x.requires_grad_() for x in make_inputs(shape)]
+    grad = torch.randn(shape, dtype=torch.float64)
+    want = linear_attention(*inputs, floor=floor)
+    got = torch.ops.vitrail.linear_attention(*inputs, floor)
+    assert torch.equal(got, want)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, inputs, grad), torch.autograd.grad(want, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("floor", [0.5, 100.0], ids=["free", "floored"])
+def test_gradients_are_the_derivatives(floor: float) -> None:
+    inputs = [x.requires_grad_() for x in make_inputs((2, 3, 2, 2, 3))]
+    assert torch.autograd.gradcheck(lambda *x: torch.ops.vitrail.linear_attention(*x, floor), inputs)
+
+
+@pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided"])
+def test_registration(contiguous: bool) -> None:
+    *inputs, temperature = make_inputs((2, 3, 5, 2, 4), torch.float32)
+    if not contiguous:
+        inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    leaves = [x.detach().requires_grad_() for x in (*inputs, temperature)]
+    torch.library.opcheck(torch.ops.vitrail.linear_attention, (*leaves, 3.0))
+
+
+def test_float16_survives_the_tokens_of_a_street_scene() -> None:
+    # 128 x 512 positions, those of a 512 x 2048 image at stride 4.
+    q, k, v = (x.half() for x in make_inputs((1, 128, 512, 1, 16))[:3])
+    q, k = q + 2, k + 2
+    temperature = torch.tensor([0.25])
+    total = (q.double() * k.double().sum((1, 2), keepdim=True)).sum(-1)
+    assert total.max() > torch.finfo(torch.float16).max
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, temperature)]
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v, temperature)]
+    got, want = linear_attention(*leaves), linear_attention(*wide)
+    torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=1e-5)
+    got.sum().backward()
+    want.sum().backward()
+    assert all(x.grad.isfinite().all() for x in leaves)
+    torch.testing.assert_close(leaves[2].grad.double(), wide[2].grad, rtol=5e-3, atol=1e-4)
+
+
+def test_autocast_rounds_the_inputs_and_nothing_else() -> None:
+    *inputs, temperature = make_inputs((1, 20, 30, 2, 8), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear_attention(*inputs, temperature)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, linear_attention(*(x.bfloat16() for x in inputs), temperature))
+
+
+def test_empty_batch_and_compilation_with_any_batch() -> None:
+    temperature = torch.ones(2)
+    compiled = torch.compile(linear_attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch in (3, 2):
+        inputs = [torch.randn(batch, 3, 4, 2, 8) for _ in range(3)]
+        torch.testing.assert_close(compiled(*inputs, temperature), linear_attention(*inputs, temperature))
+    empty = torch.randn(0, 3, 4, 2, 8, requires_grad=True)
+    out = linear_attention(empty, empty, empty, temperature)
+    out.sum().backward()
+    assert empty.grad.shape == out.shape == (0, 3, 4, 2, 8)
+    assert torch.ops.vitrail.linear_attention(empty, empty, empty, temperature, 1.0).shape == out.shape
+
+
+def test_flops_of_the_operator_are_those_of_the_reference() -> None:
+    inputs = make_inputs((2, 5, 7, 3, 8), torch.float32)
+    counts = []
+    for function in (linear_attention, lambda *x: torch.ops.vitrail.linear_attention(*x, 100.0)):
+        with FlopCounterMode(display=False) as counter:
+            function(*inputs)
+        counts.append(counter.get_total_flops())
+    assert counts == [2 * 2 * (2 * 5 * 7 * 3 * 8 * 8)] * 2
+    leaves = [x.requires_grad_() for x in inputs]
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.vitrail.linear_attention(*leaves, 100.0).sum().backward()
+    assert counter.get_total_flops() == counts[0] * 8 // 2
+
+
+def test_choice_is_recorded_and_bad_arguments_are_named() -> None:
+    q, k, v, temperature = make_inputs((1, 2, 3, 2, 4))
+    with record_choices() as choices:
+        linear_attention(q, k, v, temperature)
+    assert [(c.op, c.backend) for c in choices] == [("linear_attention", "eager")]
+    with pytest.raises(NotImplementedError, match=r"linear_attention.*Triton"):
+        linear_attention(q, k, v, temperature, backend="triton")
+    with pytest.raises(ValueError, match="floor is 0"):
+        linear_attention(q, k, v, temperature, floor=0)
+    with pytest.raises(ValueError, match=r"temperature has shape \(3,\)"):
+        linear_attention(q, k, v, torch.ones(3))
+    with pytest.raises(ValueError, match=r"k has shape \(1, 1, 3, 2, 4\)"):
+        linear_attention(q, k[:, :1], v, temperature)
+    with pytest.raises(TypeError, match=r"q is torch\.int64"):
+        linear_attention(q.long(), k.long(), v.long(), temperature)

@@ -7,6 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+class UntrainedPartWarning(UserWarning):
+    """A `checkpoint_filter_fn` gives parameters that the checkpoint lacks the values that the model was initialised
+    with. That is a start for training; what only evaluates makes an error of this warning.
+    """
+
+
 def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     """The weights of a training checkpoint that keeps them under "state_dict" or "model"; plain weights as they are."""
     for wrapper in ("state_dict", "model"):

@@ -11,8 +11,8 @@ attention of the author's classification ResNet, which nothing in the author's r
 from __future__ import annotations
 
 import itertools
-import logging
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -26,12 +26,10 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from vitrail.layers.strip import FORMS, EfficientLocalAttention
-from vitrail.models._checkpoint import rename_keys, unwrap
+from vitrail.models._checkpoint import UntrainedPartWarning, rename_keys, unwrap
 from vitrail.models._registry import imagenet_cfg
 
 __all__ = ["ElaBottleneck", "ElaMobileNetV2", "ElaResNet"]
-
-_logger = logging.getLogger(__name__)
 
 
 class ElaBottleneck(Bottleneck):
@@ -221,7 +219,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     """Fits a checkpoint of the author, of timm's plain network or of this model to `model`.
 
     A checkpoint without any attention parameters gets those of `model`: what timm trained, with the attention as it
-    was initialised, to be fine-tuned.
+    was initialised, to be fine-tuned; an `UntrainedPartWarning` says so.
 
     Args:
         state_dict: The checkpoint, alone or under "state_dict" or "model".
@@ -246,7 +244,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
             f"the checkpoint has {len(attention) - len(missing)} of {len(attention)} parameters of the efficient "
             f"local attention; all or none are allowed, the first that is missing is {missing[0]}"
         )
-    _logger.warning("the checkpoint has no efficient local attention; its parameters stay as initialised: to fine-tune")
+    message = "the checkpoint has no efficient local attention; its parameters stay as initialised"
+    warnings.warn(message, UntrainedPartWarning, stacklevel=2)
     return {**weights, **attention}
 
 

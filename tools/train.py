@@ -1,15 +1,15 @@
-"""Trains a classifier from a config: `python -m vitrail.tools.train digits/biformer_n`.
+"""Trains a classifier, detector or segmenter from a config: `python -m vitrail.tools.train digits/biformer_n`.
 
-Leaves in the work folder: `config.py` (complete), `last.pth` (to resume from), `best.pth` (highest held-out accuracy),
-`model.safetensors` (final weights, for timm), `metrics.json`, `report.png`, and logs. An epoch that was interrupted
-is trained again on resumption, from exactly the state and with exactly the data that it had.
+Leaves in the work folder: `config.py` (complete), `last.pth` (to resume from), `best.pth` (highest held-out score),
+`model.safetensors` (final weights; a classifier's are for timm), `metrics.json`, `report.png`, and logs. A classifier's
+epoch that was interrupted is trained again on resumption, from exactly the state and with exactly the data that it had;
+detectors and segmenters, whose configs are those of mmdetection and mmsegmentation, go on from the last checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import platform
 import shutil
 import sys
 import warnings
@@ -17,19 +17,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
-import vitrail
-from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command, select_device, unknown_name
+from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, message_of, run_command, select_device
 from vitrail.tools._common.configs import find_config, read_config
 
 _AUTO = "auto"
+_SKIPPING = (
+    "to leave out and count such images: --cfg-options train_dataloader.dataset.unreadable=skip "
+    "val_dataloader.dataset.unreadable=skip"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = ArgumentParser(prog="vitrail-train", description="Train a classifier from a config.")
+    parser = ArgumentParser(
+        prog="vitrail-train", description="Train a classifier, detector or segmenter from a config."
+    )
     parser.add_argument("config", help="path of a config, or the name of a packaged one, such as digits/biformer_n")
     parser.add_argument("--work-dir", help="where results go (default: a new folder runs/<config>)")
     parser.add_argument("--resume", nargs="?", const=_AUTO, metavar="CKPT",
@@ -55,31 +59,43 @@ def _train(options: argparse.Namespace) -> int:
     device = select_device(options.device)
     if options.amp == "fp16" and device.type != "cuda":
         raise UsageError(f"--amp fp16 needs a CUDA GPU, the device is {device}; use --amp bf16")
-    _check_model_name(config)
 
     from rich.console import Console
 
-    from vitrail.models.mm.progress import ProgressHook
-    from vitrail.models.mm.runner import build_runner, start_processes
+    from vitrail.models.mm.runner import start_processes
 
+    console = Console(highlight=False, soft_wrap=True)
+    task = _choose_task(config)
+    display = task.make_display(config, console)
     device = start_processes(options.launcher, device)
     work_dir, resume_from = _agree(lambda: _choose_folder(options, _run_name(options.config, path)))
-    console = Console(highlight=False, soft_wrap=True)
-    display = ProgressHook(console)
     try:
-        runner = build_runner(
+        runner = task.build_runner(
             config, str(work_dir), device, options.launcher, options.amp, resume_from, display,
             before_writing=lambda: _agree(lambda: _prepare_folder(work_dir, keep=resume_from is not None)),
         )  # fmt: skip
-        _announce(console, runner, options, resume_from)
-        _run(runner)
+        _announce(console, runner, task, options, resume_from)
+        _run(runner, task)
     finally:
         display.close()
         if options.launcher == "pytorch":
             torch.distributed.destroy_process_group()
     if runner.rank == 0:
-        _finish(runner, console, options)
+        task.finish(runner, console, options)
     return 0
+
+
+def _choose_task(config: Any) -> Any:
+    """The module that knows how the config's task is built, announced and finished."""
+    from vitrail.models.mm.dense_runner import is_dense
+
+    if is_dense(config):
+        from vitrail.tools._common import train_dense
+
+        return train_dense
+    from vitrail.tools._common import train_classifier
+
+    return train_classifier
 
 
 def _agree(decide: Callable[[], Any]) -> Any:
@@ -91,23 +107,18 @@ def _agree(decide: Callable[[], Any]) -> Any:
     return decision[0]
 
 
-def _run(runner: Any) -> None:
+def _run(runner: Any, task: Any) -> None:
     from vitrail.models.mm.classifier import NonFiniteLossError
+    from vitrail.models.mm.images import UnreadableImageError
 
     try:
         runner.train()
-        if runner.val_evaluator.metrics[0].last is None:  # resumed after its last epoch
+        if not task.was_validated(runner):  # resumed after its end
             runner.val_loop.run()
     except NonFiniteLossError as error:
         raise ToolError(str(error)) from error
-
-
-def _check_model_name(config: Any) -> None:
-    name = ((config.get("model") or {}).get("backbone") or {}).get("name")
-    if name is None:
-        raise UsageError("the config has no model.backbone.name")
-    if not timm.is_model(name):
-        raise unknown_name("model", name, timm.list_models())
+    except UnreadableImageError as error:
+        raise ToolError(f"{message_of(error)}; {_SKIPPING}") from error
 
 
 def _run_name(given: str, path: Path) -> str:
@@ -147,101 +158,14 @@ def _prepare_folder(folder: Path, keep: bool) -> None:
     remove_temporaries(folder)
 
 
-def _announce(console: Any, runner: Any, options: argparse.Namespace, resume_from: str | None) -> None:
-    from vitrail.models.mm.classifier import count_parameters
-    from vitrail.models.mm.runner import unwrap
-
+def _announce(console: Any, runner: Any, task: Any, options: argparse.Namespace, resume_from: str | None) -> None:
     if runner.rank != 0:
         return
-    train, val = runner._train_dataloader.dataset, runner._val_dataloader.dataset
-    parameters = count_parameters(unwrap(runner.model).backbone)
-    console.print(
-        f"{runner.cfg.model.backbone.name}: {parameters:,} parameters on {_describe(runner.device)}, "
-        f"{runner.world_size} process{'es' if runner.world_size > 1 else ''}; "
-        f"{len(train):,} training and {len(val):,} held-out images of {len(train.source.classes)} classes"
-    )
+    console.print(task.describe(runner))
     note = f", resuming from {resume_from}" if resume_from else ""
     if options.resume and not resume_from:
         note = ", nothing to resume there: starting from the beginning"
     console.print(f"work folder {runner.work_dir}{note}")
-
-
-def _finish(runner: Any, console: Any, options: argparse.Namespace) -> None:
-    from vitrail.models.mm import checkpoint, report
-    from vitrail.models.mm.progress import format_seconds
-    from vitrail.models.mm.runner import unwrap
-
-    folder = Path(runner.work_dir)
-    predictions = runner.val_evaluator.metrics[0].last
-    curve = runner.message_hub.get_info("curve")
-    name = runner.cfg.model.backbone.name
-    # last.pth holds what was evaluated: the averaged weights where the config averages them.
-    model = unwrap(runner.model).backbone
-    checkpoint.load_strictly(model, checkpoint.read_weights(folder / checkpoint.LAST), folder / checkpoint.LAST)
-    checkpoint.save_weights(model, folder / checkpoint.WEIGHTS)
-    shape, batch = runner.val_dataloader.dataset.image_shape, runner.cfg.val_dataloader.batch_size
-    speed = report.measure_throughput(model, shape, batch)
-    seconds = sum(row["seconds"] for row in curve)
-    metrics = _metrics(runner, predictions, curve, seconds, speed)
-    report.save_json(folder / "metrics.json", metrics)
-    title = f"{name}: {predictions.top1:.2f} % of {len(predictions.labels):,} held-out images after {len(curve)} epochs"
-    report.draw_report(folder / "report.png", title, curve, predictions, runner.val_dataloader.dataset)
-
-    held_out, best = metrics["held_out"], metrics["best"]
-    console.print(
-        f"\nheld-out accuracy [bold]{held_out['top1']:.2f} %[/bold] top-1, {held_out['top5']:.2f} % top-5 "
-        f"(best epoch {best['epoch']}: {best['top1']:.2f} %), trained in {format_seconds(seconds)}"
-    )
-    if metrics["unreadable_images"]["train"] or metrics["unreadable_images"]["val"]:
-        console.print(f"skipped images that cannot be read: {metrics['unreadable_images']}")
-    console.print(
-        f"throughput {speed:,.0f} images/s (inference, batch {batch}, {shape[1]}x{shape[2]}, float32, "
-        f"{_describe(runner.device)})\n\n"
-        f"  weights   {folder / checkpoint.WEIGHTS}\n"
-        f"  figures   {folder / 'metrics.json'}\n"
-        f"  picture   {folder / 'report.png'}\n\n"
-        f"go on with\n"
-        f"  vitrail-validate {options.work_dir or folder}\n"
-        f"  vitrail-benchmark {name} --device {runner.device.type}\n"
-        f'  python -c \'import timm, vitrail; timm.create_model("{name}", num_classes={model.num_classes}, '
-        f'checkpoint_path="{folder / checkpoint.WEIGHTS}")\'\n'
-        f"  tensorboard --logdir {folder}",
-        markup=False,
-    )
-
-
-def _metrics(
-    runner: Any, predictions: Any, curve: list[dict[str, float]], seconds: float, speed: float
-) -> dict[str, Any]:
-    dataset = runner.val_dataloader.dataset
-    info = runner.message_hub.runtime_info
-    lost = {
-        "train": [runner.train_dataloader.dataset.source.name(index) for index in info.get("unreadable", [])],
-        "val": [dataset.source.name(int(index)) for index in predictions.unreadable],
-    }
-    return {
-        "model": runner.cfg.model.backbone.name,
-        "held_out": {"top1": predictions.top1, "top5": predictions.top5, "loss": predictions.loss,
-                     "images": len(predictions.labels)},
-        "best": {"top1": info["best_score"], "epoch": info["best_epoch"]},
-        "per_class": predictions.per_class(dataset.source.classes),
-        "unreadable_images": lost,
-        "epochs": len(curve),
-        "seconds": seconds,
-        "inference_images_per_second": speed,
-        "seed": runner.seed,
-        "device": _describe(runner.device),
-        "processes": runner.world_size,
-        "versions": {"vitrail": vitrail.__version__, "torch": torch.__version__, "timm": timm.__version__,
-                     "python": platform.python_version()},
-        "curve": curve,
-    }  # fmt: skip
-
-
-def _describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.get_num_threads()} threads)"
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vitrail.tools._common.cli import ArgumentParser, UsageError, run_command, select_device, unknown_name
+from vitrail.tools._common.cli import (
+    ArgumentParser,
+    ToolError,
+    UsageError,
+    message_of,
+    run_command,
+    select_device,
+    unknown_name,
+)
 from vitrail.tools._common.configs import find_config, packaged_configs, read_config
 
 _SHOWN_CLASSES = 20
@@ -50,24 +60,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _validate(options: argparse.Namespace) -> int:
     if options.batch_size is not None and options.batch_size < 1:
         raise UsageError(f"--batch-size is {options.batch_size}; allowed: at least 1")
+    if options.workers < 0:
+        raise UsageError(f"--workers is {options.workers}; allowed: at least 0")
     device = select_device(options.device)
+    output = _output_folder(options)
     model, dataset, weights, batch_size = _prepare(options)
 
     from vitrail.models.mm.datasets import collate_classification
+    from vitrail.models.mm.images import UnreadableImageError
     from vitrail.models.mm.metrics import evaluate
 
     loader = torch.utils.data.DataLoader(
         dataset,
         options.batch_size or batch_size,
         num_workers=options.workers,
-        collate_fn=lambda samples: collate_classification(samples, replace_unreadable=False),
+        collate_fn=partial(collate_classification, replace_unreadable=False),
         pin_memory=device.type == "cuda",
     )
     console = Console(highlight=False, soft_wrap=True)
     shown = track(loader, "validating", console=console, disable=not console.is_terminal, transient=True)
-    predictions = evaluate(model.to(device), shown, device)
-    _report(console, options, predictions, dataset, weights)
+    try:
+        predictions = evaluate(model.to(device), shown, device)
+    except UnreadableImageError as error:
+        raise ToolError(f"{message_of(error)}; --skip-unreadable leaves out and counts such images") from error
+    _report(console, options, output, predictions, dataset, weights)
     return 0
+
+
+def _output_folder(options: argparse.Namespace) -> Path:
+    """Where the results will go; it is made only when there are results, but checked now."""
+    model = Path(options.model).expanduser()
+    default = model if (model / "config.py").is_file() else Path("runs/validate") / model.stem
+    output = Path(options.output).expanduser() if options.output else default
+    existing = next(path for path in [output, *output.absolute().parents] if path.exists())
+    if not existing.is_dir():
+        raise UsageError(f"the results cannot go to {output} (--output): {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"the results cannot go to {output} (--output): no permission to write in {existing}")
+    return output
 
 
 def _prepare(options: argparse.Namespace) -> tuple[torch.nn.Module, Any, str, int]:
@@ -102,6 +132,7 @@ def _from_config(
 
 
 def _from_name(options: argparse.Namespace) -> tuple[torch.nn.Module, Any, str, int]:
+    from vitrail.models.mm.checkpoint import refuse_untrained_parts
     from vitrail.models.mm.classifier import check_fits
     from vitrail.models.mm.runner import build_dataset
 
@@ -109,6 +140,7 @@ def _from_name(options: argparse.Namespace) -> tuple[torch.nn.Module, Any, str, 
         raise UsageError("--data is needed with a model name")
     if bool(options.checkpoint) == options.pretrained:
         raise UsageError("give the weights of a model name: --checkpoint FILE, or --pretrained")
+    _check_tag(options)
     settings = timm.data.resolve_data_config({}, model=timm.create_model(options.model))
     transform = {
         name: settings[name] for name in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
@@ -116,17 +148,32 @@ def _from_name(options: argparse.Namespace) -> tuple[torch.nn.Module, Any, str, 
     dataset = _dataset(options, {"source": _source(options.data), "transform": transform}, build_dataset)
     classes = len(dataset.source.classes)
     if options.pretrained:
-        model = timm.create_model(options.model, pretrained=True)
+        with refuse_untrained_parts(f"what timm fetches for {options.model}"):
+            model = timm.create_model(options.model, pretrained=True)
     else:
         model = _load(timm.create_model(options.model, num_classes=classes), Path(options.checkpoint))
     check_fits(model, dataset.image_shape, classes)
     return model, dataset, options.checkpoint or "pretrained", 64
 
 
+def _check_tag(options: argparse.Namespace) -> None:
+    """Raises `UsageError` for a tag that the model does not have, and for one without weights where these are asked."""
+    try:
+        config = timm.get_pretrained_cfg(options.model)
+    except RuntimeError as error:
+        raise UsageError(str(error)) from error
+    if options.pretrained and (config is None or not config.has_weights):
+        raise UsageError(f"timm has no weights for {options.model}: give --checkpoint FILE in place of --pretrained")
+
+
 def _dataset(options: argparse.Namespace, config: dict[str, Any], build_dataset: Any) -> Any:
     if options.skip_unreadable:
         config["unreadable"] = "skip"
-    return build_dataset(config)
+    try:
+        return build_dataset(config)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        hint = "" if options.data else "; --data names another"
+        raise type(error)(f"{error}{hint}") from error
 
 
 def _source(data: str) -> dict[str, Any]:
@@ -138,19 +185,21 @@ def _source(data: str) -> dict[str, Any]:
 
 
 def _load(model: torch.nn.Module, path: Path) -> torch.nn.Module:
-    from vitrail.models.mm.checkpoint import convert_for, load_strictly, read_weights
+    from vitrail.models.mm.checkpoint import convert_for, load_strictly, read_weights, refuse_untrained_parts
 
-    load_strictly(model, convert_for(model, read_weights(path)), path)
+    with refuse_untrained_parts(f"checkpoint {path}"):
+        weights = convert_for(model, read_weights(path))
+    load_strictly(model, weights, path)
     return model
 
 
-def _report(console: Console, options: argparse.Namespace, predictions: Any, dataset: Any, weights: str) -> None:
+def _report(
+    console: Console, options: argparse.Namespace, output: Path, predictions: Any, dataset: Any, weights: str
+) -> None:
     from vitrail.models.mm.checkpoint import atomic_write
     from vitrail.models.mm.report import save_json
 
     rows = predictions.per_class(dataset.source.classes)
-    folder = Path(options.model) if (Path(options.model) / "config.py").is_file() else None
-    output = Path(options.output) if options.output else folder or Path("runs/validate") / Path(options.model).stem
     output.mkdir(parents=True, exist_ok=True)
     lost = [dataset.source.name(int(index)) for index in predictions.unreadable]
     results = {
@@ -171,7 +220,7 @@ def _report(console: Console, options: argparse.Namespace, predictions: Any, dat
     writer.writerows(rows)
     atomic_write(output / "results.csv", table.getvalue())
 
-    console.print(_class_table(rows))
+    _print_classes(console, rows)
     console.print(f"[bold]{predictions.top1:.2f} %[/bold] top-1, {predictions.top5:.2f} % top-5, loss "
                   f"{predictions.loss:.4f} on {len(predictions.labels):,} images")  # fmt: skip
     if lost:
@@ -179,18 +228,22 @@ def _report(console: Console, options: argparse.Namespace, predictions: Any, dat
     console.print(f"results in {output / 'results.json'} and {output / 'results.csv'}", markup=False)
 
 
-def _class_table(rows: list[dict[str, Any]]) -> Table:
-    shown = rows
-    title = "by class"
+def _print_classes(console: Console, rows: list[dict[str, Any]]) -> None:
+    from vitrail.models.mm.metrics import lowest_classes
+
+    shown, title = rows, "by class"
     if len(rows) > _SHOWN_CLASSES:
-        shown = sorted((row for row in rows if row["images"]), key=lambda row: row["recall"])[:_SHOWN_CLASSES]
-        title = f"the {len(shown)} classes that go worst, of {len(rows)} (all are in results.csv)"
+        shown, heading = lowest_classes(rows, _SHOWN_CLASSES)
+        title = f"{heading} (all are in results.csv)"
+    if not shown:
+        console.print(title)
+        return
     table = Table(title=title, title_justify="left")
     for name in rows[0]:
         table.add_column(name, justify="left" if name == "class" else "right")
     for row in shown:
         table.add_row(*(f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()))
-    return table
+    console.print(table)
 
 
 if __name__ == "__main__":

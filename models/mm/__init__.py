@@ -7,4 +7,10 @@ registries when `vitrail.models.mm.runner` is imported:
 - `classifier`, `optim`: the trained module, its optimizer and mixed precision;
 - `checkpoint`, `hooks`, `progress`, `metrics`: what happens around the iterations;
 - `runner`: puts a config together and runs it; `report`: what is left at the end.
+
+Detectors and segmenters come from mmdetection and mmsegmentation, with their kind of configs:
+
+- `backbone`: any model as their backbone; `vwformer`: heads and pixel decoders;
+- `ops`: stands in for mmcv's compiled operators (`_operators`), where these are missing;
+- `dense_runner`, `dense_hooks`, `dense_report`: what `runner`, `hooks` and `report` are for classifiers.
 """

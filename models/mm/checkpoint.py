@@ -13,7 +13,9 @@ import os
 import pickle
 import sys
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
+
+from vitrail.models._checkpoint import UntrainedPartWarning
 
 LAST, BEST, WEIGHTS = "last.pth", "best.pth", "model.safetensors"
 _SIGNS_OF_OBJECTS = ("GLOBAL ", "call reduce", "instantiate")  # in what torch's restricted unpickler says
@@ -79,11 +83,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: The file is damaged, or holds objects other than tensors and plain containers.
+        CheckpointError: It is a folder, damaged, or holds objects other than tensors and plain containers.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
+    if path.is_dir():
+        raise CheckpointError(f"checkpoint {path} is a folder, expected a file")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -128,6 +134,26 @@ def convert_for(model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str,
     module = sys.modules.get(type(model).__module__)
     convert = getattr(module, "checkpoint_filter_fn", None)
     return convert(dict(weights), model) if convert else weights
+
+
+@contextmanager
+def refuse_untrained_parts(source: str) -> Iterator[None]:
+    """A context in which weights are converted for evaluation: nothing may stay as it was initialised.
+
+    Args:
+        source: What to call the weights in a message.
+
+    Raises:
+        CheckpointError: A `checkpoint_filter_fn` warned that the weights lack a part of the model.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UntrainedPartWarning)
+        try:
+            yield
+        except UntrainedPartWarning as warning:
+            raise CheckpointError(
+                f"{source} cannot be evaluated, a part of the model is not in it: {warning}"
+            ) from warning
 
 
 def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:

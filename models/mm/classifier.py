@@ -54,7 +54,7 @@ class TimmClassifier(BaseModel):
         """Losses (`mode="loss"`) or logits.
 
         Args:
-            images: (B, C, H, W).
+            images: (B, C, H, W), or (0,) in prediction: none of the batch could be decoded.
             labels: (B,), integers.
             indices: (B,), places in the data set.
             unreadable: Places in the data set whose images could not be decoded.
@@ -66,7 +66,7 @@ class TimmClassifier(BaseModel):
             `labels`, `indices` and `unreadable`.
         """
         if mode == "predict":
-            logits = self.backbone(images).float()
+            logits = self.backbone(images).float() if len(images) else images.new_zeros(0, self.backbone.num_classes)
             return [{"logits": logits, "labels": labels, "indices": indices, "unreadable": unreadable}]
         if self.mixup is not None:
             images, targets = self.mixup(images, labels)

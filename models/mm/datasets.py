@@ -45,8 +45,21 @@ class ImageSource(Protocol):
         """What to call one image in a message."""
 
 
+class _VisibleImages(ImageFolder):
+    """torchvision's listing of a folder of class folders, without the hidden ones."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Sorted names of the class folders, and the label of each."""
+        classes = sorted(entry.name for entry in Path(directory).iterdir() if entry.is_dir() and entry.name[0] != ".")
+        if not classes:
+            raise ValueError(f"{directory} has no class folders; expected {directory}/<class>/<image>")
+        return classes, {name: label for label, name in enumerate(classes)}
+
+
 class FolderSource:
     """Image files in a folder a class: `root/train/<class>/*` and `root/val/<class>/*` (ImageNet's layout).
+
+    What is hidden (its name begins with a dot) is left out, folders and files.
 
     Args:
         root: Folder that holds the splits; a folder of classes is accepted for `val`.
@@ -54,15 +67,14 @@ class FolderSource:
 
     Raises:
         FileNotFoundError: The folder is missing.
+        NotADirectoryError: It is a file.
         ValueError: A class has no image, or there is no class.
     """
 
     def __init__(self, root: str, split: str) -> None:
         folder = _split_folder(Path(root).expanduser(), split)
-        if not any(entry.is_dir() for entry in folder.iterdir()):
-            raise ValueError(f"{folder} has no class folders; expected {folder}/<class>/<image>")
-        listing = ImageFolder(
-            str(folder), is_valid_file=lambda path: path.lower().endswith(IMAGE_SUFFIXES), allow_empty=True
+        listing = _VisibleImages(
+            str(folder), is_valid_file=lambda path: _is_visible_image(Path(path).relative_to(folder)), allow_empty=True
         )
         empty = set(range(len(listing.classes))) - set(listing.targets)
         if empty:
@@ -228,34 +240,41 @@ def collate_classification(samples: Sequence[Mapping[str, Any]], replace_unreada
             (mixing needs pairs, processes need equal batches); in evaluation the sample is left out.
 
     Returns:
-        `images` (B, C, H, W), `labels` (B,), `indices` (B,), and `unreadable`: the indices left out or replaced.
+        `images` (B, C, H, W), `labels` (B,), `indices` (B,), and `unreadable`: the indices left out or replaced. With
+        no image left, which only evaluation allows, `images` is (0,).
 
     Raises:
-        UnreadableImageError: No image of the batch could be decoded.
+        ValueError: No image of a training batch could be decoded.
     """
     readable = [sample for sample in samples if sample["images"] is not None]
     lost = [sample["indices"] for sample in samples if sample["images"] is None]
-    if not readable:
-        raise UnreadableImageError(f"none of the {len(samples)} images of a batch can be read")
+    if replace_unreadable and not readable:
+        raise ValueError(f"none of the {len(samples)} images of a training batch can be read: there is no substitute")
     if replace_unreadable:
         readable += [readable[i % len(readable)] for i in range(len(lost))]
     return {
-        "images": torch.stack([sample["images"] for sample in readable]),
-        "labels": torch.tensor([sample["labels"] for sample in readable]),
-        "indices": torch.tensor([sample["indices"] for sample in readable]),
+        "images": torch.stack([sample["images"] for sample in readable]) if readable else torch.empty(0),
+        "labels": torch.tensor([sample["labels"] for sample in readable], dtype=torch.long),
+        "indices": torch.tensor([sample["indices"] for sample in readable], dtype=torch.long),
         "unreadable": torch.tensor(lost, dtype=torch.long),
     }
 
 
 def _split_folder(root: Path, split: str) -> Path:
+    if not root.exists():
+        raise FileNotFoundError(f"data folder {root} does not exist")
     if not root.is_dir():
-        raise FileNotFoundError(f"data folder {root} does not exist (set data_root)")
+        raise NotADirectoryError(f"{root} is a file, expected a folder of images")
     for name in _SPLIT_FOLDERS[split]:
         if (root / name).is_dir():
             return root / name
     if split == "val" and not (root / "train").is_dir():
         return root
     raise FileNotFoundError(f"data folder {root} has no folder {' or '.join(_SPLIT_FOLDERS[split])}")
+
+
+def _is_visible_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
 
 def _enlarge(pixels: np.ndarray) -> Image.Image:

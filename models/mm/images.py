@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 _BACKGROUND = "white"
 _DEEP_GREY_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
@@ -41,8 +41,14 @@ def load_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except _DECODING_ERRORS as error:
-        reason = getattr(error, "strerror", None) or str(error).replace(repr(name), "the file") or type(error).__name__
-        raise UnreadableImageError(f"cannot read image {name}: {reason}") from error
+        raise UnreadableImageError(f"cannot read image {name}: {_reason(source, error)}") from error
+
+
+def _reason(source: str | os.PathLike[str] | bytes, error: BaseException) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        empty = not source if isinstance(source, bytes) else Path(source).stat().st_size == 0
+        return "the file is empty" if empty else "its content is not that of an image file"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -39,8 +39,14 @@ class Predictions:
 
     @classmethod
     def from_batches(cls, batches: Sequence[Mapping[str, np.ndarray]]) -> Predictions:
-        """Joins the results of `judge`, from any process and in any order."""
+        """Joins the results of `judge`, from any process and in any order.
+
+        Raises:
+            ValueError: No image could be decoded.
+        """
         joined = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+        if not len(joined["indices"]):
+            raise ValueError(f"none of the {len(joined['unreadable'])} images can be read")
         order = np.argsort(joined["indices"], kind="stable")
         unreadable = np.unique(joined.pop("unreadable"))
         return cls(unreadable=unreadable, **{key: values[order] for key, values in joined.items()})
@@ -82,6 +88,32 @@ class Predictions:
             }
             for i, name in enumerate(classes)
         ]
+
+
+def lowest_classes(rows: Sequence[Mapping[str, Any]], places: int) -> tuple[list[Mapping[str, Any]], str]:
+    """The classes of lowest recall, and a heading for them; classes without images do not count.
+
+    Where classes of equal recall compete for the last places none of them is listed: to pick some would mean nothing.
+
+    Args:
+        rows: Of `Predictions.per_class`.
+        places: How many classes there is space for.
+    """
+    ranked = sorted((row for row in rows if row["images"]), key=lambda row: row["recall"])
+    if len(ranked) <= places:
+        return ranked, f"all {len(ranked)} classes that have images, of {len(rows)}"
+    bound = ranked[places]["recall"]
+    lowest = [row for row in ranked[:places] if row["recall"] < bound]
+    if len(lowest) == places:
+        return lowest, f"the {_classes_go(places)} worst, of {len(rows)}"
+    tied = sum(row["recall"] == bound for row in ranked)
+    if not lowest:
+        return [], f"{tied} of {len(rows)} classes go worst, each with a recall of {bound:.1f} %: too many to list"
+    return lowest, f"the {_classes_go(len(lowest))} worst, of {len(rows)}; the next {tied} all have {bound:.1f} %"
+
+
+def _classes_go(count: int) -> str:
+    return "1 class that goes" if count == 1 else f"{count} classes that go"
 
 
 def judge(logits: Tensor, labels: Tensor, indices: Tensor, unreadable: Tensor) -> dict[str, np.ndarray]:
@@ -153,7 +185,8 @@ def evaluate(model: torch.nn.Module, loader: Any, device: torch.device, on_batch
     batches = []
     for batch in loader:
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        logits = model(moved.pop("images")).float()
+        images = moved.pop("images")
+        logits = model(images).float() if len(images) else images.new_zeros(0, 1)
         batches.append(judge(logits, **moved))
         if on_batch is not None:
             on_batch(len(logits))

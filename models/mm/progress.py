@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 from mmengine.dist import get_dist_info
@@ -10,7 +11,7 @@ from mmengine.hooks import Hook
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-_SMOOTHING = 0.05  # share of the newest iteration in the shown speed
+_WINDOW_SECONDS, _WINDOW_ITERATIONS = 20.0, 200  # the shown speed is that of the latest iterations, up to these
 _LINE_SECONDS = 30.0  # longest silence between two plain lines
 
 
@@ -27,8 +28,8 @@ class ProgressHook(Hook):
         self.console = console
         self._bar: Progress | None = None
         self._means: dict[str, float] = {}  # of the epoch so far
-        self._held_out: float | None = None
-        self._seconds_per_iteration: float | None = None
+        self._held_out: str | None = None
+        self._recent: deque[float] = deque(maxlen=_WINDOW_ITERATIONS)  # seconds of the latest iterations
         self._seconds_per_validation = 0.0
         self._images_per_iteration = 0
         self._validation_started = self._last_time = self._last_line = 0.0
@@ -55,13 +56,12 @@ class ProgressHook(Hook):
     ) -> None:
         """Updates the display."""
         now = time.perf_counter()
-        self._seconds_per_iteration = _smooth(self._seconds_per_iteration, now - self._last_time)
+        self._remember(now - self._last_time)
         self._last_time = now
-        self._images_per_iteration = len(data_batch["indices"]) * get_dist_info()[1]
+        self._images_per_iteration = self._count_images(data_batch) * get_dist_info()[1]
         for name in ("loss", "accuracy"):
             if name in outputs:
-                mean = self._means.get(name, 0.0)
-                self._means[name] = mean + (float(outputs[name]) - mean) / (batch_idx + 1)
+                self._means[name] = self._average(self._means.get(name), float(outputs[name].detach()), batch_idx)
         self._show(runner, runner.iter + 1, line=now - self._last_line > _LINE_SECONDS)
 
     def after_train_epoch(self, runner: Any) -> None:
@@ -75,7 +75,7 @@ class ProgressHook(Hook):
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         """Shows the held-out accuracy."""
         self._seconds_per_validation = time.perf_counter() - self._validation_started
-        self._held_out = metrics["accuracy/top1"]
+        self._held_out = self._describe_score(metrics or {})
         if runner.is_training:
             self._show(runner, runner.iter, line=True, epoch=runner.epoch)
 
@@ -92,8 +92,7 @@ class ProgressHook(Hook):
     def _show(self, runner: Any, done: int, line: bool, epoch: int | None = None) -> None:
         if not self._is_shown():
             return
-        epoch = runner.epoch + 1 if epoch is None else epoch
-        title = f"epoch {epoch}/{runner.max_epochs}"
+        title = self._title(runner, runner.epoch + 1 if epoch is None else epoch, done)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=title, state=self._state(runner, done))
         elif line:
@@ -105,13 +104,33 @@ class ProgressHook(Hook):
         if "accuracy" in self._means:
             parts.append(f"train {100 * self._means['accuracy']:.1f} %")
         if self._held_out is not None:
-            parts.append(f"held-out {self._held_out:.2f} %")
-        if self._seconds_per_iteration:
-            parts.append(f"{self._images_per_iteration / self._seconds_per_iteration:,.0f} images/s")
-            seconds = self._seconds_per_iteration * (runner.max_iters - done)
+            parts.append(self._held_out)
+        if self._recent:
+            iterations_per_second = len(self._recent) / sum(self._recent)
+            parts.append(f"{self._images_per_iteration * iterations_per_second:,.0f} images/s")
+            seconds = (runner.max_iters - done) / iterations_per_second
             seconds += self._seconds_per_validation * runner.validations_left(done)
             parts.append(f"{format_seconds(seconds)} left")
         return "  ".join(parts)
+
+    def _remember(self, seconds: float) -> None:
+        """Adds an iteration, and forgets those that the window has passed: slow first ones among them."""
+        self._recent.append(seconds)
+        while len(self._recent) > 1 and sum(self._recent) - self._recent[0] >= _WINDOW_SECONDS:
+            self._recent.popleft()
+
+    def _title(self, runner: Any, epoch: int, done: int) -> str:
+        return f"epoch {epoch}/{runner.max_epochs}"
+
+    def _count_images(self, data_batch: Any) -> int:
+        return len(data_batch["indices"])
+
+    def _average(self, mean: float | None, value: float, batch_idx: int) -> float:
+        """The mean over the epoch so far."""
+        return value if mean is None else mean + (value - mean) / (batch_idx + 1)
+
+    def _describe_score(self, metrics: dict[str, float]) -> str | None:
+        return f"held-out {metrics['accuracy/top1']:.2f} %"
 
     @staticmethod
     def _is_shown() -> bool:
@@ -123,7 +142,3 @@ def format_seconds(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def _smooth(old: float | None, new: float) -> float:
-    return new if old is None else old + _SMOOTHING * (new - old)

@@ -20,7 +20,7 @@ from torch import nn
 from vitrail.models.mm.checkpoint import atomic_write
 from vitrail.models.mm.datasets import ClassificationDataset
 from vitrail.models.mm.images import UnreadableImageError
-from vitrail.models.mm.metrics import Predictions
+from vitrail.models.mm.metrics import Predictions, lowest_classes
 
 _LARGEST_CONFUSION = 50  # classes; beyond that the picture shows the classes that go worst
 _NUMBERED_CONFUSION = 20  # classes; beyond that the cells carry no numbers
@@ -144,13 +144,12 @@ def _draw_confusion(axes: Axes, predictions: Predictions, classes: Sequence[str]
 
 
 def _draw_worst_classes(axes: Axes, predictions: Predictions, classes: Sequence[str], shown: int = 25) -> None:
-    rows = [row for row in predictions.per_class(classes) if row["images"]]
-    worst = sorted(rows, key=lambda row: row["recall"])[:shown]
+    worst, heading = lowest_classes(predictions.per_class(classes), shown)
     axes.barh([_shorten(row["class"], 28) for row in worst], [row["recall"] for row in worst], color=_BLUE)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.tick_params(axis="y", labelsize=8, length=0)
-    axes.set_title(f"the {len(worst)} classes that go worst, of {len(classes)}")
+    axes.set_title(heading, fontsize=11)
     axes.set_xlabel("held-out accuracy of the class, %")
 
 

@@ -18,7 +18,7 @@ from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS
 from mmengine.runner import Runner
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vitrail.models.mm import datasets, hooks, metrics, optim, samplers  # noqa: F401 -- they register their parts
@@ -59,7 +59,7 @@ _KNOWN = (*DEFAULTS, "data_root", "param_scheduler", "auto_scale_lr", "env_cfg",
           "visualizer", "log_processor", "load_from", "compile", "default_scope")  # fmt: skip
 
 
-class ClassificationRunner(Runner):
+class DeviceRunner(Runner):
     """mmengine's Runner on a chosen device, with atomic and safe checkpoints and a quiet terminal.
 
     Args:
@@ -115,17 +115,29 @@ class ClassificationRunner(Runner):
             lacking = ", ".join(sorted(wanted - checkpoint.keys()))
             raise CheckpointError(f"checkpoint {filename} has no {lacking}; resuming needs a last.pth of this tool")
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
-        load_strictly(unwrap(self.model), checkpoint["state_dict"], filename)
+        self.load_weights(checkpoint["state_dict"], filename)
         return checkpoint
+
+    def load_weights(self, weights: Mapping[str, Tensor], source: str) -> None:
+        """Loads weights into the model.
+
+        Raises:
+            CheckpointError: They do not fit; the message names `source`.
+        """
+        load_strictly(unwrap(self.model), weights, source)
 
     def save_checkpoint(self, out_dir: str, filename: str, **kwargs: Any) -> None:
         """Saves atomically."""
-        super().save_checkpoint(out_dir, filename, backend_args={"backend": "atomic"}, **kwargs)
+        super().save_checkpoint(out_dir, filename, **{**kwargs, "backend_args": {"backend": "atomic"}})
 
     @master_only
     def dump_config(self) -> None:
         """Writes the complete config to `config.py` in the work folder."""
         atomic_write(Path(self.work_dir) / "config.py", self.cfg.pretty_text)
+
+
+class ClassificationRunner(DeviceRunner):
+    """Runs epochs, each of which may end with a validation."""
 
     def validation_follows(self) -> bool:
         """Whether the epoch that is being trained ends with a validation."""
@@ -141,7 +153,7 @@ class ClassificationRunner(Runner):
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The `TimmClassifier` inside a distributed wrapper, or itself."""
+    """The model inside a distributed wrapper, or itself."""
     return model.module if is_model_wrapper(model) else model
 
 
@@ -174,7 +186,10 @@ def build_loader(config: Mapping[str, Any], seed: int, device: torch.device, acc
         config["batch_sampler"].setdefault("accumulate", accumulate)
     config["pin_memory"] = device.type == "cuda"
     config["persistent_workers"] = config["num_workers"] > 0
-    return Runner.build_dataloader(config, seed=seed)
+    try:
+        return Runner.build_dataloader(config, seed=seed)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise type(error)(f"{error} (the config's data_root)") from error
 
 
 def build_dataset(config: Mapping[str, Any]) -> datasets.ClassificationDataset:

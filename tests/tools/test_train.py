@@ -180,17 +180,26 @@ def test_nan_loss_stops_with_step_and_advice(config: Path, tmp_path: Path, capsy
     assert "lower learning rate" in message
 
 
-def test_unreadable_images_are_counted(tmp_path: Path, config: Path) -> None:
+def test_unreadable_images_are_counted(tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = _runs.write_images(tmp_path / "damaged")
     (data / "train" / "class1" / "2.png").write_bytes(b"")
-    (data / "val" / "class0" / "1.png").write_bytes(b"x")
-    changes = (f"data_root={data}", "train_cfg.max_epochs=2")
-    assert _train(config, tmp_path / "stopped", changes=changes) == 1
+    for path in (data / "val" / "class0").iterdir():  # all of the first validation batch
+        path.write_bytes(b"x")
+    changes = (f"data_root={data}", "train_cfg.max_epochs=2", "val_dataloader.batch_size=3")
+    for workers in (0, 1):
+        loading = f"train_dataloader.num_workers={workers}"
+        capsys.readouterr()
+        assert _train(config, tmp_path / f"stopped{workers}", changes=(*changes, loading)) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: cannot read image {data / 'train' / 'class1' / '2.png'}: the file is empty; ")
+        assert error.count("\n") == 1
+        assert "train_dataloader.dataset.unreadable=skip" in error
     skip = ("train_dataloader.dataset.unreadable=skip", "val_dataloader.dataset.unreadable=skip")
     assert _train(config, tmp_path / "run", changes=(*changes, *skip)) == 0
     metrics = _metrics(tmp_path / "run")
-    assert metrics["unreadable_images"] == {"train": ["class1/2.png"], "val": ["class0/1.png"]}
-    assert metrics["held_out"]["images"] == 8
+    lost = [f"class0/{i}.png" for i in range(3)]
+    assert metrics["unreadable_images"] == {"train": ["class1/2.png"], "val": lost}
+    assert metrics["held_out"]["images"] == 6
 
 
 def test_a_run_is_not_overwritten_unasked(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,7 +228,7 @@ def test_default_folders_are_numbered(config: Path, tmp_path: Path, capsys: pyte
         ([], ["model.backbone.wrong_option=5"], 1, "wrong_option"),
         ([], ["model.backbone.in_chans=4"], 1, "3 channels"),
         ([], ["train_dataloader.dataset.transform.input_size=20"], 1, "20x20 pixels"),
-        ([], ["data_root=nowhere"], 1, "data folder nowhere does not exist"),
+        ([], ["data_root=nowhere"], 1, "data folder nowhere does not exist (the config's data_root)"),
         ([], ["train_dataloader.batch_size=500"], 1, "smaller train_dataloader.batch_size"),
         ([], ["train_dataloader.sampler.type=NoSampler"], 1, "NoSampler"),
         ([], ["optim_wraper.optimizer.lr=1"], 1, "unknown parts: optim_wraper"),

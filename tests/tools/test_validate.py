@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vitrail.models.mm.checkpoint import save_weights
-from vitrail.models.mm.metrics import ClassificationMetric, Predictions, judge
+from vitrail.models.mm.metrics import ClassificationMetric, Predictions, judge, lowest_classes
 from vitrail.tools.train import main as train
 from vitrail.tools.validate import main
 
@@ -90,7 +90,12 @@ def test_model_name_with_checkpoint_and_folder(run: Path, tmp_path: Path) -> Non
         (["RUN", "--checkpoint", "bad.pth"], 1, "bad.pth is damaged"),
         (["RUN", "--checkpoint", "other.pth"], 1, "does not fit the model: missing cls_token"),
         (["RUN", "--data", "digits"], 1, "the data have 10 classes"),
+        (["test_resnet", "--data", "bad.pth", "--checkpoint", "w.pth"], 1, "bad.pth is a file, expected a folder"),
+        (["test_resnet", "--data", "DATA", "--checkpoint", "RUN"], 1, "is a folder, expected a file"),
+        (["mobilenetv2_ela_b", "--data", "DATA", "--pretrained"], 2, "no weights for mobilenetv2_ela_b"),
+        (["test_resnet.no_tag", "--data", "DATA", "--pretrained"], 2, "tag (no_tag)"),
         (["RUN", "--batch-size", "0"], 2, "at least 1"),
+        (["RUN", "--workers", "-1"], 2, "--workers is -1; allowed: at least 0"),
         (["RUN", "--device", "warp"], 2, "--device"),
         (["DATA"], 2, "not the work folder of a training run"),
     ],
@@ -109,7 +114,121 @@ def test_bad_input_is_one_line(
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error
+    assert "data_root" not in error
     assert not Path("out").exists()
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """The data of `run`, two whole classes of which (more than a batch) are damaged in `val`."""
+    root = _runs.write_images(tmp_path / "images", train=1)
+    for path in (root / "val").glob("class[01]/*.png"):
+        path.write_bytes(path.read_bytes()[:-2000])
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 1])  # a worker that failed can hold up the next collection of garbage for 5 s
+def test_unreadable_image_is_one_line_with_the_remedy(
+    run: Path, images: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    assert main([str(run), "--data", str(images), "--device", "cpu", "--workers", str(workers)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: cannot read image {images / 'val' / 'class0' / '0.png'}: ")
+    assert error.count("\n") == 1
+    assert "--skip-unreadable" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_without_a_readable_image_are_skipped(
+    run: Path, images: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    skip = [str(run), "--data", str(images), "--device", "cpu", "--workers", str(workers), "--skip-unreadable",
+            "--batch-size", "2", "--output", "out"]  # fmt: skip
+    assert main(skip) == 0
+    results = json.loads(Path("out/results.json").read_text())
+    assert results["images"] == 3
+    assert results["unreadable_images"] == [f"class{label}/{i}.png" for label in (0, 1) for i in range(3)]
+    whole = [str(run), "--data", str(run.parent / "data"), "--device", "cpu", "--output", "whole"]
+    assert main(whole) == 0
+    expected = json.loads(Path("whole/results.json").read_text())
+    assert results["per_class"][2]["recall"] == expected["per_class"][2]["recall"]
+    for path in (images / "val" / "class2").iterdir():
+        path.write_bytes(b"")
+    capsys.readouterr()
+    assert main(skip) == 1
+    assert capsys.readouterr().err == "error: none of the 9 images can be read\n"
+
+
+def test_missing_data_of_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "moved").mkdir()
+    text = (run / "config.py").read_text().replace(str(run.parent / "data"), "gone")
+    (tmp_path / "moved" / "config.py").write_text(text)
+    assert main(["moved", "--device", "cpu"]) == 1
+    assert capsys.readouterr().err == "error: data folder gone does not exist; --data names another\n"
+
+
+@pytest.mark.parametrize("output", ["file", "file/below"])
+def test_output_is_checked_before_the_evaluation(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("evaluated")
+
+    Path("file").write_text("precious")
+    monkeypatch.setattr("vitrail.models.mm.metrics.evaluate", fail)
+    assert main([str(run), "--device", "cpu", "--output", output]) == 2
+    assert f"the results cannot go to {output} (--output)" in capsys.readouterr().err
+    assert Path("file").read_text() == "precious"
+
+
+def test_attention_that_no_checkpoint_has_is_not_evaluated(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = timm.create_model("mobilenetv2_100", num_classes=3)
+    save_weights(plain, "plain.safetensors")
+    data = ["--data", str(run.parent / "data"), "--device", "cpu", "--output", "out"]
+    assert main(["mobilenetv2_ela_b", *data, "--checkpoint", "plain.safetensors"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: checkpoint plain.safetensors cannot be evaluated, a part of the model is not in it")
+    assert error.count("\n") == 1
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False: create(
+        "mobilenetv2_ela_b", pretrained=pretrained, num_classes=3,
+        pretrained_cfg_overlay={"state_dict": plain.state_dict(), "num_classes": 3}))  # fmt: skip
+    assert main(["mobilenetv2_ela_b.start_ra_in1k", *data, "--pretrained"]) == 1
+    assert "timm fetches for mobilenetv2_ela_b.start_ra_in1k cannot be evaluated" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def _rows(*recalls: float) -> list[dict[str, float | int]]:
+    return [{"images": 1, "recall": recall} for recall in recalls]
+
+
+def test_lowest_classes_lists_no_arbitrary_choice() -> None:
+    lowest, heading = lowest_classes(_rows(50, 0, 100, 20), 2)
+    assert [row["recall"] for row in lowest] == [0, 20]
+    assert heading == "the 2 classes that go worst, of 4"
+    lowest, heading = lowest_classes(_rows(50, 0, 50, 50, 100), 3)
+    assert [row["recall"] for row in lowest] == [0]
+    assert heading == "the 1 class that goes worst, of 5; the next 3 all have 50.0 %"
+    lowest, heading = lowest_classes([*_rows(0, 0, 0, 70), {"images": 0, "recall": 0.0}], 2)
+    assert lowest == []
+    assert heading == "3 of 5 classes go worst, each with a recall of 0.0 %: too many to list"
+    lowest, heading = lowest_classes([*_rows(40, 30), {"images": 0, "recall": 0.0}], 2)
+    assert [row["recall"] for row in lowest] == [30, 40]
+
+
+def test_many_classes_of_one_image(capsys: pytest.CaptureFixture[str]) -> None:
+    root = _runs.write_images(Path("many"), train=1, val=1, classes=60)
+    model = timm.create_model("test_resnet", num_classes=60)
+    nn.init.zeros_(model.get_classifier().weight)
+    nn.init.zeros_(model.get_classifier().bias)
+    save_weights(model, "weights.safetensors")
+    assert main(["test_resnet", "--device", "cpu", "--checkpoint", "weights.safetensors", "--data", str(root)]) == 0
+    text = capsys.readouterr().out
+    assert "59 of 60 classes go worst, each with a recall of 0.0 %: too many to list (all are in results.csv)" in text
+    assert "class1" not in text
 
 
 def test_predictions_count_right() -> None:

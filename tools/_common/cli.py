@@ -17,12 +17,15 @@ import argparse
 import difflib
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 import torch
+
+_FROM_LOADER = re.compile(r"Caught \w+ in .*\.\nOriginal Traceback")
 
 
 class UsageError(Exception):
@@ -63,7 +66,20 @@ def run_command(main: Callable[[], int | None]) -> int:
     except OSError as error:
         return _fail(_describe_os_error(error), 1)
     except (ToolError, ValueError, NotImplementedError) as error:
-        return _fail(str(error), 1)
+        return _fail(message_of(error), 1)
+
+
+def message_of(error: BaseException) -> str:
+    """An error's message; of one that a data loader's process raised, its own words without the traceback around them.
+
+    PyTorch hands on such an error as one of the same type whose message is the traceback.
+    """
+    text = str(error)
+    if not _FROM_LOADER.match(text):
+        return text
+    kind = type(error)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return text.rpartition(f"\n{name}: ")[2].strip()
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
@@ -100,6 +116,13 @@ def select_device(name: str) -> torch.device:
     return device
 
 
+def describe_device(device: torch.device) -> str:
+    """Name of a GPU, or the CPU with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.get_num_threads()} threads)"
+
+
 def _fail(message: str, status: int) -> int:
     if os.environ.get("VITRAIL_DEBUG") == "1":
         traceback.print_exc()
@@ -117,4 +140,4 @@ def _describe_os_error(error: OSError) -> str:
         return f"no space left on the disk{where}; free some space and run again"
     if error.filename and error.strerror:
         return f"{error.strerror}: {error.filename}"
-    return str(error)
+    return message_of(error)

@@ -45,6 +45,9 @@ def read_config(path: Path, changes: Sequence[str] = ()) -> Any:
     """
     from mmengine.config import Config, DictAction
 
+    from vitrail.models.mm.ops import install_operators
+
+    install_operators()  # before the imports that a config may ask for
     try:
         config = Config.fromfile(path)
     except (SyntaxError, NameError, TypeError, KeyError, OSError, ImportError, AttributeError) as error:

@@ -57,6 +57,13 @@ def test_noise_is_refused_whatever_it_spells(tmp_path: Path, suffix: str) -> Non
             read_checkpoint(file)
 
 
+def test_folder_is_called_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a folder"):
+        read_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_checkpoint(tmp_path / "absent")
+
+
 def test_weights_without_tensors_are_refused(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     with pytest.raises(CheckpointError, match="no weights"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,36 @@ def test_unreadable_image_stops_or_is_skipped(tmp_path: Path) -> None:
     assert left_out["unreadable"].tolist() == replaced["unreadable"].tolist() == [1]
 
 
+def test_batch_without_a_readable_image(tmp_path: Path) -> None:
+    _folder(tmp_path)
+    for path in (tmp_path / "train" / "a").iterdir():
+        path.write_bytes(b"nonsense")
+    dataset = _dataset(tmp_path, unreadable="skip")
+    samples = [dataset[i] for i in range(3)]
+    with pytest.raises(ValueError, match="none of the 3 images of a training batch"):
+        collate_classification(samples, replace_unreadable=True)
+    empty = collate_classification(samples, replace_unreadable=False)
+    assert {name: len(values) for name, values in empty.items()} == {
+        "images": 0, "labels": 0, "indices": 0, "unreadable": 3
+    }  # fmt: skip
+    assert empty["labels"].dtype == empty["indices"].dtype == torch.int64
+
+
+def test_hidden_folders_and_files_are_left_out(tmp_path: Path) -> None:
+    _folder(tmp_path)
+    image = tmp_path / "train" / "a" / "0.png"
+    for place in (".cache", "a/.thumbnails"):
+        (tmp_path / "train" / place).mkdir()
+        shutil.copy(image, tmp_path / "train" / place)
+    shutil.copy(image, image.with_name("._0.png"))
+    source = build_source({"type": "image_folder", "root": str(tmp_path), "split": "train"})
+    assert source.classes == ["a", "b"]
+    assert [source.name(i) for i in range(len(source.labels))] == [f"{name}/{i}.png" for name in "ab" for i in range(3)]
+    (tmp_path / "only" / "val" / ".cache").mkdir(parents=True)
+    with pytest.raises(ValueError, match="has no class folders"):
+        build_source({"type": "image_folder", "root": str(tmp_path / "only"), "split": "val"})
+
+
 def test_digits_split_is_stratified_and_fixed() -> None:
     pytest.importorskip("sklearn")
     train, val = (build_source({"type": "digits", "split": split}) for split in ("train", "val"))
@@ -223,6 +254,9 @@ def test_missing_and_empty_folders(tmp_path: Path) -> None:
         build_source({"type": "image_folder", "root": str(tmp_path / "no"), "split": "train"})
     with pytest.raises(FileNotFoundError, match="no folder train"):
         build_source({"type": "image_folder", "root": str(tmp_path), "split": "train"})
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file is a file, expected a folder"):
+        build_source({"type": "image_folder", "root": str(tmp_path / "file"), "split": "train"})
     (tmp_path / "train" / "a").mkdir(parents=True)
     with pytest.raises(ValueError, match="have no image: a"):
         build_source({"type": "image_folder", "root": str(tmp_path), "split": "train"})

@@ -75,15 +75,20 @@ def test_exif_rotation_is_applied(orientation: int, place: tuple[int, int]) -> N
     assert _pixel(data, *place) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image", None], ids=["empty", "text", "truncated"])
-def test_unreadable_file_is_named(tmp_path: Path, content: bytes | None) -> None:
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"", "the file is empty"), (b"not an image", "its content is not that of an image file"), (None, "truncated")],
+    ids=["empty", "text", "truncated"],
+)
+def test_unreadable_file_is_named(tmp_path: Path, content: bytes | None, reason: str) -> None:
     if content is None:
         noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
         content = _encoded(Image.fromarray(noise), "JPEG")[:-600]
     path = tmp_path / "broken.jpg"
     path.write_bytes(content)
-    with pytest.raises(UnreadableImageError, match=r"broken\.jpg"):
-        load_image(path)
+    for source, name in ((path, str(path)), (content, "<bytes>")):
+        with pytest.raises(UnreadableImageError, match=rf"^cannot read image {name}: .*{reason}"):
+            load_image(source)
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

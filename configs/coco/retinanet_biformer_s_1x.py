@@ -1,0 +1,25 @@
+"""RetinaNet on BiFormer-S, COCO 1x; published 45.9 box AP, 47.3 when the authors ran it again.
+
+Source: Zhu et al., CVPR 2023 (arXiv 2303.08810), and github.com/rayleizhu/BiFormer (commit 1697bbbe). 16 x 16
+regions, batch norms keep their statistics.
+
+The backbone starts from the authors' ImageNet weights, which have to be fetched by hand: see the model card.
+"""
+
+_base_ = ["_retinanet.py", "_1x.py"]
+
+model = dict(
+    backbone=dict(
+        name="biformer_s",
+        checkpoint="checkpoints/biformer_s_in1k.pth",
+        drop_path_rate=0.2,
+        n_win=16,
+        norm_eval=True,
+    ),
+    neck=dict(in_channels=[128, 256, 512]),
+)
+optim_wrapper = dict(
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0001),
+    paramwise_cfg=dict(norm_decay_mult=0.0),
+)

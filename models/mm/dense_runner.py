@@ -1,0 +1,418 @@
+"""Puts a training config of mmdetection or mmsegmentation together and runs it with mmengine's Runner.
+
+The configs are ordinary ones of these libraries. What differs from their own tools: a chosen device, mixed precision on
+every device, checkpoints that are written atomically and read without running code, and checks before the first write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import io
+import logging
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.dist import is_distributed
+from mmengine.evaluator import Evaluator
+from mmengine.hooks import Hook
+from mmengine.model.utils import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DATASETS, MODELS, DefaultScope
+from mmengine.runner import IterBasedTrainLoop, Runner
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vitrail.models._checkpoint import unwrap as unwrap_checkpoint
+from vitrail.models.mm import dense_hooks, hooks, optim  # noqa: F401 -- they register their parts
+from vitrail.models.mm.checkpoint import CheckpointError, read_checkpoint
+from vitrail.models.mm.ops import install_operators
+from vitrail.models.mm.runner import DeviceRunner, default_visualizer, unwrap
+from vitrail.models.mm.seeding import seed_everything
+
+# The libraries by their scopes, with the score that the best checkpoint has most of.
+SCORES = {"mmdet": "coco/bbox_mAP", "mmseg": "mIoU"}
+_LOADERS = ("train_dataloader", "val_dataloader")
+_OWN_HOOKS = ("IterationSeedHook", "FiniteLossHook", "AverageStatisticsHook", "DenseCurveHook")
+_REQUIRED = ("model", "train_dataloader", "val_dataloader", "val_evaluator", "optim_wrapper", "train_cfg")
+
+
+class DenseRunner(DeviceRunner):
+    """Runs epochs or iterations, with validations in between."""
+
+    @property
+    def is_iterative(self) -> bool:
+        """Whether the run is counted in iterations."""
+        return isinstance(self.train_loop, IterBasedTrainLoop)
+
+    def load_weights(self, weights: Mapping[str, Tensor], source: str) -> None:
+        """Loads weights, also under the names of the backbone's or the head's authors.
+
+        Raises:
+            CheckpointError: They do not fit.
+        """
+        load_dense_weights(unwrap(self.model), weights, source)
+
+    def validation_follows(self) -> bool:
+        """Whether the epoch or iteration that is being trained ends with a validation."""
+        done = (self.iter if self.is_iterative else self.epoch) + 1
+        last = self.max_iters if self.is_iterative else self.max_epochs
+        return done >= self.val_begin and (done % self.val_interval == 0 or done == last)
+
+    def validations_left(self, iterations_done: int) -> int:
+        """Number of validations still to come."""
+        unit = 1 if self.is_iterative else self.max_iters // self.max_epochs
+        done, last = iterations_done // unit, self.max_iters // unit
+        unfinished = done < last and last % self.val_interval > 0
+        return last // self.val_interval - done // self.val_interval + unfinished
+
+
+def is_dense(config: Mapping[str, Any]) -> bool:
+    """Whether a config is one of mmdetection or mmsegmentation."""
+    return config.get("default_scope") in SCORES
+
+
+def score_of(config: Mapping[str, Any]) -> str:
+    """The validation metric that matters: what the config's checkpoint hook saves the best of, or the task's own."""
+    chosen = ((config.get("default_hooks") or {}).get("checkpoint") or {}).get("save_best")
+    return chosen if chosen not in (None, "auto") else SCORES[config["default_scope"]]
+
+
+def register_library(scope: str) -> None:
+    """Registers everything that mmdetection or mmsegmentation has.
+
+    Raises:
+        ValueError: It is not installed.
+    """
+    install_operators()
+    try:
+        with _silent():
+            importlib.import_module(f"{scope}.utils").register_all_modules(init_default_scope=False)
+    except ImportError as error:
+        raise ValueError(f"the config needs {scope} ({error}): pip install 'vitrail[mm]'") from error
+
+
+def complete_dense_config(config: Config, resumes: bool = False) -> Config:
+    """Settles what a config leaves open, and what this runner does in its own way.
+
+    `data_root` at the top reaches every data set and metric; workers persist where there are any; checkpoints are
+    `last.pth` and `best.pth`.
+
+    Args:
+        config: As read from its file.
+        resumes: A checkpoint will bring the weights, so that the backbone's starting weights are not read.
+
+    Raises:
+        ValueError: A required part is missing.
+    """
+    lacking = [name for name in _REQUIRED if not config.get(name)]
+    if lacking:
+        raise ValueError(f"the config has no {', '.join(lacking)}")
+    parts = copy.deepcopy(config.to_dict())
+    _move_data_root(parts)
+    parts.setdefault("test_dataloader", copy.deepcopy(parts["val_dataloader"]))
+    parts.setdefault("test_evaluator", copy.deepcopy(parts["val_evaluator"]))
+    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        parts[name]["persistent_workers"] = parts[name].get("num_workers", 0) > 0
+    given = (parts.get("default_hooks") or {}).get("checkpoint") or {}
+    iterative = "Iter" in str(parts["train_cfg"].get("type", "")) or not parts["train_cfg"].get("by_epoch", True)
+    parts.setdefault("default_hooks", {})["checkpoint"] = {
+        "type": "DenseCheckpointHook",
+        "interval": given.get("interval", parts["train_cfg"].get("val_interval", 1)),
+        "by_epoch": given.get("by_epoch", not iterative),
+        "score": score_of(parts) if given.get("type") != "DenseCheckpointHook" else given["score"],
+    }
+    parts["randomness"] = {"seed": 0, **(parts.get("randomness") or {})}
+    parts.setdefault("env_cfg", {"mp_cfg": {"opencv_num_threads": 0}})
+    parts["visualizer"] = default_visualizer()  # those of the libraries ask for a display of every image
+    if resumes and "backbone" in parts["model"]:
+        for name in ("pretrained", "checkpoint", "init_cfg"):
+            parts["model"]["backbone"].pop(name, None)
+    return Config(parts, filename=config.filename)
+
+
+def check_data_folders(config: Config, loaders: Sequence[str] = _LOADERS) -> None:
+    """Raises FileNotFoundError for a folder or file that a data set needs and that is not there."""
+    for name in loaders:
+        for dataset in _datasets(config[name]["dataset"]):
+            root = Path(dataset.get("data_root") or "")
+            places = [root, *(root / place for place in (dataset.get("data_prefix") or {}).values() if place)]
+            places += [root / dataset["ann_file"]] if dataset.get("ann_file") else []
+            for place in places:
+                if not place.exists():
+                    raise FileNotFoundError(
+                        f"{name}: {place} does not exist (looked for in data_root {root}); the head of "
+                        f"{config.filename} tells the layout, and --cfg-options data_root=FOLDER another place"
+                    )
+
+
+def check_classes(model: nn.Module, classes: tuple[str, ...]) -> None:
+    """Raises ValueError where a head has another number of classes than the data."""
+    for name, module in model.named_modules():
+        count = getattr(module, "num_classes", None)
+        is_head = name.split(".")[0] in ("decode_head", "auxiliary_head", "bbox_head", "roi_head")
+        if is_head and isinstance(count, int) and count != len(classes) and "loss" not in name:
+            raise ValueError(
+                f"model.{name} has num_classes={count}, the data have {len(classes)} classes: "
+                f"{', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
+            )
+
+
+def build_model(config: Config) -> nn.Module:
+    """Builds the detector or segmenter of a config, without reading any weights.
+
+    Raises:
+        ValueError: A type or an argument is unknown or wrong.
+    """
+    scope = config["default_scope"]
+    register_library(scope)
+    with DefaultScope.overwrite_default_scope(scope):
+        try:
+            return MODELS.build(ConfigDict(copy.deepcopy(config.model.to_dict())))
+        except KeyError as error:
+            raise ValueError(f"model: {error.args[0]}") from error
+        except (TypeError, AssertionError) as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]  # many assertions of the libraries say nothing
+            raise ValueError(
+                f"model: {str(error) or place.line} ({place.name} of {Path(place.filename).name})"
+            ) from error
+
+
+def build_dataset(config: Config, loader: str) -> Any:
+    """Builds the data set of "train_dataloader" or "val_dataloader" alone.
+
+    Raises:
+        ValueError: A type is unknown.
+        OSError: The data are missing.
+    """
+    check_data_folders(config, [loader])
+    register_library(config.default_scope)
+    with DefaultScope.overwrite_default_scope(config.default_scope):
+        try:
+            return DATASETS.build(copy.deepcopy(config[loader]["dataset"].to_dict()))
+        except KeyError as error:
+            raise ValueError(f"{loader}: {error.args[0]}") from error
+
+
+def load_dense_weights(model: nn.Module, weights: Mapping[str, Any], source: str | Path) -> None:
+    """Loads a whole detector or segmenter, also under the names of the backbone's or the head's authors.
+
+    Raises:
+        CheckpointError: Something is missing, left over or has another shape.
+    """
+    try:
+        model.load_state_dict(dict(weights))
+    except (RuntimeError, KeyError) as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        shown = " ".join(lines)
+        shown = shown if len(shown) < 400 else shown[:400] + " ..."
+        raise CheckpointError(f"checkpoint {source} does not fit the model: {shown}") from error
+
+
+@torch.inference_mode()
+def evaluate_dense(
+    config: Config, weights: str | Path, device: torch.device, on_batch: Callable[[int, int], None] | None = None
+) -> dict[str, float]:
+    """Measures weights of a config's detector or segmenter on its test data, in one process.
+
+    Args:
+        config: As read from its file.
+        weights: A checkpoint of the whole model, of `vitrail.tools.train` or released by others.
+        device: Where to run.
+        on_batch: Called with the number of batches done and their total.
+
+    Returns:
+        What the config's metrics say.
+
+    Raises:
+        ValueError: The config, the data, the model and the checkpoint do not fit together.
+        OSError: Data or checkpoint are missing.
+    """
+    config = complete_dense_config(config, resumes=True)
+    check_data_folders(config, ["test_dataloader"])
+    content = unwrap_checkpoint(read_checkpoint(weights))
+    model = revert_sync_batchnorm(build_model(config))
+    load_dense_weights(model, {name: value for name, value in content.items() if isinstance(value, Tensor)}, weights)
+    model = model.to(device).eval()
+    with DefaultScope.overwrite_default_scope(config.default_scope):
+        loader = _build_loader(config["test_dataloader"], config, device)
+        check_classes(model, tuple(loader.dataset.metainfo["classes"]))
+        evaluator = Evaluator(config.to_dict()["test_evaluator"])
+        evaluator.dataset_meta = loader.dataset.metainfo
+        for done, batch in enumerate(loader, start=1):
+            evaluator.process(data_samples=model.test_step(batch), data_batch=batch)
+            if on_batch is not None:
+                on_batch(done, len(loader))
+        return {name: float(value) for name, value in evaluator.evaluate(len(loader.dataset)).items()}
+
+
+def build_dense_runner(
+    config: Config,
+    work_dir: str,
+    device: torch.device,
+    launcher: str = "none",
+    amp: str | None = None,
+    resume_from: str | None = None,
+    display: Hook | None = None,
+    before_writing: Callable[[], None] | None = None,
+) -> DenseRunner:
+    """Builds everything that a run needs; nothing is written before data, model and checkpoint have been checked.
+
+    Args:
+        config: As read from its file.
+        work_dir: Where results go.
+        device: Where to train.
+        launcher: "none", or "pytorch" for one of several processes (the process group exists already).
+        amp: "bf16" or "fp16" for mixed precision.
+        resume_from: Checkpoint to go on from.
+        display: Hook that shows progress.
+        before_writing: Called when all checks have passed.
+
+    Raises:
+        ValueError: The config, the data and the model do not fit together.
+        OSError: Data or checkpoint are missing.
+    """
+    config = complete_dense_config(config, resumes=resume_from is not None)
+    check_data_folders(config)
+    seed_everything(config.randomness.seed)
+    model = build_model(config)
+    _check_starting_weights(model)
+    if device.type != "cuda" or not is_distributed():
+        model = revert_sync_batchnorm(model)
+    if amp == "bf16":
+        _keep_regions_precise(model)
+    wrapper = _optimizer_config(config, device, amp)
+    with DefaultScope.overwrite_default_scope(config.default_scope):
+        try:
+            with _silent():  # mmengine lists every parameter; the run's own log will have it
+                loaders = [_build_loader(config[part], config, device) for part in _LOADERS]
+                build_optim_wrapper(model, copy.deepcopy(wrapper))
+        except KeyError as error:
+            raise ValueError(f"config: {error.args[0]}") from error
+    check_classes(model, tuple(loaders[0].dataset.metainfo["classes"]))
+    if resume_from is not None:
+        read_checkpoint(resume_from)
+    if before_writing is not None:
+        before_writing()
+    return _assemble(config, wrapper, model, loaders, work_dir, device, launcher, resume_from, display)
+
+
+def _assemble(
+    config: Config,
+    wrapper: dict[str, Any],
+    model: nn.Module,
+    loaders: list[DataLoader],
+    work_dir: str,
+    device: torch.device,
+    launcher: str,
+    resume_from: str | None,
+    display: Hook | None,
+) -> DenseRunner:
+    parts = config.to_dict()
+    own_hooks: list[Any] = [{"type": name} for name in _OWN_HOOKS]
+    return DenseRunner(
+        model=model,
+        work_dir=work_dir,
+        device=device,
+        train_dataloader=loaders[0],
+        val_dataloader=loaders[1],
+        train_cfg=parts["train_cfg"],
+        val_cfg=parts.get("val_cfg") or {},
+        val_evaluator=parts["val_evaluator"],
+        optim_wrapper=wrapper,
+        param_scheduler=parts.get("param_scheduler"),
+        auto_scale_lr=parts.get("auto_scale_lr"),
+        default_hooks=parts["default_hooks"],
+        custom_hooks=own_hooks + (parts.get("custom_hooks") or []) + ([display] if display else []),
+        load_from=resume_from or parts.get("load_from"),
+        resume=resume_from is not None,
+        launcher=launcher,
+        env_cfg=parts["env_cfg"],
+        log_processor=parts.get("log_processor"),
+        visualizer=parts["visualizer"],
+        default_scope=parts["default_scope"],
+        randomness=parts["randomness"],
+        experiment_name=f"vitrail-{uuid.uuid4().hex[:8]}",  # mmengine keeps loggers and histories by this name
+        cfg=config,
+    )
+
+
+def _build_loader(config: Mapping[str, Any], whole: Config, device: torch.device) -> DataLoader:
+    config = copy.deepcopy(dict(config))
+    config["pin_memory"] = device.type == "cuda"
+    return Runner.build_dataloader(config, seed=whole.randomness.seed)
+
+
+def _optimizer_config(config: Config, device: torch.device, amp: str | None) -> dict[str, Any]:
+    wrapper = copy.deepcopy(config.to_dict()["optim_wrapper"])
+    if wrapper.get("type") == "AmpOptimWrapper":
+        amp = amp or ("fp16" if device.type == "cuda" else "bf16")
+    if amp is not None:
+        wrapper.update(type="AutocastOptimWrapper", precision=amp, device_type=device.type)
+        for name in ("loss_scale", "dtype", "use_fsdp"):
+            wrapper.pop(name, None)
+    return wrapper
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _check_starting_weights(model: nn.Module) -> None:
+    path = getattr(getattr(model, "backbone", None), "checkpoint", None)
+    if path is not None and not Path(path).is_file():
+        raise FileNotFoundError(
+            f"the backbone's starting weights {path} do not exist; --cfg-options model.backbone.checkpoint=FILE tells "
+            "another place, model.backbone.checkpoint=None starts from random weights"
+        )
+
+
+def _keep_regions_precise(model: nn.Module) -> None:
+    """mmdetection turns regions to the dtype of the maps; bfloat16 would round coordinates to several pixels."""
+    if hasattr(model, "roi_head") and hasattr(model, "neck"):
+        model.neck.register_forward_hook(lambda _, __, maps: tuple(x.float() for x in maps))
+
+
+def _move_data_root(parts: dict[str, Any]) -> None:
+    """Replaces the data sets' root by the one at the top, which the command line may have changed."""
+    new = parts.get("data_root")
+    old = {dataset.get("data_root") for dataset in _datasets(parts["train_dataloader"]["dataset"])}
+    if new is None or len(old) != 1 or None in old or new in old:
+        return
+    (root,) = (str(place).rstrip("/") for place in old)
+    for name in ("train_dataloader", "val_dataloader", "test_dataloader", "val_evaluator", "test_evaluator"):
+        if name in parts:
+            parts[name] = _replace_prefix(parts[name], root, str(new).rstrip("/"))
+
+
+def _replace_prefix(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _replace_prefix(item, old, new) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_replace_prefix(item, old, new) for item in value)
+    is_inside = isinstance(value, str) and (value.rstrip("/") == old or value.startswith(old + "/"))
+    return new + value[len(old) :] if is_inside else value
+
+
+def _datasets(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The data sets inside wrappers that repeat or join them."""
+    if "dataset" in config:
+        yield from _datasets(config["dataset"])
+    elif "datasets" in config:
+        for part in config["datasets"]:
+            yield from _datasets(part)
+    else:
+        yield config

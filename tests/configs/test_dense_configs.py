@@ -1,0 +1,223 @@
+"""Every packaged config of a detector or segmenter builds; sizes are the published ones, losses can be learned from."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("mmcv", reason="needs onedl-mmcv: pip install vitrail[mm]")
+pytest.importorskip("mmdet", reason="needs onedl-mmdetection: pip install vitrail[mm]")
+pytest.importorskip("mmseg", reason="needs onedl-mmsegmentation: pip install vitrail[mm]")
+
+from mmengine.config import Config
+from mmengine.model.utils import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import PARAM_SCHEDULERS, TRANSFORMS, DefaultScope
+
+from vitrail.models.mm.classifier import count_parameters
+from vitrail.models.mm.dense_runner import build_dataset, build_model, complete_dense_config, is_dense, score_of
+from vitrail.tools._common.configs import packaged_configs, read_config
+
+FOLDERS = ("ade20k", "camvid", "coco", "coco_sample")
+# VWFormer's have tests of their own.
+NAMES = [name for name in packaged_configs() if name.split("/")[0] in FOLDERS and "vwformer" not in name]
+BACKBONES = ("biformer_t", "biformer_s", "biformer_b", "davit_t", "davit_s", "davit_b")
+
+# Published millions of parameters and GFLOPs (multiply-adds), at 512x2048 for ADE20K and 800x1280 for COCO.
+PUBLISHED = {
+    "ade20k/upernet_davit_t": (60, 940),
+    "ade20k/upernet_davit_s": (81, 1030),
+    "ade20k/upernet_davit_b": (121, 1175),
+    "coco/retinanet_davit_t_1x": (38.5, 244),
+    "coco/retinanet_davit_s_1x": (59.9, 332),
+    "coco/retinanet_davit_b_1x": (98.5, 471),
+    "coco/mask_rcnn_davit_t_1x": (47.8, 263),
+    "coco/mask_rcnn_davit_s_1x": (69.2, 351),
+    "coco/mask_rcnn_davit_b_1x": (107.3, 491),
+}
+
+
+@functools.cache
+def _config(name: str) -> Config:
+    return complete_dense_config(read_config(packaged_configs()[name]))
+
+
+def _on_meta(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return build_model(_config(name))
+
+
+def test_the_expected_configs_are_packaged() -> None:
+    heads = ("retinanet", "mask_rcnn", "cascade_mask_rcnn")
+    expected = {f"coco/{head}_{name}_{length}" for head in heads for name in BACKBONES for length in ("1x", "3x")}
+    expected |= {f"ade20k/{head}_{name}" for head in ("upernet", "semantic_fpn") for name in BACKBONES}
+    assert expected | {"camvid/upernet_biformer_n", "coco_sample/mask_rcnn_davit_t"} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_model_optimizer_and_pipelines_build(name: str) -> None:
+    config = _config(name)
+    assert is_dense(config)
+    model = _on_meta(name)
+    parts = config.to_dict()
+    with DefaultScope.overwrite_default_scope(config.default_scope):
+        optimizer = build_optim_wrapper(model, parts["optim_wrapper"]).optimizer
+        for loader in ("train_dataloader", "val_dataloader"):
+            for transform in parts[loader]["dataset"]["pipeline"]:
+                TRANSFORMS.build(transform)
+    owned = sorted(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    assert owned == sorted(id(parameter) for parameter in model.parameters())
+    spared = [p for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]]
+    assert spared
+    assert score_of(config) in ("coco/bbox_mAP", "mIoU")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_schedule_ends_with_the_training(name: str) -> None:
+    config = _config(name)
+    length = config.train_cfg.get("max_iters") or config.train_cfg.max_epochs
+    warm_up, *rest = config.param_scheduler
+    assert warm_up.type == "LinearLR"
+    assert max(part.end for part in rest) == length
+    assert all(PARAM_SCHEDULERS.get(part.type) for part in config.param_scheduler)
+    for part in rest:
+        if part.type == "CosineAnnealingLR":
+            assert part.T_max == part.end - part.begin
+        if part.type == "MultiStepLR":
+            assert all(0 < step < length for step in part.milestones)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_and_flops_are_the_published_ones(name: str) -> None:
+    million_parameters, gflops = PUBLISHED[name]
+    model = _on_meta(name).eval()
+    assert count_parameters(model) / 1e6 == pytest.approx(million_parameters, abs=0.51 if "ade20k" in name else 0.1)
+    size = (512, 2048) if "ade20k" in name else (800, 1280)
+    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
+        maps = model.extract_feat(torch.zeros(1, 3, *size))
+        if "upernet" in name:
+            model.decode_head(maps)  # without the auxiliary head, which inference leaves out
+        elif "retinanet" in name:
+            model.bbox_head(maps)
+        else:
+            model.rpn_head(maps)
+            model.roi_head.bbox_head(torch.zeros(1000, 256, 7, 7))
+            model.roi_head.mask_head(torch.zeros(100, 256, 14, 14))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gflops, rel=0.01)
+
+
+def _loss(name: str, changes: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    config = _config(name).copy()
+    config.merge_from_dict(changes)
+    model = revert_sync_batchnorm(build_model(config)).train()
+    if config.default_scope == "mmdet":
+        from mmdet.testing import demo_mm_inputs
+
+        batch = demo_mm_inputs(2, [(3, 64, 96), (3, 70, 80)], num_classes=80, with_mask=True)
+    else:
+        batch = _segmentation_batch(config.model.decode_head.num_classes)
+    with DefaultScope.overwrite_default_scope(config.default_scope):
+        batch = model.data_preprocessor(batch, training=True)
+        return model, model(**batch, mode="loss")
+
+
+def _segmentation_batch(num_classes: int) -> dict[str, Any]:
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    samples = []
+    for _ in range(2):
+        sample = SegDataSample(metainfo=dict.fromkeys(("img_shape", "ori_shape"), (64, 96)))
+        sample.gt_sem_seg = PixelData(data=torch.randint(0, num_classes, (1, 64, 96)))
+        samples.append(sample)
+    return {
+        "inputs": [torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8) for _ in range(2)],
+        "data_samples": samples,
+    }
+
+
+_SMALL_SIZE = {"model.data_preprocessor.size": (64, 96)}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("coco/retinanet_biformer_t_1x", {}),
+        ("coco/mask_rcnn_biformer_t_1x", {}),
+        ("coco/cascade_mask_rcnn_davit_t_3x", {}),
+        ("ade20k/upernet_davit_t", _SMALL_SIZE),
+        ("ade20k/semantic_fpn_biformer_t", _SMALL_SIZE),
+        ("camvid/upernet_biformer_n", _SMALL_SIZE),
+    ],
+)
+def test_losses_reach_every_parameter(name: str, changes: dict[str, Any]) -> None:
+    model, losses = _loss(name, changes)
+    total, values = model.parse_losses(losses)
+    assert total.isfinite()
+    total.backward()
+    without = [key for key, parameter in model.named_parameters() if parameter.grad is None]
+    assert not without
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    if _config(name).default_scope == "mmseg":
+        classes = torch.tensor(float(model.decode_head.num_classes))
+        assert values["decode.loss_ce"].item() == pytest.approx(classes.log().item(), rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "changes"),
+    [
+        ("ade20k/upernet_biformer_s", "ade20k_sample", {}),
+        (
+            "coco/mask_rcnn_davit_t_3x",
+            "coco_sample",
+            {
+                "train_dataloader.dataset.ann_file": "annotations/instances_val.json",
+                "train_dataloader.dataset.data_prefix.img": "images/val/",
+            },
+        ),
+        ("camvid/upernet_biformer_n", "camvid", {}),
+        ("coco_sample/mask_rcnn_davit_t", "coco_sample", {}),
+    ],
+)
+def test_pipelines_run_on_real_data(name: str, folder: str, changes: dict[str, Any], data_dir: Path) -> None:
+    config = read_config(packaged_configs()[name])
+    config.merge_from_dict({"data_root": str(data_dir / folder), **changes})
+    config = complete_dense_config(config)
+    dataset = build_dataset(config, "train_dataloader")
+    sample = dataset[0]
+    assert sample["inputs"].dtype == torch.uint8
+    if config.default_scope == "mmseg":
+        size = config.model.data_preprocessor.size
+        truth = sample["data_samples"].gt_sem_seg.data
+        assert sample["inputs"].shape[1:] == truth.shape[1:]
+        assert all(got <= most for got, most in zip(truth.shape[1:], size, strict=True))
+        ignored = config.model.decode_head.get("ignore_index", 255)
+        assert ((truth < len(dataset.metainfo["classes"])) | (truth == ignored)).all()
+    else:
+        objects = sample["data_samples"].gt_instances
+        assert len(objects.masks) == len(objects.bboxes) == len(objects.labels)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_has_one_level_of_inheritance_and_cites_its_source(name: str) -> None:
+    path = packaged_configs()[name]
+    text = path.read_text()
+    assert "Source" in text
+    bases = re.search(r"^_base_ = (.+)$", text, re.MULTILINE)
+    for base in re.findall(r'"([^"]+)"', bases[1]) if bases else ():
+        assert not re.search(r"^_base_ =", (path.parent / base).read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "biformer" in name and "camvid" not in name])
+def test_biformer_has_the_regions_of_its_task(name: str) -> None:
+    backbone = _config(name).model.backbone
+    assert backbone.n_win == (16 if name.startswith("coco") else 8)
+    assert backbone.get("norm_eval", False) == name.startswith("coco")
+    assert (_config(name).get("sync_bn") == "torch") == name.startswith("ade20k")

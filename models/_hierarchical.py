@@ -10,10 +10,36 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, List, Optional, Tuple, Union  # noqa: UP035 -- TorchScript reads the annotations of some methods
 
 import torch
+import torch.fx
+import torch.nn.functional as F
 from timm.layers import ClassifierHead
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+
+
+@torch.fx.wrap  # a size that decides whether to pad cannot be traced; a module that imports it must wrap it too
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Pads (B, C, H, W) with zeros at the bottom and right to multiples of `multiple`."""
+    pad_h, pad_w = -x.shape[2] % multiple, -x.shape[3] % multiple
+    return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h > 0 or pad_w > 0 else x
+
+
+def check_stages(depths: Sequence[int], dims: Sequence[int], **others: Sequence[Any]) -> None:
+    """Raises `ValueError` unless all lists have an entry for every stage, and depths, dims and heads are positive."""
+    given = {"depths": depths, "dims": dims, **others}
+    if not depths or len({len(values) for values in given.values()}) > 1:
+        listed = ", ".join(f"{name} {tuple(values)}" for name, values in given.items())
+        raise ValueError(f"{listed} must have one entry a stage")
+    for name, values in given.items():
+        if name in ("depths", "dims", "num_heads") and min(values) < 1:
+            raise ValueError(f"{name} is {tuple(values)}; allowed: at least 1 each")
+
+
+def check_drop_path(drop_path_rate: float) -> None:
+    """Raises `ValueError` unless the rate is a chance below 1."""
+    if not 0.0 <= drop_path_rate < 1.0:
+        raise ValueError(f"drop_path_rate is {drop_path_rate}; allowed: 0 <= drop_path_rate < 1")
 
 
 class Stage(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitrail.layers.depthwise import DepthwiseConv2d
 from vitrail.layers.routing import FullAttention, RoutingAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
-from vitrail.models._hierarchical import HierarchicalBackbone, Stage
+from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path
 from vitrail.models._registry import imagenet_cfg
 
 __all__ = ["BiFormer"]
@@ -115,8 +115,7 @@ class BiFormer(HierarchicalBackbone):
             raise ValueError(f"head_dim is {head_dim}; allowed: divisors of the dims of all routed stages, {dims}")
         if stem_stride not in (2, 4):
             raise ValueError(f"stem_stride is {stem_stride}; allowed: 2 or 4")
-        if not 0.0 <= drop_path_rate < 1.0:
-            raise ValueError(f"drop_path_rate is {drop_path_rate}; allowed: 0 <= drop_path_rate < 1")
+        check_drop_path(drop_path_rate)
         super().__init__(in_chans, num_classes, dims, [stem_stride * 2**i for i in range(len(dims))], drop_rate)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.stem = (

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -23,21 +22,15 @@ from vitrail.layers.channel import ChannelAttention
 from vitrail.layers.depthwise import DepthwiseConv2d
 from vitrail.layers.window import WindowAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
-from vitrail.models._hierarchical import HierarchicalBackbone, Stage
+from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages, pad_to_multiple
 from vitrail.models._registry import imagenet_cfg
 
 __all__ = ["DaViT"]
 
 DENSE_NORM_KEY = "norm{}"  # the output norm of a stage in the authors' detectors and segmenters
 DENSE_NORM_EPS = 1e-5
+torch.fx.wrap("pad_to_multiple")
 _NORM_EPS = 1e-5
-
-
-@torch.fx.wrap  # a size that decides whether to pad cannot be traced
-def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Pads (B, C, H, W) with zeros at the bottom and right to multiples of `multiple`."""
-    pad_h, pad_w = -x.shape[2] % multiple, -x.shape[3] % multiple
-    return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h > 0 or pad_w > 0 else x
 
 
 class Stem(nn.Module):
@@ -170,9 +163,8 @@ class DaViT(HierarchicalBackbone):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_stages(depths, dims, num_heads)
-        if not 0.0 <= drop_path_rate < 1.0:
-            raise ValueError(f"drop_path_rate is {drop_path_rate}; allowed: 0 <= drop_path_rate < 1")
+        check_stages(depths, dims, num_heads=num_heads)
+        check_drop_path(drop_path_rate)
         super().__init__(in_chans, num_classes, dims, [4 * 2**i for i in range(len(dims))], drop_rate)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.stem = Stem(in_chans, dims[0], **factory)
@@ -229,17 +221,6 @@ class DaViT(HierarchicalBackbone):
         for module in self.modules():
             if isinstance(module, WindowAttention):
                 module.window_size = window
-
-
-def check_stages(depths: Sequence[int], dims: Sequence[int], num_heads: Sequence[int]) -> None:
-    """Raises `ValueError` unless all lists have an entry of at least 1 for every stage."""
-    if not len(depths) == len(dims) == len(num_heads) > 0:
-        raise ValueError(
-            f"depths {tuple(depths)}, dims {tuple(dims)} and num_heads {tuple(num_heads)} must have one entry a stage"
-        )
-    for name, values in (("depths", depths), ("dims", dims), ("num_heads", num_heads)):
-        if min(values) < 1:
-            raise ValueError(f"{name} is {tuple(values)}; allowed: at least 1 each")
 
 
 _OFFICIAL_KEYS = (

@@ -21,13 +21,12 @@ from vitrail.kernels._common.checks import to_pair
 from vitrail.layers.depthwise import DepthwiseConv2d
 from vitrail.layers.gated_retention import GatedRetention, SwatRetention
 from vitrail.models._checkpoint import rename_keys, unwrap
-from vitrail.models._hierarchical import HierarchicalBackbone, Stage
+from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_stages
 from vitrail.models._registry import imagenet_cfg
 from vitrail.models.rmt import (
     ConvFeedForward,
     ProjectionHead,
     check_rates,
-    check_stages,
     conv_downsample,
     conv_stem,
     fuse_projections,

@@ -19,9 +19,9 @@ from vitrail.kernels._common.checks import to_pair
 from vitrail.layers.linear import LinearAttention, LocalConcentration
 from vitrail.layers.window import WindowAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
-from vitrail.models._hierarchical import HierarchicalBackbone, Stage
+from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages, pad_to_multiple
 from vitrail.models._registry import imagenet_cfg
-from vitrail.models.davit import AttentionBlock, ConvPosEnc, Downsample, check_stages, pad_to_multiple
+from vitrail.models.davit import AttentionBlock, ConvPosEnc, Downsample
 
 __all__ = ["L2ViT"]
 
@@ -133,9 +133,8 @@ class L2ViT(HierarchicalBackbone):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_stages(depths, dims, num_heads)
-        if not 0.0 <= drop_path_rate < 1.0:
-            raise ValueError(f"drop_path_rate is {drop_path_rate}; allowed: 0 <= drop_path_rate < 1")
+        check_stages(depths, dims, num_heads=num_heads)
+        check_drop_path(drop_path_rate)
         super().__init__(in_chans, num_classes, dims, [4 * 2**i for i in range(len(dims))], drop_rate)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.stem = Stem(in_chans, dims[0], **factory)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vitrail.layers.depthwise import DepthwiseConv2d
 from vitrail.layers.retention import Retention, RetentionPosition
 from vitrail.models._checkpoint import rename_keys, unwrap
-from vitrail.models._hierarchical import HierarchicalBackbone, Stage
+from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages
 from vitrail.models._registry import imagenet_cfg
 
 __all__ = ["RMT"]
@@ -269,23 +269,11 @@ def init_weights(model: nn.Module) -> None:
             module.reset_parameters()
 
 
-def check_stages(depths: Sequence[int], dims: Sequence[int], **others: Sequence[Any]) -> None:
-    """Raises `ValueError` unless all lists have an entry for every stage, and all stages have blocks and channels."""
-    given = {"depths": depths, "dims": dims, **others}
-    if not depths or len({len(values) for values in given.values()}) > 1:
-        listed = ", ".join(f"{name} {tuple(values)}" for name, values in given.items())
-        raise ValueError(f"{listed} must have one entry a stage")
-    for name, values in (("depths", depths), ("dims", dims)):
-        if min(values) < 1:
-            raise ValueError(f"{name} is {tuple(values)}; allowed: at least 1 each")
-
-
 def check_rates(stem_stride: int, drop_path_rate: float) -> None:
     """Raises `ValueError` unless the stem can have the stride and the rate is a chance below 1."""
     if stem_stride not in (2, 4):
         raise ValueError(f"stem_stride is {stem_stride}; allowed: 2 or 4")
-    if not 0.0 <= drop_path_rate < 1.0:
-        raise ValueError(f"drop_path_rate is {drop_path_rate}; allowed: 0 <= drop_path_rate < 1")
+    check_drop_path(drop_path_rate)
 
 
 _OFFICIAL_KEYS = (

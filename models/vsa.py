@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from vitrail.layers.depthwise import DepthwiseConv2d
 from vitrail.layers.varied_window import VariedWindowAttention
 from vitrail.layers.window import WindowAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
-from vitrail.models._hierarchical import HierarchicalBackbone, Stage
+from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages, pad_to_multiple
 from vitrail.models._registry import imagenet_cfg
 
 __all__ = ["VSASwin"]
@@ -32,13 +31,7 @@ DENSE_NORM_KEY = "norm{}"  # the output norm of a stage in Swin's detectors and 
 DENSE_NORM_EPS = 1e-5
 _NORM_EPS = 1e-5
 _ATTENTIONS = ("varied", "shifted")
-
-
-@torch.fx.wrap  # a size that decides whether to pad cannot be traced
-def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Pads (B, C, H, W) with zeros at the bottom and right to multiples of `multiple`."""
-    pad_h, pad_w = -x.shape[2] % multiple, -x.shape[3] % multiple
-    return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h > 0 or pad_w > 0 else x
+torch.fx.wrap("pad_to_multiple")
 
 
 class PatchEmbed(nn.Module):
@@ -233,23 +226,6 @@ class VSASwin(HierarchicalBackbone):
     def no_weight_decay(self) -> set[str]:
         """The tables of relative positions, as in Swin's recipe."""
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
-
-
-def check_stages(depths: Sequence[int], dims: Sequence[int], **others: Sequence[Any]) -> None:
-    """Raises `ValueError` unless all lists have an entry for every stage, and all stages have blocks and channels."""
-    given = {"depths": depths, "dims": dims, **others}
-    if not depths or len({len(values) for values in given.values()}) > 1:
-        listed = ", ".join(f"{name} {tuple(values)}" for name, values in given.items())
-        raise ValueError(f"{listed} must have one entry a stage")
-    for name, values in (("depths", depths), ("dims", dims)):
-        if min(values) < 1:
-            raise ValueError(f"{name} is {tuple(values)}; allowed: at least 1 each")
-
-
-def check_drop_path(drop_path_rate: float) -> None:
-    """Raises `ValueError` unless the rate is a chance below 1."""
-    if not 0.0 <= drop_path_rate < 1.0:
-        raise ValueError(f"drop_path_rate is {drop_path_rate}; allowed: 0 <= drop_path_rate < 1")
 
 
 _OFFICIAL_KEYS = (

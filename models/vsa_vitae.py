@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from vitrail.layers.depthwise import DepthwiseConv2d
 from vitrail.layers.varied_window import VariedWindowAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
-from vitrail.models._hierarchical import HierarchicalBackbone, Stage
+from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages, pad_to_multiple
 from vitrail.models._registry import imagenet_cfg
-from vitrail.models.vsa import check_drop_path, check_stages, pad_to_multiple, read_attention
+from vitrail.models.vsa import read_attention
 
 __all__ = ["VSAViTAE"]
 
-torch.fx.wrap("pad_to_multiple")  # tracing looks a function up in the module that calls it
+torch.fx.wrap("pad_to_multiple")
 _STRIDES = (4, 2, 2, 2)
 _KERNELS = (7, 3, 3, 3)
 _DILATIONS = ((1, 2, 3, 4), (1, 2, 3), (1, 2), (1, 2))

@@ -15,20 +15,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitrail.kernels._common.dispatch import Support, triton_support
-from vitrail.kernels._common.gradients import fake_gradients, requested_gradients
+from vitrail.kernels._common.registration import like_first_of_packed, register_operator
 from vitrail.kernels.channel_attention.reference import (
     channel_attention_gradients,
     channel_attention_reference,
     packed_reference,
 )
-
-torch.library.define("vitrail::channel_attention", "(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
-torch.library.define("vitrail::channel_attention_packed", "(Tensor qkv, float scale) -> Tensor")
-torch.library.define(
-    "vitrail::channel_attention_backward",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, float scale) -> (Tensor d_q, Tensor d_k, Tensor d_v)",
-)
-torch.library.define("vitrail::channel_attention_packed_backward", "(Tensor grad, Tensor qkv, float scale) -> Tensor")
 
 
 def fused_support(q: Tensor) -> Support:
@@ -71,48 +63,16 @@ def _packed_backward(grad: Tensor, qkv: Tensor, scale: float) -> Tensor:
     return torch.stack(channel_attention_gradients(grad, q, k, v, scale), 3)
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
-def _fake_packed_forward(qkv: Tensor, scale: float) -> Tensor:
-    return torch.empty((*qkv.shape[:3], *qkv.shape[4:]), dtype=qkv.dtype, device=qkv.device)
-
-
-def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
-    return fake_gradients(grad, (q, k, v))
-
-
-def _fake_packed_backward(grad: Tensor, qkv: Tensor, scale: float) -> Tensor:
-    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-
-
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:-1])
-    ctx.scale = inputs[-1]
-
-
-def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.vitrail.channel_attention_backward(grad, *ctx.saved_tensors, ctx.scale)
-    return requested_gradients(ctx, gradients)
-
-
-def _autograd_packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return torch.ops.vitrail.channel_attention_packed_backward(grad, *ctx.saved_tensors, ctx.scale), None
-
-
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("vitrail::channel_attention", _device)(_forward)
-    torch.library.impl("vitrail::channel_attention_packed", _device)(_packed_forward)
-    torch.library.impl("vitrail::channel_attention_backward", _device)(_backward)
-    torch.library.impl("vitrail::channel_attention_packed_backward", _device)(_packed_backward)
-torch.library.register_fake("vitrail::channel_attention")(_fake_forward)
-torch.library.register_fake("vitrail::channel_attention_packed")(_fake_packed_forward)
-torch.library.register_fake("vitrail::channel_attention_backward")(_fake_backward)
-torch.library.register_fake("vitrail::channel_attention_packed_backward")(_fake_packed_backward)
-torch.library.register_autograd("vitrail::channel_attention", _autograd_backward, setup_context=_save_inputs)
-torch.library.register_autograd(
-    "vitrail::channel_attention_packed", _autograd_packed_backward, setup_context=_save_inputs
+register_operator(
+    "channel_attention", "Tensor q, Tensor k, Tensor v, float scale", ("d_q", "d_k", "d_v"), _forward, _backward
+)
+register_operator(
+    "channel_attention_packed",
+    "Tensor qkv, float scale",
+    ("d_qkv",),
+    _packed_forward,
+    _packed_backward,
+    like_first_of_packed,
 )
 
 

@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitrail.kernels._common.launch import map_strides, unit_stride
+
 _BLOCK_BYTES = 8192  # of one tile of tokens
 _LEAST_CHUNK = 512  # tokens: smaller chunks would move more sums than tokens
 _MOST_CHUNKS = 64
@@ -176,10 +178,10 @@ def channel_attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    q, k, v = _unit_stride(q, k, v)
+    q, k, v = unit_stride(q, k, v)
     problem = _Problem(q)
     sums = problem.workspace(1, q.device)
-    k_strides, v_strides, q_strides, out_strides = _strides(k, v, q, out)
+    k_strides, v_strides, q_strides, out_strides = map_strides(k, v, q, out)
     _sums_kernel[problem.grid](
         k, v, None, None, sums, k_strides, v_strides, q_strides, q_strides,
         *problem.scalars, BACKWARD=False, **problem.options,
@@ -194,23 +196,13 @@ def channel_attention_backward(
     """Fused backward: fills `d_q`, `d_k` and `d_v`, which may have any strides over (B, H, W, groups)."""
     if q.numel() == 0:
         return
-    grad, q, k, v = _unit_stride(grad, q, k, v)
+    grad, q, k, v = unit_stride(grad, q, k, v)
     problem = _Problem(q)
     sums = problem.workspace(2, q.device)
     _sums_kernel[problem.grid](
-        k, v, grad, q, sums, *_strides(k, v, grad, q), *problem.scalars, BACKWARD=True, **problem.options
+        k, v, grad, q, sums, *map_strides(k, v, grad, q), *problem.scalars, BACKWARD=True, **problem.options
     )
     _gradients_kernel[problem.grid](
-        grad, k, v, d_q, d_k, d_v, sums, *_strides(grad, k, v, d_q, d_k, d_v),
+        grad, k, v, d_q, d_k, d_v, sums, *map_strides(grad, k, v, d_q, d_k, d_v),
         *problem.scalars, scale, **problem.options,
     )  # fmt: skip
-
-
-def _unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The kernels step through a group's channels one by one; other layouts are copied."""
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
-
-
-def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
-    """Strides over (B, H, W, groups) of each tensor."""
-    return tuple(t.stride()[:4] for t in tensors)

@@ -15,19 +15,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitrail.kernels._common.dispatch import Support, triton_support
-from vitrail.kernels._common.gradients import empty_gradient, fake_gradients, requested_gradients
+from vitrail.kernels._common.flops import window_flops
+from vitrail.kernels._common.gradients import empty_gradient
+from vitrail.kernels._common.registration import register_operator
 from vitrail.kernels.retention.reference import retention_gradients, retention_reference
 from vitrail.kernels.window_attention.op import MAX_WINDOW
 
-_N_TENSORS = 5
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor decay, Tensor? slopes, int[] window_size, int[] shift_size, "
     "str activation, bool signed_slopes, bool length_offset, float scale"
-)
-torch.library.define("vitrail::retention", f"({_ARGUMENTS}) -> Tensor")
-torch.library.define(
-    "vitrail::retention_backward",
-    f"(Tensor grad, {_ARGUMENTS}) -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_decay, Tensor d_slopes)",
 )
 
 
@@ -63,46 +59,16 @@ def _backward(
     return retention_gradients(grad, q, k, v, decay, slopes, window, shift, activation, *rest)
 
 
-def _fake_forward(q: Tensor, *rest: Any) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
-def _fake_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return fake_gradients(grad, inputs[:_N_TENSORS])
-
-
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:_N_TENSORS])
-    ctx.constants = inputs[_N_TENSORS:]
-
-
-def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.vitrail.retention_backward(grad, *ctx.saved_tensors, *ctx.constants)
-    return requested_gradients(ctx, gradients)
-
-
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("vitrail::retention", _device)(_forward)
-    torch.library.impl("vitrail::retention_backward", _device)(_backward)
-torch.library.register_fake("vitrail::retention")(_fake_forward)
-torch.library.register_fake("vitrail::retention_backward")(_fake_backward)
-torch.library.register_autograd("vitrail::retention", _autograd_backward, setup_context=_save_inputs)
-
-
-def _flops(q_shape: Sequence[int], window_size: Sequence[int], n_products: int) -> int:
-    """Two FLOPs a multiply-add of `n_products` (T, D) x (D, T) products in every window, padded positions included."""
-    batch, height, width, heads, dim = q_shape
-    n_windows = batch * math.ceil(height / window_size[0]) * math.ceil(width / window_size[1])
-    return 2 * n_products * n_windows * heads * math.prod(window_size) ** 2 * dim
+register_operator("retention", _ARGUMENTS, ("d_q", "d_k", "d_v", "d_decay", "d_slopes"), _forward, _backward)
 
 
 @register_flop_formula(torch.ops.vitrail.retention)
 def _forward_flops(q_shape: Any, k: Any, v: Any, decay: Any, slopes: Any, window: Any, *_: Any, **__: Any) -> int:
-    return _flops(q_shape, window, 2)
+    return window_flops(q_shape, window, 2)
 
 
 @register_flop_formula(torch.ops.vitrail.retention_backward)
 def _backward_flops(
     grad: Any, q_shape: Any, k: Any, v: Any, decay: Any, slopes: Any, window: Any, *_: Any, **__: Any
 ) -> int:
-    return _flops(q_shape, window, 5)
+    return window_flops(q_shape, window, 5)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitrail.kernels._common.dispatch import Support
-from vitrail.kernels._common.gradients import fake_gradients, reference_gradients, requested_gradients
+from vitrail.kernels._common.gradients import reference_gradients
+from vitrail.kernels._common.registration import register_operator
 from vitrail.kernels.routing_attention.reference import (
     region_routes_reference,
     region_size,
@@ -22,11 +23,6 @@ _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? pad_k, Tensor? pad_v, Tensor
 torch.library.define(
     "vitrail::region_routes",
     "(Tensor q, Tensor k, Tensor? pad_q, Tensor? pad_k, int[] n_regions, int topk) -> Tensor",
-)
-torch.library.define("vitrail::routing_attention", f"({_ARGUMENTS}) -> Tensor")
-torch.library.define(
-    "vitrail::routing_attention_backward",
-    f"(Tensor grad, {_ARGUMENTS}) -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_pad_k, Tensor d_pad_v)",
 )
 
 
@@ -43,32 +39,16 @@ def _fake_routes(q: Tensor, k: Tensor, pad_q: Any, pad_k: Any, n_regions: Sequen
     return torch.empty((q.shape[0], n_regions[0] * n_regions[1], topk), dtype=torch.int64, device=q.device)
 
 
-def _fake_forward(q: Tensor, *rest: Any) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
-def _fake_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return fake_gradients(grad, inputs[:5])
-
-
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.constants = inputs[6:]
-
-
-def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.vitrail.routing_attention_backward(grad, *ctx.saved_tensors, *ctx.constants)
-    return requested_gradients(ctx, gradients)
-
-
 for _device in ("CPU", "CUDA"):
     torch.library.impl("vitrail::region_routes", _device)(region_routes_reference)
-    torch.library.impl("vitrail::routing_attention", _device)(routing_attention_reference)
-    torch.library.impl("vitrail::routing_attention_backward", _device)(_backward)
 torch.library.register_fake("vitrail::region_routes")(_fake_routes)
-torch.library.register_fake("vitrail::routing_attention")(_fake_forward)
-torch.library.register_fake("vitrail::routing_attention_backward")(_fake_backward)
-torch.library.register_autograd("vitrail::routing_attention", _autograd_backward, setup_context=_save_inputs)
+register_operator(
+    "routing_attention",
+    _ARGUMENTS,
+    ("d_q", "d_k", "d_v", "d_pad_k", "d_pad_v"),
+    routing_attention_reference,
+    _backward,
+)
 
 
 @register_flop_formula(torch.ops.vitrail.region_routes)

@@ -6,21 +6,14 @@ Like all pointwise operators it has no entry in PyTorch's FLOP counter.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from vitrail.kernels._common.dispatch import Support
-from vitrail.kernels._common.gradients import requested_gradients
+from vitrail.kernels._common.registration import register_operator
 from vitrail.kernels.strip_gate.reference import strip_gate_gradients, strip_gate_reference
 
 _ARGUMENTS = "Tensor x, Tensor logits_h, Tensor logits_w, bool skip"
-
-torch.library.define("vitrail::strip_gate", f"({_ARGUMENTS}) -> Tensor")
-torch.library.define(
-    "vitrail::strip_gate_backward", f"(Tensor grad, {_ARGUMENTS}) -> (Tensor d_x, Tensor d_logits_h, Tensor d_logits_w)"
-)
 
 
 def fused_support(x: Tensor) -> Support:
@@ -55,19 +48,12 @@ def _fake_backward(
     return d_x, logits_h.new_empty(logits_h.shape), logits_w.new_empty(logits_w.shape)
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:-1])
-    ctx.skip = inputs[-1]
-
-
-def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.vitrail.strip_gate_backward(grad, *ctx.saved_tensors, ctx.skip)
-    return requested_gradients(ctx, gradients)
-
-
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("vitrail::strip_gate", _device)(_forward)
-    torch.library.impl("vitrail::strip_gate_backward", _device)(_backward)
-torch.library.register_fake("vitrail::strip_gate")(_fake_forward)
-torch.library.register_fake("vitrail::strip_gate_backward")(_fake_backward)
-torch.library.register_autograd("vitrail::strip_gate", _autograd_backward, setup_context=_save_inputs)
+register_operator(
+    "strip_gate",
+    _ARGUMENTS,
+    ("d_x", "d_logits_h", "d_logits_w"),
+    _forward,
+    _backward,
+    _fake_forward,
+    _fake_backward,
+)

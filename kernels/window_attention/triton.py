@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitrail.kernels._common.gradients import empty_gradient
+from vitrail.kernels._common.launch import map_strides, unit_stride
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _SINGLE_TILE = 64
@@ -518,7 +519,7 @@ def window_attention_forward(
     roll_first: bool,
 ) -> Tensor:
     """Fused forward; arguments as in `window_attention_reference`."""
-    q, k, v = _unit_stride(q, k, v)
+    q, k, v = unit_stride(q, k, v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
@@ -530,7 +531,7 @@ def window_attention_forward(
     else:
         config = CONFIGS["fwd_tiled"]
         kernel, grid = _window_fwd_tiled_kernel, problem.n_windows * problem.heads * problem.n_blocks
-    kernel[(grid,)](*tensors, *_strides(q, k, v, out), *problem.scalars, **problem.constants, **config.launch)
+    kernel[(grid,)](*tensors, *map_strides(q, k, v, out), *problem.scalars, **problem.constants, **config.launch)
     return out
 
 
@@ -551,7 +552,7 @@ def window_attention_backward(
     roll_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fused backward: fills `d_q`, `d_k`, `d_v`; returns the gradients of bias and padding (empty if absent)."""
-    grad, q, k, v = _unit_stride(grad, q, k, v)
+    grad, q, k, v = unit_stride(grad, q, k, v)
     if q.numel() == 0:
         return _zeros_or_empty(grad, bias), _zeros_or_empty(grad, pad_k), _zeros_or_empty(grad, pad_v)
     problem = _Problem(q, bias, pad_k, window, shift, scale, roll_first)
@@ -574,7 +575,7 @@ def _backward_single_tile(
     bias_slots, pad_slots = _slots(problem, inputs, walkers, walkers)
     _window_bwd_kernel[(walkers * problem.heads,)](
         *inputs, *gradients, bias_slots, pad_slots,
-        *_strides(*inputs[:4], *gradients), *problem.scalars, **problem.constants, **config.launch,
+        *map_strides(*inputs[:4], *gradients), *problem.scalars, **problem.constants, **config.launch,
     )  # fmt: skip
     return bias_slots, pad_slots
 
@@ -590,9 +591,16 @@ def _backward_tiled(
     stats = torch.empty(rows, dtype=torch.float32, device=inputs[0].device)
     grid = (problem.n_windows * problem.heads * problem.n_blocks,)
     d_q, d_k, d_v = gradients
-    strides = _strides(*inputs[:4])
+    strides = map_strides(*inputs[:4])
     _window_bwd_dq_kernel[grid](
-        *inputs, d_q, stats, *strides, *_strides(d_q), *problem.scalars, **problem.constants, **CONFIGS["bwd_dq"].launch
+        *inputs,
+        d_q,
+        stats,
+        *strides,
+        *map_strides(d_q),
+        *problem.scalars,
+        **problem.constants,
+        **CONFIGS["bwd_dq"].launch,
     )
     _window_bwd_dkdv_kernel[grid](
         *inputs,
@@ -601,7 +609,7 @@ def _backward_tiled(
         pad_slots,
         stats,
         *strides,
-        *_strides(d_k, d_v),
+        *map_strides(d_k, d_v),
         *problem.scalars,
         **problem.constants,
         **CONFIGS["bwd_dkdv"].launch,
@@ -624,18 +632,8 @@ def _slots(problem: _Problem, inputs: tuple[Any, ...], n_bias: int, n_pad: int) 
     )
 
 
-def _unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The kernels step through a head's channels one by one; other layouts are copied."""
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
-
-
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
-    """Strides over (B, H, W, heads) of each tensor."""
-    return tuple(t.stride()[:4] for t in tensors)
 
 
 def _zeros_or_empty(grad: Tensor, tensor: Tensor | None) -> Tensor:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import platform
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 
-import vitrail
 from vitrail.models.mm import checkpoint, report
 from vitrail.models.mm.classifier import count_parameters
 from vitrail.models.mm.progress import ProgressHook, format_seconds
 from vitrail.models.mm.runner import build_runner, unwrap
 from vitrail.tools._common.cli import UsageError, describe_device, unknown_name
+from vitrail.tools._common.run_facts import describe_place, run_facts
 
 __all__ = ["build_runner", "describe", "finish", "make_display", "was_validated"]
 
@@ -35,8 +33,7 @@ def describe(runner: Any) -> str:
     train, val = runner._train_dataloader.dataset, runner._val_dataloader.dataset
     parameters = count_parameters(unwrap(runner.model).backbone)
     return (
-        f"{runner.cfg.model.backbone.name}: {parameters:,} parameters on {describe_device(runner.device)}, "
-        f"{runner.world_size} process{'es' if runner.world_size > 1 else ''}; "
+        f"{runner.cfg.model.backbone.name}: {parameters:,} parameters on {describe_place(runner)}; "
         f"{len(train):,} training and {len(val):,} held-out images of {len(train.source.classes)} classes"
     )
 
@@ -106,11 +103,7 @@ def _metrics(
         "epochs": len(curve),
         "seconds": seconds,
         "inference_images_per_second": speed,
-        "seed": runner.seed,
-        "device": describe_device(runner.device),
-        "processes": runner.world_size,
-        "versions": {"vitrail": vitrail.__version__, "torch": torch.__version__, "timm": timm.__version__,
-                     "python": platform.python_version()},
+        **run_facts(runner),
         "curve": curve,
     }  # fmt: skip
 

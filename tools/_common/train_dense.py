@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import platform
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
-
-import vitrail
 from vitrail.models.mm import checkpoint, dense_report, report
 from vitrail.models.mm.classifier import count_parameters
 from vitrail.models.mm.dense_hooks import DenseProgressHook
@@ -18,7 +13,7 @@ from vitrail.models.mm.dense_runner import build_dense_runner as build_runner
 from vitrail.models.mm.dense_runner import score_of
 from vitrail.models.mm.progress import format_seconds
 from vitrail.models.mm.runner import unwrap
-from vitrail.tools._common.cli import describe_device
+from vitrail.tools._common.run_facts import describe_place, run_facts
 
 __all__ = ["build_runner", "describe", "finish", "make_display", "was_validated"]
 
@@ -32,8 +27,7 @@ def describe(runner: Any) -> str:
     """One line about model, device and data."""
     train, val = runner._train_dataloader.dataset, runner._val_dataloader.dataset
     return (
-        f"{_name(runner)}: {count_parameters(unwrap(runner.model)):,} parameters on {describe_device(runner.device)}, "
-        f"{runner.world_size} process{'es' if runner.world_size > 1 else ''}; "
+        f"{_name(runner)}: {count_parameters(unwrap(runner.model)):,} parameters on {describe_place(runner)}; "
         f"{len(train):,} training and {len(val):,} held-out images of {len(train.metainfo['classes'])} classes"
     )
 
@@ -89,14 +83,6 @@ def _metrics(runner: Any, curve: list[dict[str, Any]], seconds: float) -> dict[s
         "images": {"train": len(runner.train_dataloader.dataset), "val": len(runner.val_dataloader.dataset)},
         "iterations": runner.iter,
         "seconds": seconds,
-        "seed": runner.seed,
-        "device": describe_device(runner.device),
-        "processes": runner.world_size,
-        "versions": {
-            "vitrail": vitrail.__version__,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "python": platform.python_version(),
-        },
+        **run_facts(runner),
         "curve": curve,
     }

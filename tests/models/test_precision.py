@@ -8,7 +8,7 @@ import torch
 
 import vitrail  # noqa: F401 -- registers the models
 
-MODELS = ("biformer_t", "davit_t", "resnet50_ela_l", "mobilenetv2_ela_b")
+MODELS = ("biformer_t", "dinat_mini", "dinats_t", "davit_t", "resnet50_ela_l", "mobilenetv2_ela_b")
 
 
 @pytest.mark.gpu

@@ -1,0 +1,8 @@
+"""DiNAT-Mini on ImageNet-1k; published 81.8 % top-1.
+
+Source: see `_nat.py`.
+"""
+
+_base_ = "_nat.py"
+
+model = dict(backbone=dict(name="dinat_mini", drop_path_rate=0.2))

@@ -1,0 +1,8 @@
+"""NAT-Base on ImageNet-1k; published 84.3 % top-1.
+
+Source: see `_nat.py`.
+"""
+
+_base_ = "_nat.py"
+
+model = dict(backbone=dict(name="nat_b", drop_path_rate=0.5))

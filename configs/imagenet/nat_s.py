@@ -1,0 +1,8 @@
+"""NAT-Small on ImageNet-1k; published 83.7 % top-1.
+
+Source: see `_nat.py`.
+"""
+
+_base_ = "_nat.py"
+
+model = dict(backbone=dict(name="nat_s", drop_path_rate=0.3))

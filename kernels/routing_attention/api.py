@@ -31,6 +31,7 @@ def region_routes(
     topk: int,
     pad_q: Tensor | None = None,
     pad_k: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """The regions that each region attends to: those whose mean keys fit its mean query best.
 
@@ -44,6 +45,7 @@ def region_routes(
         topk: Routed regions of each region.
         pad_q: Query that every padded position holds, (heads, D); zeros by default.
         pad_k: Key that every padded position holds, (heads, D); zeros by default.
+        backend: "auto", "eager" or "triton".
 
     Returns:
         Raster indices of regions, (B, R, topk), int64.
@@ -51,6 +53,7 @@ def region_routes(
     Raises:
         TypeError: An input is not floating point.
         ValueError: Shapes do not fit together or `topk` is out of range.
+        NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
     """
     check_dims(_NAME, "q", q, "(B, H, W, heads, D)")
     check_floating(_NAME, q=q, k=k)
@@ -59,7 +62,10 @@ def region_routes(
     if not 1 <= topk <= regions[0] * regions[1]:
         raise ValueError(f"{_NAME}: topk is {topk}; allowed: 1 to the number of regions, {regions[0] * regions[1]}")
     check_pads(_NAME, q, pad_q=pad_q, pad_k=pad_k)
-    return region_routes_reference(q, k, pad_q, pad_k, regions, topk)
+    arguments = (q, k, pad_q, pad_k, regions, topk)
+    if choose_backend("region_routes", backend, fused_support(q), q) == "triton":
+        return torch.ops.vitrail.region_routes(*arguments)
+    return region_routes_reference(*arguments)
 
 
 def routing_attention(
@@ -80,7 +86,7 @@ def routing_attention(
         q: Queries, (B, H, W, heads, D).
         k: Keys, like `q`.
         v: Values, like `q`.
-        routes: Regions that each region attends to, (B, R, topk), int64; see `region_routes`.
+        routes: Distinct regions that each region attends to, (B, R, topk), int64, in 0 ... R - 1; see `region_routes`.
         n_regions: Rows and columns of the region grid; the map is padded at the bottom and right to whole regions.
         pad_k: Key that every padded position holds, (heads, D); zeros by default. Padded positions are keys.
         pad_v: Value that every padded position holds, (heads, D); zeros by default.
@@ -93,7 +99,7 @@ def routing_attention(
     Raises:
         TypeError: An input is not floating point, or `routes` is not int64.
         ValueError: Shapes, dtypes or devices do not fit together.
-        NotImplementedError: `backend="triton"`: there is no fused kernel yet.
+        NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
     """
     check_dims(_NAME, "q", q, "(B, H, W, heads, D)")
     check_floating(_NAME, q=q)

@@ -1,4 +1,8 @@
-"""Registration of `vitrail::region_routes` and `vitrail::routing_attention` with PyTorch."""
+"""Registration of `vitrail::region_routes` and `vitrail::routing_attention` with PyTorch.
+
+The operators run on any device: what `fused_support` accepts goes to the Triton kernels, everything else to the
+reference. They save their inputs only; the backward recomputes the attention weights.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vitrail.kernels._common.dispatch import Support
+from vitrail.kernels._common.dispatch import Support, triton_support
 from vitrail.kernels._common.gradients import reference_gradients
 from vitrail.kernels._common.registration import register_operator
 from vitrail.kernels.routing_attention.reference import (
@@ -27,12 +31,32 @@ torch.library.define(
 
 
 def fused_support(q: Tensor) -> Support:
-    """The one place that says when routing attention is handed to the reference, and why."""
-    return Support(False, "routing attention has no fused kernel yet")
+    """The one place that says when routes and routing attention are handed to the reference, and why."""
+    return triton_support(q, q.shape[-1])
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    if fused_support(q).ok:
+        from vitrail.kernels.routing_attention.triton import routing_attention_forward
+
+        return routing_attention_forward(q, k, v, *rest)
+    return routing_attention_reference(q, k, v, *rest)
 
 
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    if fused_support(q).ok:
+        from vitrail.kernels.routing_attention.triton import routing_attention_backward
+
+        return routing_attention_backward(grad, q, k, v, *rest)
     return reference_gradients(routing_attention_reference, (q, k, v, *rest[:2]), rest[2:], grad)
+
+
+def _routes(q: Tensor, k: Tensor, pad_q: Any, pad_k: Any, n_regions: Any, topk: int) -> Tensor:
+    if fused_support(q).ok:
+        from vitrail.kernels.routing_attention.triton_routes import region_routes_fused
+
+        return region_routes_fused(q, k, pad_q, pad_k, n_regions, topk)
+    return region_routes_reference(q, k, pad_q, pad_k, n_regions, topk)
 
 
 def _fake_routes(q: Tensor, k: Tensor, pad_q: Any, pad_k: Any, n_regions: Sequence[int], topk: int) -> Tensor:
@@ -40,13 +64,13 @@ def _fake_routes(q: Tensor, k: Tensor, pad_q: Any, pad_k: Any, n_regions: Sequen
 
 
 for _device in ("CPU", "CUDA"):
-    torch.library.impl("vitrail::region_routes", _device)(region_routes_reference)
+    torch.library.impl("vitrail::region_routes", _device)(_routes)
 torch.library.register_fake("vitrail::region_routes")(_fake_routes)
 register_operator(
     "routing_attention",
     _ARGUMENTS,
     ("d_q", "d_k", "d_v", "d_pad_k", "d_pad_v"),
-    routing_attention_reference,
+    _forward,
     _backward,
 )
 

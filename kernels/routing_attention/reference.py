@@ -29,7 +29,12 @@ def region_routes_reference(
         .reshape(batch, regions, x.shape[3] * x.shape[4])
         for x, pad in ((q, pad_q), (k, pad_k))
     ]
-    return _product(means[0], means[1].transpose(1, 2)).topk(topk, dim=-1).indices
+    return routes_of_means(means[0], means[1], topk)
+
+
+def routes_of_means(q_means: Tensor, k_means: Tensor, topk: int) -> Tensor:
+    """The `topk` regions whose mean keys (B, R, C) fit each mean query best, best first; (B, R, topk)."""
+    return _product(q_means, k_means.transpose(1, 2)).topk(topk, dim=-1).indices
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+import random
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitrail.kernels._common.dispatch import HAS_TRITON
 from vitrail.kernels.routing_attention import region_routes, routing_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 _SHAPES = [  # batch, height, width, heads, D, n_regions, topk
     (2, 6, 9, 2, 4, (3, 3), 2),
@@ -36,21 +42,30 @@ def _cells(x: Tensor, pad: Tensor, n_regions: tuple[int, int]) -> list[Tensor]:
     return [cell.flatten(0, 1) for band in bands for cell in band.split(columns, dim=1)]
 
 
+def _check_routes(
+    routes: Tensor, q: Tensor, k: Tensor, pad_q: Tensor, pad_k: Tensor, n_regions: tuple[int, int], topk: int
+) -> None:
+    """Routes lead to distinct regions, as similar as any; which ones is open, as regions of padding alone tie."""
+    assert routes.shape == (len(q), math.prod(n_regions), topk)
+    assert routes.dtype == torch.int64
+    for image in range(len(q)):
+        q_means, k_means = (
+            torch.stack([cell.double().mean(0).flatten() for cell in _cells(x[image], pad, n_regions)])
+            for x, pad in ((q, pad_q), (k, pad_k))
+        )
+        similarity = q_means @ k_means.T
+        torch.testing.assert_close(
+            similarity.gather(1, routes[image]), similarity.topk(topk).values, rtol=1e-5, atol=1e-5
+        )
+        assert all(len(set(row)) == topk for row in routes[image].tolist())
+
+
 @pytest.mark.parametrize("shape", _SHAPES)
 def test_routes_are_the_most_similar_regions(shape: tuple) -> None:
     *sizes, n_regions, topk = shape
     q, k, _, pad_q, pad_k, _ = _inputs(*sizes)
     routes = region_routes(q, k, n_regions=n_regions, topk=topk, pad_q=pad_q, pad_k=pad_k)
-    assert routes.shape == (sizes[0], math.prod(n_regions), topk)
-    for image in range(sizes[0]):
-        q_means = torch.stack([cell.mean(0).flatten() for cell in _cells(q[image], pad_q, n_regions)])
-        k_means = torch.stack([cell.mean(0).flatten() for cell in _cells(k[image], pad_k, n_regions)])
-        similarity = q_means @ k_means.T
-        # Similarities, not indices: regions that are all padding tie.
-        torch.testing.assert_close(
-            similarity.gather(1, routes[image]).sort().values, similarity.topk(topk).values.sort().values
-        )
-        assert all(len(set(row)) == topk for row in routes[image].tolist())
+    _check_routes(routes, q, k, pad_q, pad_k, n_regions, topk)
 
 
 @pytest.mark.parametrize("shape", _SHAPES)
@@ -136,6 +151,177 @@ def test_low_precision_is_as_close_as_its_own_naive_form() -> None:
     assert error <= 2 * (naive.double() - want).abs().max() + 1e-3
 
 
+class _Call(NamedTuple):
+    """Arguments of one call of the operator: qkv (B, H, W, 3, heads, D), pads (2, heads, D) or None."""
+
+    qkv: Tensor
+    pads: Tensor | None
+    routes: Tensor
+    n_regions: tuple[int, int]
+    grad: Tensor
+
+    def run(self, dtype: torch.dtype, backend: str) -> list[Tensor]:
+        """Output and the gradients of qkv and pads."""
+        leaves = [x.to(dtype).requires_grad_() for x in (self.qkv, self.pads) if x is not None]
+        pad_k, pad_v = leaves[1] if self.pads is not None else (None, None)
+        out = routing_attention(
+            *leaves[0].unbind(3), self.routes, n_regions=self.n_regions, pad_k=pad_k, pad_v=pad_v, backend=backend
+        )
+        return [out, *torch.autograd.grad(out, leaves, self.grad.to(dtype), materialize_grads=True)]
+
+    def check_fused(self, dtype: torch.dtype) -> None:
+        """The fused kernels are as close to float64 as the eager form of the same dtype; a schedule changes nothing."""
+        fused = self.run(dtype, "triton")
+        for exact, ours, theirs in zip(self.run(torch.float64, "eager"), fused, self.run(dtype, "eager"), strict=True):
+            scale = exact.norm() + 1e-12
+            bound = 2 * (theirs.double() - exact).norm() / scale + torch.finfo(dtype).eps
+            assert ours.isfinite().all()
+            assert (ours.double() - exact).norm() / scale <= bound
+        if DEVICE == "cuda":
+            assert all(torch.equal(a, b) for a, b in zip(fused, self.run(dtype, "triton"), strict=True))
+
+
+def _random_call(seed: int, dtype: torch.dtype, shape: tuple[int, ...] | None = None, grid: int | None = None) -> _Call:
+    draw = random.Random(seed)
+    batch, height, width, heads, dim = shape or (*(draw.randint(1, high) for high in (2, 13, 13, 2)), 16)
+    n_regions = (grid, grid) if grid else (draw.randint(1, 5), draw.randint(1, 4))
+    regions = math.prod(n_regions)
+    topk = draw.randint(1, regions if grid is None else 4)
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+    # One in four times all regions choose the same ones, which leaves the others without queries.
+    rows = 1 if draw.random() < 0.25 else regions
+    routes = torch.rand(batch, rows, regions, generator=generator).topk(topk).indices.expand(-1, regions, -1)
+    qkv = randn(batch, height, width, 3, heads, dim)
+    if draw.random() < 0.3:
+        qkv = qkv.transpose(1, 2).contiguous().transpose(1, 2)
+    pads = randn(2, heads, dim) if draw.random() < 0.6 else None
+    return _Call(qkv, pads, routes.to(DEVICE), n_regions, randn(batch, height, width, heads, dim))
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills memory with NaN that the kernels are to write."""
+    empty = torch.empty
+
+    def poisoned(*args: object, **options: object) -> Tensor:
+        tensor = empty(*args, **options)
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(params=["by_region", "dense"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
+    """Makes every call take one of the two forms of the kernels."""
+    triton = pytest.importorskip("vitrail.kernels.routing_attention.triton")
+    monkeypatch.setattr(triton, "_DENSE_ADVANTAGE", math.inf if request.param == "dense" else 0)
+
+
+_DTYPES = pytest.mark.parametrize(
+    "dtype",
+    # Triton's interpreter multiplies bfloat16 tiles as raw integers: that dtype needs a GPU.
+    [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
+    ids=str,
+)
+
+
+@needs_triton
+@_DTYPES
+@pytest.mark.parametrize("seed", range(8))
+def test_fused_is_as_exact_as_eager(
+    seed: int, dtype: torch.dtype, kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vitrail.kernels.routing_attention import triton
+
+    monkeypatch.setattr(triton, "_BLOCK", 32 if seed % 2 else 64)  # several tiles on a small map
+    _random_call(seed, dtype).check_fused(dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("size", "grid", "topk", "dense"), [(56, 7, 1, False), (28, 7, 4, False), (14, 7, 16, True), (50, 16, 4, False)]
+)
+def test_form_of_the_kernels(size: int, grid: int, topk: int, dense: bool) -> None:
+    """Stages of BiFormer at 224 pixels, and one with more regions than a mask has bits."""
+    from vitrail.kernels.routing_attention.triton import _Problem
+
+    routes = torch.zeros(1, grid**2, topk, dtype=torch.int64)
+    problem = _Problem(torch.zeros(1, size, size, 1, 32), None, routes, (grid, grid), 1.0)
+    assert bool(problem.dense) == dense
+    assert problem.single == (size != 14)
+
+
+@needs_triton
+@pytest.mark.parametrize("seed", range(10))
+def test_fused_routes_are_those_of_the_reference(seed: int, poison: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vitrail.kernels.routing_attention import triton_routes
+
+    monkeypatch.setattr(triton_routes, "_BLOCK", 16)
+    monkeypatch.setattr(triton_routes, "_MOST_RANKED", 512 if seed % 3 else 0)
+    call = _random_call(seed, torch.float32)
+    q, k, _ = call.qkv.requires_grad_().unbind(3)
+    pad_q, pad_k = q.new_zeros(2, *q.shape[3:]) if call.pads is None else call.pads
+    pads = {} if call.pads is None else {"pad_q": pad_q, "pad_k": pad_k}
+    topk = call.routes.shape[2]
+    routes = region_routes(q, k, n_regions=call.n_regions, topk=topk, **pads, backend="triton")
+    assert not routes.requires_grad
+    _check_routes(routes, q.detach(), k.detach(), pad_q, pad_k, call.n_regions, topk)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's, of the products
+def test_fused_routes_stay_inside_the_map_whatever_the_numbers() -> None:
+    q = torch.full((1, 6, 6, 1, 16), math.nan, device=DEVICE)
+    q[0, :2] = math.inf
+    routes = region_routes(q, q, n_regions=3, topk=9, backend="triton")
+    assert routes.sort().values.tolist() == [[list(range(9))] * 9]
+
+
+@needs_triton
+def test_opposite_lists() -> None:
+    from vitrail.kernels.routing_attention.triton import _inverse_lists, _masks
+
+    routes = torch.rand(3, 40, 40).topk(5).indices.to(DEVICE)
+    listed, bounds = _inverse_lists(routes)
+    for image in range(3):
+        for region in range(40):
+            first, last = bounds[image, region].tolist()
+            chosen_by = (routes[image] == region).any(-1).nonzero().flatten()
+            assert listed[image, first:last].tolist() == chosen_by.tolist()
+    bits = _masks(routes)[..., None] >> torch.arange(40, device=DEVICE) & 1
+    assert torch.equal(bits, torch.zeros_like(bits).scatter(-1, routes, 1))
+
+
+@needs_triton
+@pytest.mark.parametrize("padded", [True, False])
+def test_registration_of_the_kernels(padded: bool, kernels: None) -> None:
+    q, k, v, _, pad_k, pad_v = (t.float().to(DEVICE).requires_grad_() for t in _inputs(2, 5, 4, 2, 16))
+    routes = torch.rand(2, 4, 4).topk(3).indices.to(DEVICE)
+    pads = (pad_k, pad_v) if padded else (None, None)
+    torch.library.opcheck(torch.ops.vitrail.routing_attention.default, (q, k, v, *pads, routes, [2, 2], 0.5))
+    torch.library.opcheck(torch.ops.vitrail.region_routes.default, (q, k, *pads, [2, 2], 3))
+
+
+@pytest.mark.gpu
+@_DTYPES
+@pytest.mark.parametrize("seed", range(100))
+def test_fused_on_a_gpu(seed: int, dtype: torch.dtype, poison: None) -> None:
+    draw = random.Random(seed)
+    shape = (draw.randint(1, 4), draw.randint(1, 70), draw.randint(1, 70), draw.randint(1, 4))
+    _random_call(seed, dtype, (*shape, draw.choice([16, 32, 64, 128])), draw.choice([2, 5, 7, 16])).check_fused(dtype)
+
+
+@pytest.mark.gpu
+@_DTYPES
+@pytest.mark.parametrize("grid", [7, 16])
+def test_fused_on_a_detection_image(grid: int, dtype: torch.dtype) -> None:
+    _random_call(grid, dtype, (2, 200, 336, 2, 32), grid).check_fused(dtype)
+
+
 def test_bad_arguments_are_named() -> None:
     q, k, v, pad_q, pad_k, _ = _inputs(1, 4, 4, 2, 4)
     routes = torch.zeros(1, 4, 2, dtype=torch.int64)
@@ -149,5 +335,5 @@ def test_bad_arguments_are_named() -> None:
         routing_attention(q, k, v, routes.float(), n_regions=2)
     with pytest.raises(ValueError, match="routes has shape"):
         routing_attention(q, k, v, routes, n_regions=3)
-    with pytest.raises(NotImplementedError, match="no fused kernel yet"):
+    with pytest.raises(NotImplementedError, match=r"routing_attention.*Triton"):
         routing_attention(q, k, v, routes, n_regions=2, backend="triton")

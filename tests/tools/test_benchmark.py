@@ -36,7 +36,7 @@ def test_models_are_compared(tmp_path: Path) -> None:
 def test_kernels_run_on_a_cpu(tmp_path: Path) -> None:
     assert main(["--kernels", "--device", "cpu", "--min-time", "0.01", "--json", str(tmp_path / "rows.json")]) == 0
     ours = [row for row in _rows(tmp_path / "rows.json") if row["implementation"] == "vitrail"]
-    assert len(ours) == 6  # three cases, forward and forward+backward
+    assert len(ours) == 8  # four cases, forward and forward+backward
     assert all(row["correct"] and row["p50_ms"] > 0 for row in ours)
 
 

@@ -15,6 +15,7 @@ from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor
 
 from vitrail.kernels.channel_attention import channel_attention, channel_attention_packed
+from vitrail.kernels.routing_attention import routing_attention
 from vitrail.kernels.window_attention import window_attention, window_attention_packed
 
 EVERYWHERE = ("cpu", "cuda")
@@ -303,7 +304,109 @@ def _timm_channels(qkv: Tensor) -> Tensor:
     return out.transpose(1, 2).reshape(batch, height, width, groups, dim)
 
 
+class _RoutingShape(NamedTuple):
+    batch: int
+    height: int
+    width: int
+    heads: int
+    dim: int
+    regions: int
+    topk: int
+
+    def __str__(self) -> str:
+        size = f"B{self.batch} {self.height}x{self.width}x{self.heads * self.dim} h{self.heads}"
+        return f"{size} {self.regions}x{self.regions} regions top-{self.topk}"
+
+    def routes(self, device_type: str) -> Tensor:
+        """Distinct regions for each region, drawn at random, (B, R, topk)."""
+        regions = self.regions**2
+        generator = torch.Generator().manual_seed(0)
+        scores = torch.rand((self.batch, regions, regions), generator=generator)
+        return scores.topk(self.topk).indices.to(device_type)
+
+
+# The routed stages of BiFormer at 224 pixels, and the first two in detection.
+_ROUTING_SHAPES = {
+    "cuda": (
+        _RoutingShape(64, 56, 56, 2, 32, 7, 1),
+        _RoutingShape(64, 28, 28, 4, 32, 7, 4),
+        _RoutingShape(64, 14, 14, 8, 32, 7, 16),
+        _RoutingShape(2, 200, 336, 2, 32, 16, 1),
+        _RoutingShape(2, 100, 168, 4, 32, 16, 4),
+    ),
+    "cpu": (_RoutingShape(1, 14, 14, 2, 16, 7, 4),),
+}
+
+
+def _routing_attention_cases(device_type: str) -> list[KernelCase]:
+    """BiFormer's attention to the tokens of given regions, from image-shaped (B, H, W, heads, D) to the same."""
+    return [_routing_case(shape, shape.routes(device_type)) for shape in _ROUTING_SHAPES[device_type]]
+
+
+def _routing_case(shape: _RoutingShape, routes: Tensor) -> KernelCase:
+    image = (shape.batch, shape.height, shape.width, shape.heads, shape.dim)
+    eager, gathered = _routed(shape, routes, "eager"), _gathered(shape, routes)
+    compiled = {"dynamic": False, "fullgraph": True}
+    implementations = {
+        "vitrail": Implementation(_routed(shape, routes, "auto")),
+        "vitrail packed": Implementation(_unpacked(_routed(shape, routes, "auto")), _stack),
+        "eager": Implementation(eager),
+        "eager compiled": Implementation(torch.compile(eager, **compiled), devices=("cuda",)),
+    }
+    if shape.height % shape.regions == 0 == shape.width % shape.regions:
+        implementations["gather"] = Implementation(gathered)
+        implementations["gather compiled"] = Implementation(torch.compile(gathered, **compiled), devices=("cuda",))
+    return KernelCase("routing_attention", str(shape), (image, image, image), eager, implementations)
+
+
+def _routed(shape: _RoutingShape, routes: Tensor, backend: str) -> Callable[..., Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return routing_attention(q, k, v, routes, n_regions=shape.regions, backend=backend)
+
+    return run
+
+
+def _unpacked(run: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same from (B, H, W, 3, heads, D), as one projection leaves it; stacking the gradients is timed too."""
+
+    def run_packed(qkv: Tensor) -> Tensor:
+        return run(*qkv.unbind(3))
+
+    return run_packed
+
+
+def _gathered(shape: _RoutingShape, routes: Tensor) -> Callable[..., Tensor]:
+    """As the authors do it: keys and values of all regions, expanded for each region, gathered by its routes.
+
+    The backward of that gather fills a gradient of the expanded size. For maps of whole regions.
+    """
+    rows, columns = shape.height // shape.regions, shape.width // shape.regions
+    regions, tokens = shape.regions**2, rows * columns
+
+    def split(x: Tensor) -> Tensor:
+        x = x.view(shape.batch, shape.regions, rows, shape.regions, columns, -1).transpose(2, 3)
+        return x.reshape(shape.batch, regions, tokens, -1)
+
+    def gather(x: Tensor) -> Tensor:
+        x = split(x)
+        index = routes[..., None, None].expand(-1, -1, -1, tokens, x.shape[-1])
+        chosen = x[:, None].expand(-1, regions, -1, -1, -1).gather(2, index)
+        return heads_first(chosen.flatten(2, 3))
+
+    def heads_first(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (shape.heads, shape.dim)).transpose(2, 3)  # (B, R, heads, tokens, D)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = (heads_first(split(q)) * shape.dim**-0.5 @ gather(k).transpose(-2, -1)).softmax(-1)
+        out = (weights @ gather(v)).transpose(2, 3)
+        out = out.reshape(shape.batch, shape.regions, shape.regions, rows, columns, -1).transpose(2, 3)
+        return out.reshape(q.shape)
+
+    return run
+
+
 OPERATORS: dict[str, Callable[[str], list[KernelCase]]] = {
     "window_attention": _window_attention_cases,
     "channel_attention": _channel_attention_cases,
+    "routing_attention": _routing_attention_cases,
 }

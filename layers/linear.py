@@ -6,7 +6,7 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from vitrail.kernels.linear_attention import linear_attention
+from vitrail.kernels.linear_attention import linear_attention_packed
 from vitrail.layers._heads import head_width
 from vitrail.layers.depthwise import DepthwiseConv2d
 
@@ -55,12 +55,11 @@ class LinearAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C), for any H and W."""
         qkv = self.qkv(x).view(x.shape[0], x.shape[1], x.shape[2], 3, self.num_heads, self.head_dim)
-        q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
         temperature = self.temperature.flatten()
         if torch.jit.is_scripting():
-            y = torch.ops.vitrail.linear_attention(q, k, v, temperature, self.floor)
+            y = torch.ops.vitrail.linear_attention_packed(qkv, temperature, self.floor)
         else:
-            y = linear_attention(q, k, v, temperature, floor=self.floor)
+            y = linear_attention_packed(qkv, temperature, floor=self.floor)
         return self.proj(y.flatten(3))
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Public function of linear attention: meaning, argument checks, choice of the backend."""
+"""Public functions of linear attention: meaning, argument checks, choice of the backend."""
 
 from __future__ import annotations
 
@@ -39,15 +39,39 @@ def linear_attention(
     Raises:
         TypeError: An input is not floating point.
         ValueError: Shapes, dtypes or devices do not fit together, or `floor` is not above 0.
-        NotImplementedError: `backend="triton"`: there is no fused kernel yet.
+        NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
     """
     check_dims(_NAME, "q", q, "(B, H, W, heads, D)")
     check_alike(_NAME, q=q, k=k, v=v)
-    check_floating(_NAME, q=q, temperature=temperature)
-    check_shape(_NAME, "temperature", temperature, (q.shape[3],))
-    if not floor > 0:
-        raise ValueError(f"{_NAME}: floor is {floor}; allowed: above 0")
+    check_floating(_NAME, q=q)
+    _check_constants(q, temperature, floor)
     q, k, v = autocast_together(q, k, v)
     if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
         return torch.ops.vitrail.linear_attention(q, k, v, temperature, float(floor))
     return linear_attention_reference(q, k, v, temperature, float(floor))
+
+
+def linear_attention_packed(qkv: Tensor, temperature: Tensor, *, floor: float = 100.0, backend: str = "auto") -> Tensor:
+    """`linear_attention` of q, k and v that one projection produced: (B, H, W, 3, heads, D).
+
+    Same result as `linear_attention(*qkv.unbind(3), ...)`; its backward writes the gradient of `qkv` directly instead
+    of stacking three. See `linear_attention` for the other arguments, the result and the errors.
+    """
+    check_dims(_NAME, "qkv", qkv, "(B, H, W, 3, heads, D)")
+    check_shape(_NAME, "qkv", qkv, (*qkv.shape[:3], 3, *qkv.shape[4:]))
+    check_floating(_NAME, qkv=qkv)
+    (qkv,) = autocast_together(qkv)
+    q, k, v = qkv.unbind(3)
+    _check_constants(q, temperature, floor)
+    if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
+        return torch.ops.vitrail.linear_attention_packed(qkv, temperature, float(floor))
+    return linear_attention_reference(q, k, v, temperature, float(floor))
+
+
+def _check_constants(q: Tensor, temperature: Tensor, floor: float) -> None:
+    check_floating(_NAME, temperature=temperature)
+    check_shape(_NAME, "temperature", temperature, (q.shape[3],))
+    if temperature.device != q.device:
+        raise ValueError(f"{_NAME}: temperature is on {temperature.device}, the map on {q.device}; they must agree")
+    if not floor > 0:
+        raise ValueError(f"{_NAME}: floor is {floor}; allowed: above 0")

@@ -36,14 +36,16 @@ def linear_attention_gradients(
         weights_sum = (queries * keys_sum).sum(-1, keepdim=True)
         denominator = weights_sum.clamp_min(floor)
         d_numerator = d_out / denominator
-        out = torch.matmul(queries, products * t) / denominator
-        d_denominator = -(d_numerator * out).sum(-1, keepdim=True) * (weights_sum >= floor)
-        d_products = torch.matmul(queries.transpose(2, 3), d_numerator)
-        d_queries = torch.matmul(d_numerator, (products * t).transpose(2, 3)) + d_denominator * keys_sum
-        d_keys = torch.matmul(values, (d_products * t).transpose(2, 3))
-        d_keys = d_keys + (d_denominator * queries).sum(2, keepdim=True)
-        d_values = torch.matmul(keys, d_products * t)
-        d_temperature = (d_products * products).sum((0, 2, 3)).to(temperature.dtype)
+        d_queries = torch.matmul(d_numerator, products.transpose(2, 3))
+        # The gradient against the result, without the temperature; the result itself is not needed.
+        share = (d_queries * queries).sum(-1, keepdim=True)
+        d_weights_sum = -t * share / denominator * (weights_sum >= floor)
+        d_queries = t * d_queries + d_weights_sum * keys_sum
+        d_products = torch.matmul(queries.transpose(2, 3), d_numerator) * t
+        d_keys = torch.matmul(values, d_products.transpose(2, 3))
+        d_keys = d_keys + (d_weights_sum * queries).sum(2, keepdim=True)
+        d_values = torch.matmul(keys, d_products)
+        d_temperature = share.sum((0, 2, 3)).to(temperature.dtype)
     return _map(d_queries * (q_tokens > 0), q), _map(d_keys * (k_tokens > 0), k), _map(d_values, v), d_temperature
 
 

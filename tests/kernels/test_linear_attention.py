@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrail.kernels._common.dispatch import record_choices
-from vitrail.kernels.linear_attention import linear_attention
+from vitrail.kernels._common.dispatch import HAS_TRITON, record_choices
+from vitrail.kernels.linear_attention import linear_attention, linear_attention_packed
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 shapes = st.tuples(*(st.integers(1, high) for high in (3, 7, 7, 3, 6)))
 
 
@@ -40,16 +44,21 @@ def test_reference_is_the_definition(shape: tuple[int, ...], floor: float) -> No
 
 @settings(max_examples=25)
 @given(shape=shapes, floor=st.sampled_from([0.1, 3.0, 100.0]))
-def test_operator_and_its_gradients_are_those_of_the_reference(shape: tuple[int, ...], floor: float) -> None:
-    inputs = [x.requires_grad_() for x in make_inputs(shape)]
+def test_operator_and_packed_forms_agree_with_the_reference(shape: tuple[int, ...], floor: float) -> None:
+    *inputs, temperature = (x.requires_grad_() for x in make_inputs(shape))
     grad = torch.randn(shape, dtype=torch.float64)
-    want = linear_attention(*inputs, floor=floor)
-    got = torch.ops.vitrail.linear_attention(*inputs, floor)
-    assert torch.equal(got, want)
-    for ours, theirs in zip(
-        torch.autograd.grad(got, inputs, grad), torch.autograd.grad(want, inputs, grad), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    packed = torch.stack([x.detach() for x in inputs], 3).requires_grad_()
+    want = linear_attention(*inputs, temperature, floor=floor)
+    *want_maps, want_temperature = torch.autograd.grad(want, [*inputs, temperature], grad)
+    by_op = torch.ops.vitrail.linear_attention(*inputs, temperature, floor)
+    assert torch.equal(by_op, want)
+    gradients = torch.autograd.grad(by_op, [*inputs, temperature], grad)
+    torch.testing.assert_close(gradients, (*want_maps, want_temperature), rtol=1e-10, atol=1e-10)
+    by_packed_op = torch.ops.vitrail.linear_attention_packed(packed, temperature, floor)
+    for out in (linear_attention_packed(packed, temperature, floor=floor), by_packed_op):
+        assert torch.equal(out, want)
+        gradients = torch.autograd.grad(out, [packed, temperature], grad)
+        torch.testing.assert_close(gradients, (torch.stack(want_maps, 3), want_temperature), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("floor", [0.5, 100.0], ids=["free", "floored"])
@@ -61,10 +70,12 @@ def test_gradients_are_the_derivatives(floor: float) -> None:
 @pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided"])
 def test_registration(contiguous: bool) -> None:
     *inputs, temperature = make_inputs((2, 3, 5, 2, 4), torch.float32)
+    packed = torch.randn(2, 3, 5, 3, 2, 4)
     if not contiguous:
-        inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
-    leaves = [x.detach().requires_grad_() for x in (*inputs, temperature)]
-    torch.library.opcheck(torch.ops.vitrail.linear_attention, (*leaves, 3.0))
+        *inputs, packed = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (*inputs, packed))
+    for tensors, op in ((inputs, "linear_attention"), ([packed], "linear_attention_packed")):
+        leaves = [x.detach().requires_grad_() for x in (*tensors, temperature)]
+        torch.library.opcheck(getattr(torch.ops.vitrail, op), (*leaves, 3.0))
 
 
 def test_float16_survives_the_tokens_of_a_street_scene() -> None:
@@ -88,8 +99,10 @@ def test_autocast_rounds_the_inputs_and_nothing_else() -> None:
     *inputs, temperature = make_inputs((1, 20, 30, 2, 8), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         out = linear_attention(*inputs, temperature)
+        packed = linear_attention_packed(torch.stack(inputs, 3), temperature)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, linear_attention(*(x.bfloat16() for x in inputs), temperature))
+    assert torch.equal(out, packed)
 
 
 def test_empty_batch_and_compilation_with_any_batch() -> None:
@@ -113,10 +126,92 @@ def test_flops_of_the_operator_are_those_of_the_reference() -> None:
             function(*inputs)
         counts.append(counter.get_total_flops())
     assert counts == [2 * 2 * (2 * 5 * 7 * 3 * 8 * 8)] * 2
-    leaves = [x.requires_grad_() for x in inputs]
+    *inputs, temperature = inputs
+    qkv = torch.stack(inputs, 3).requires_grad_()
     with FlopCounterMode(display=False) as counter:
-        torch.ops.vitrail.linear_attention(*leaves, 100.0).sum().backward()
-    assert counter.get_total_flops() == counts[0] * 8 // 2
+        torch.ops.vitrail.linear_attention_packed(qkv, temperature, 100.0).sum().backward()
+    assert counter.get_total_flops() == counts[0] * 7 // 2
+
+
+@pytest.fixture
+def many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the kernels cut a small map into several chunks of several tiles."""
+    triton = pytest.importorskip("vitrail.kernels.linear_attention.triton")
+    monkeypatch.setattr(triton, "_BLOCK_BYTES", 1024)
+    monkeypatch.setattr(triton, "_LEAST_CHUNK", 32)
+    monkeypatch.setattr(triton, "_MOST_CHUNKS", 3)
+
+
+@needs_triton
+@pytest.mark.usefixtures("many_chunks")
+@pytest.mark.parametrize(
+    "dtype",
+    # Triton's interpreter multiplies bfloat16 tiles as raw integers: that dtype needs a GPU.
+    [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
+    ids=str,
+)
+@pytest.mark.parametrize("seed", range(10))
+def test_fused_is_as_exact_as_eager(seed: int, dtype: torch.dtype) -> None:
+    draw = random.Random(seed)
+    shape = (*(draw.randint(1, high) for high in (2, 17, 17, 3)), draw.choice([16, 32]))
+    floor, packed, strided = draw.choice([0.5, 40.0, 100.0]), draw.random() < 0.5, draw.random() < 0.5
+    *inputs, temperature = (x.to(DEVICE) for x in make_inputs(shape))
+    # The larger factor makes sums that float16 cannot hold, and gradients divided by them that it cannot either.
+    factor = draw.choice([1, 30])
+    inputs = [(factor * inputs[0]).to(dtype), (factor * inputs[1]).to(dtype), inputs[2].to(dtype)]
+    temperature, grad = temperature.float(), torch.randn(shape, device=DEVICE).to(dtype)
+    if strided:
+        inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+
+    def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        t = temperature.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        out = (
+            linear_attention_packed(torch.stack(leaves, 3), t, floor=floor, backend=backend)
+            if packed
+            else linear_attention(*leaves, t, floor=floor, backend=backend)
+        )
+        return [out, *torch.autograd.grad(out, [*leaves, t], grad.to(dtype))]
+
+    for exact, ours, theirs in zip(run(torch.float64, "eager"), run(dtype, "triton"), run(dtype, "eager"), strict=True):
+        scale = exact.norm() + 1e-12
+        bound = 2 * (theirs.double() - exact).norm() / scale + torch.finfo(dtype).eps
+        assert ours.isfinite().all()
+        assert (ours.double() - exact).norm() / scale <= bound
+
+
+@needs_triton
+@pytest.mark.usefixtures("many_chunks")
+def test_fused_reads_views_of_the_projection_and_passes_nan_on() -> None:
+    qkv, temperature = torch.randn(2, 5, 9, 3, 2, 16, device=DEVICE), torch.randn(2, device=DEVICE)
+    wide = torch.randn(2, 4, device=DEVICE)
+    q, k, v = qkv.unbind(3)
+    want = linear_attention(q, k, v, temperature, backend="eager")
+    torch.testing.assert_close(
+        linear_attention(q, k, v, wide[:, 0], backend="triton"), linear_attention(q, k, v, wide[:, 0], backend="eager")
+    )
+    torch.testing.assert_close(linear_attention_packed(qkv, temperature, backend="triton"), want)
+    for place in (q, k):
+        place[1, 2, 3, 0, 4] = torch.nan
+        fused, eager = (linear_attention(q, k, v, temperature, backend=name) for name in ("triton", "eager"))
+        assert torch.equal(fused.isnan(), eager.isnan())
+        assert fused[0].isfinite().all()
+
+
+@needs_triton
+@pytest.mark.usefixtures("many_chunks")
+def test_fused_writes_every_gradient_and_the_same_one_each_time() -> None:
+    from vitrail.kernels.linear_attention.triton import linear_attention_backward
+
+    *inputs, temperature = (x.to(DEVICE) for x in make_inputs((2, 7, 11, 2, 16), torch.float32))
+    grad = torch.randn_like(inputs[0])
+    runs = []
+    for _ in range(2):
+        gradients = [torch.full_like(x, torch.nan) for x in inputs]
+        d_temperature = linear_attention_backward(grad, *inputs, temperature, *gradients, 3.0)
+        runs.append([*gradients, d_temperature])
+    assert all(x.isfinite().all() for x in runs[0])
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
 def test_choice_is_recorded_and_bad_arguments_are_named() -> None:
@@ -134,3 +229,7 @@ def test_choice_is_recorded_and_bad_arguments_are_named() -> None:
         linear_attention(q, k[:, :1], v, temperature)
     with pytest.raises(TypeError, match=r"q is torch\.int64"):
         linear_attention(q.long(), k.long(), v.long(), temperature)
+    with pytest.raises(ValueError, match="temperature is on meta"):
+        linear_attention(q, k, v, temperature.to("meta"))
+    with pytest.raises(ValueError, match="qkv has shape"):
+        linear_attention_packed(torch.stack((q, k), 3), temperature)

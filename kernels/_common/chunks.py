@@ -1,0 +1,79 @@
+"""Tiling that global operators share: a map's tokens in chunks, whose partial sums are added up in order.
+
+Sums over a whole map are split over programs, so that a large map fills the device. Each program leaves its chunk's
+sums in a workspace and whoever needs the total adds them up in the order of the chunks: results do not depend on the
+schedule. Imports Triton: only for the operators' `triton.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def place(n_chunks, heads):
+    """(image, head, chunk, row of the workspace) of a program; heads, which share memory lines, are neighbours."""
+    program = tl.program_id(0)
+    head = program % heads
+    chunk = (program // heads) % n_chunks
+    image = program // (heads * n_chunks)
+    return image, head, chunk, image * heads + head
+
+
+@triton.jit
+def token_offsets(image, head, tokens, width, strides, HEAD_DIM: tl.constexpr):
+    """Element offsets (tokens, HEAD_DIM) into a (B, H, W, heads, D) tensor whose last stride is 1."""
+    stride_b, stride_y, stride_x, stride_h = strides
+    rows = (tokens // width).to(tl.int64) * stride_y + (tokens % width).to(tl.int64) * stride_x
+    return (image.to(tl.int64) * stride_b + head * stride_h + rows)[:, None] + tl.arange(0, HEAD_DIM)[None, :]
+
+
+@triton.jit
+def square_offsets(HEAD_DIM: tl.constexpr):
+    """Element offsets of a contiguous (HEAD_DIM, HEAD_DIM) matrix."""
+    return tl.arange(0, HEAD_DIM)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+
+
+class Chunks:
+    """How a call's tokens are cut into chunks, and the launch parameters that its kernels share.
+
+    Args:
+        q: (B, H, W, heads, D).
+        block_bytes: Size of one tile of tokens.
+        least_chunk: Fewest tokens of a chunk: smaller ones would move more sums than tokens.
+        most_chunks: Of one map.
+    """
+
+    def __init__(self, q: Tensor, block_bytes: int, least_chunk: int, most_chunks: int) -> None:
+        batch, height, width, heads, self.head_dim = q.shape
+        n_tokens = height * width
+        block = max(16, block_bytes // (self.head_dim * q.element_size()))
+        chunk_size = block * math.ceil(max(least_chunk, n_tokens / most_chunks) / block)
+        self.n_chunks = math.ceil(n_tokens / chunk_size)
+        self.device = q.device
+        self.rows = (batch, heads)
+        self.scalars = (n_tokens, width, heads, self.n_chunks, chunk_size)
+        self.grid = (batch * heads * self.n_chunks,)
+        self.options: dict[str, Any] = {
+            "BLOCK": block, "HEAD_DIM": self.head_dim, "num_warps": 8 if self.head_dim > 64 else 4, "num_stages": 2
+        }  # fmt: skip
+
+    def workspace(self, size: int) -> Tensor:
+        """Uninitialised float32 sums, (B, heads, chunks, `size`)."""
+        return torch.empty((*self.rows, self.n_chunks, size), dtype=torch.float32, device=self.device)
+
+
+def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The kernels step through a head's channels one by one; other layouts are copied."""
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
+def map_strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Strides over (B, H, W, heads) of each tensor."""
+    return tuple(t.stride()[:4] for t in tensors)

@@ -57,7 +57,8 @@ def _packed_backward(grad: Tensor, qkv: Tensor, temperature: Tensor, floor: floa
         from vitrail.kernels.linear_attention.triton import linear_attention_backward
 
         d_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-        return d_qkv, linear_attention_backward(grad, q, k, v, temperature, *d_qkv.unbind(3), floor)
+        d_q, d_k, d_v = d_qkv.unbind(3)
+        return d_qkv, linear_attention_backward(grad, q, k, v, temperature, d_q, d_k, d_v, floor)
     *gradients, d_temperature = linear_attention_gradients(grad, q, k, v, temperature, floor)
     return torch.stack(gradients, 3), d_temperature
 

@@ -3,7 +3,7 @@
 Index map. Token n of an image stands at row n // W and column n % W; tensors are read and written where they lie, with
 any strides over (B, H, W, heads): the parts of a packed projection need no copy.
 
-Tiling. `kernels/_common/chunks.py`: a program has one chunk of one image's tokens in one head. Forward, two passes: the
+Tiling. `kernels/_common/triton.py`: a program has one chunk of one image's tokens in one head. Forward, two passes: the
 sums of every chunk's keys and of its keys times values, then every query against their total. Backward, three: the same
 sums, then the queries' gradients along with the sums for the keys' and values' gradients, which are the third pass.
 Every order of addition is fixed; there are no atomics.
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitrail.kernels._common.chunks import Chunks, map_strides, place, square_offsets, token_offsets, unit_stride
+from vitrail.kernels._common.triton import Chunks, map_strides, place, square_offsets, token_offsets, unit_stride
 
 _BLOCK_BYTES = 4096  # of one tile of tokens: at twice this the backward spills registers in float32
 _LEAST_CHUNK = 512  # tokens

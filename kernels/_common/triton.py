@@ -67,13 +67,3 @@ class Chunks:
     def workspace(self, size: int) -> Tensor:
         """Uninitialised float32 sums, (B, heads, chunks, `size`)."""
         return torch.empty((*self.rows, self.n_chunks, size), dtype=torch.float32, device=self.device)
-
-
-def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The kernels step through a head's channels one by one; other layouts are copied."""
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
-
-
-def map_strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
-    """Strides over (B, H, W, heads) of each tensor."""
-    return tuple(t.stride()[:4] for t in tensors)

@@ -16,43 +16,17 @@ over the image, which float16 has not. float32 inputs use full float32 products.
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vitrail.kernels._common.launch import map_strides, unit_stride
+from vitrail.kernels._common.triton import Chunks, place, square_offsets, token_offsets
 
 _BLOCK_BYTES = 8192  # of one tile of tokens
 _LEAST_CHUNK = 512  # tokens: smaller chunks would move more sums than tokens
 _MOST_CHUNKS = 64
-
-
-@triton.jit
-def _place(n_chunks, groups):
-    """(image, group, chunk, row of the workspace's sums) of a program."""
-    program = tl.program_id(0)
-    group = program % groups
-    chunk = (program // groups) % n_chunks
-    image = program // (groups * n_chunks)
-    return image, group, chunk, image * groups + group
-
-
-@triton.jit
-def _offsets(image, group, tokens, width, strides, HEAD_DIM: tl.constexpr):
-    """Element offsets (tokens, HEAD_DIM) into a (B, H, W, groups, D) tensor whose last stride is 1."""
-    stride_b, stride_y, stride_x, stride_g = strides
-    rows = (tokens // width).to(tl.int64) * stride_y + (tokens % width).to(tl.int64) * stride_x
-    return (image.to(tl.int64) * stride_b + group * stride_g + rows)[:, None] + tl.arange(0, HEAD_DIM)[None, :]
-
-
-@triton.jit
-def _square(HEAD_DIM: tl.constexpr):
-    """Element offsets of a contiguous (HEAD_DIM, HEAD_DIM) matrix."""
-    return tl.arange(0, HEAD_DIM)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
 
 
 @triton.jit(do_not_specialize=["n_tokens", "width", "groups", "n_chunks", "chunk_size"])
@@ -62,7 +36,7 @@ def _sums_kernel(
     BACKWARD: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """One chunk's `k^T v` and, in the backward, `grad^T q`: (rows, chunks, 1 or 2, D, D)."""
-    image, group, chunk, row = _place(n_chunks, groups)
+    image, group, chunk, row = place(n_chunks, groups)
     N_SUMS: tl.constexpr = 2 if BACKWARD else 1
     logits = tl.zeros((HEAD_DIM, HEAD_DIM), tl.float32)
     d_weights = tl.zeros((HEAD_DIM, HEAD_DIM), tl.float32)
@@ -70,15 +44,15 @@ def _sums_kernel(
     for start in range(first, tl.minimum(first + chunk_size, n_tokens), BLOCK):
         tokens = start + tl.arange(0, BLOCK)
         exists = (tokens < n_tokens)[:, None]
-        k = tl.load(k_ptr + _offsets(image, group, tokens, width, k_strides, HEAD_DIM), mask=exists, other=0.0)
-        v = tl.load(v_ptr + _offsets(image, group, tokens, width, v_strides, HEAD_DIM), mask=exists, other=0.0)
+        k = tl.load(k_ptr + token_offsets(image, group, tokens, width, k_strides, HEAD_DIM), mask=exists, other=0.0)
+        v = tl.load(v_ptr + token_offsets(image, group, tokens, width, v_strides, HEAD_DIM), mask=exists, other=0.0)
         logits = tl.dot(tl.trans(k), v, acc=logits, input_precision="ieee")
         if BACKWARD:
-            grad_offsets = _offsets(image, group, tokens, width, grad_strides, HEAD_DIM)
+            grad_offsets = token_offsets(image, group, tokens, width, grad_strides, HEAD_DIM)
             grad = tl.load(grad_ptr + grad_offsets, mask=exists, other=0.0)
-            q = tl.load(q_ptr + _offsets(image, group, tokens, width, q_strides, HEAD_DIM), mask=exists, other=0.0)
+            q = tl.load(q_ptr + token_offsets(image, group, tokens, width, q_strides, HEAD_DIM), mask=exists, other=0.0)
             d_weights = tl.dot(tl.trans(grad), q, acc=d_weights, input_precision="ieee")
-    slot = sums_ptr + (row * n_chunks + chunk).to(tl.int64) * (N_SUMS * HEAD_DIM * HEAD_DIM) + _square(HEAD_DIM)
+    slot = sums_ptr + (row * n_chunks + chunk).to(tl.int64) * (N_SUMS * HEAD_DIM * HEAD_DIM) + square_offsets(HEAD_DIM)
     tl.store(slot, logits)
     if BACKWARD:
         tl.store(slot + HEAD_DIM * HEAD_DIM, d_weights)
@@ -89,7 +63,7 @@ def _add_chunks(sums_ptr, row, n_chunks, which, N_SUMS: tl.constexpr, HEAD_DIM: 
     """Sum over an image's chunks, in their order."""
     SIZE: tl.constexpr = HEAD_DIM * HEAD_DIM
     total = tl.zeros((HEAD_DIM, HEAD_DIM), tl.float32)
-    slot = sums_ptr + row.to(tl.int64) * n_chunks * (N_SUMS * SIZE) + which * SIZE + _square(HEAD_DIM)
+    slot = sums_ptr + row.to(tl.int64) * n_chunks * (N_SUMS * SIZE) + which * SIZE + square_offsets(HEAD_DIM)
     for chunk in range(n_chunks):
         total += tl.load(slot + chunk * (N_SUMS * SIZE))
     return total
@@ -107,15 +81,15 @@ def _apply_kernel(
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Mixes the channels of one chunk's queries by the group's map."""
-    image, group, chunk, row = _place(n_chunks, groups)
+    image, group, chunk, row = place(n_chunks, groups)
     weights = _softmax(_add_chunks(sums_ptr, row, n_chunks, 0, 1, HEAD_DIM) * scale)
     first = chunk * chunk_size
     for start in range(first, tl.minimum(first + chunk_size, n_tokens), BLOCK):
         tokens = start + tl.arange(0, BLOCK)
         exists = (tokens < n_tokens)[:, None]
-        q = tl.load(q_ptr + _offsets(image, group, tokens, width, q_strides, HEAD_DIM), mask=exists, other=0.0)
+        q = tl.load(q_ptr + token_offsets(image, group, tokens, width, q_strides, HEAD_DIM), mask=exists, other=0.0)
         out = tl.dot(q, tl.trans(weights.to(q.dtype)), input_precision="ieee")
-        out_offsets = _offsets(image, group, tokens, width, out_strides, HEAD_DIM)
+        out_offsets = token_offsets(image, group, tokens, width, out_strides, HEAD_DIM)
         tl.store(out_ptr + out_offsets, out.to(q.dtype), mask=exists)
 
 
@@ -127,7 +101,7 @@ def _gradients_kernel(
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one chunk's q, k and v, from the sums of `k^T v` and `grad^T q`."""
-    image, group, chunk, row = _place(n_chunks, groups)
+    image, group, chunk, row = place(n_chunks, groups)
     weights = _softmax(_add_chunks(sums_ptr, row, n_chunks, 0, 2, HEAD_DIM) * scale)
     d_weights = _add_chunks(sums_ptr, row, n_chunks, 1, 2, HEAD_DIM)
     d_logits = weights * (d_weights - tl.sum(weights * d_weights, 1)[:, None]) * scale
@@ -136,41 +110,19 @@ def _gradients_kernel(
     for start in range(first, tl.minimum(first + chunk_size, n_tokens), BLOCK):
         tokens = start + tl.arange(0, BLOCK)
         exists = (tokens < n_tokens)[:, None]
-        grad_offsets = _offsets(image, group, tokens, width, grad_strides, HEAD_DIM)
+        grad_offsets = token_offsets(image, group, tokens, width, grad_strides, HEAD_DIM)
         grad = tl.load(grad_ptr + grad_offsets, mask=exists, other=0.0)
-        k = tl.load(k_ptr + _offsets(image, group, tokens, width, k_strides, HEAD_DIM), mask=exists, other=0.0)
-        v = tl.load(v_ptr + _offsets(image, group, tokens, width, v_strides, HEAD_DIM), mask=exists, other=0.0)
+        k = tl.load(k_ptr + token_offsets(image, group, tokens, width, k_strides, HEAD_DIM), mask=exists, other=0.0)
+        v = tl.load(v_ptr + token_offsets(image, group, tokens, width, v_strides, HEAD_DIM), mask=exists, other=0.0)
         d_q = tl.dot(grad, weights.to(grad.dtype), input_precision="ieee")
         d_k = tl.dot(v.to(tl.float32), tl.trans(d_logits), input_precision=PRECISION)
         d_v = tl.dot(k.to(tl.float32), d_logits, input_precision=PRECISION)
-        d_q_offsets = _offsets(image, group, tokens, width, d_q_strides, HEAD_DIM)
-        d_k_offsets = _offsets(image, group, tokens, width, d_k_strides, HEAD_DIM)
-        d_v_offsets = _offsets(image, group, tokens, width, d_v_strides, HEAD_DIM)
+        d_q_offsets = token_offsets(image, group, tokens, width, d_q_strides, HEAD_DIM)
+        d_k_offsets = token_offsets(image, group, tokens, width, d_k_strides, HEAD_DIM)
+        d_v_offsets = token_offsets(image, group, tokens, width, d_v_strides, HEAD_DIM)
         tl.store(d_q_ptr + d_q_offsets, d_q.to(k.dtype), mask=exists)
         tl.store(d_k_ptr + d_k_offsets, d_k.to(k.dtype), mask=exists)
         tl.store(d_v_ptr + d_v_offsets, d_v.to(k.dtype), mask=exists)
-
-
-class _Problem:
-    """The launch parameters that the kernels of one call share."""
-
-    def __init__(self, q: Tensor) -> None:
-        batch, height, width, groups, self.head_dim = q.shape
-        n_tokens = height * width
-        block = max(16, _BLOCK_BYTES // (self.head_dim * q.element_size()))
-        chunk_size = block * math.ceil(max(_LEAST_CHUNK, n_tokens / _MOST_CHUNKS) / block)
-        self.n_chunks = math.ceil(n_tokens / chunk_size)
-        self.rows = batch * groups
-        self.scalars = (n_tokens, width, groups, self.n_chunks, chunk_size)
-        self.grid = (self.rows * self.n_chunks,)
-        warps = 8 if self.head_dim > 64 else 4
-        self.options: dict[str, Any] = {
-            "BLOCK": block, "HEAD_DIM": self.head_dim, "num_warps": warps, "num_stages": 2
-        }  # fmt: skip
-
-    def workspace(self, n_sums: int, device: torch.device) -> Tensor:
-        """Uninitialised sums of all chunks."""
-        return torch.empty((self.rows, self.n_chunks, n_sums, self.head_dim**2), dtype=torch.float32, device=device)
 
 
 def channel_attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -179,14 +131,14 @@ def channel_attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> 
     if out.numel() == 0:
         return out
     q, k, v = unit_stride(q, k, v)
-    problem = _Problem(q)
-    sums = problem.workspace(1, q.device)
+    chunks = _chunks(q)
+    sums = chunks.workspace(chunks.head_dim**2)
     k_strides, v_strides, q_strides, out_strides = map_strides(k, v, q, out)
-    _sums_kernel[problem.grid](
+    _sums_kernel[chunks.grid](
         k, v, None, None, sums, k_strides, v_strides, q_strides, q_strides,
-        *problem.scalars, BACKWARD=False, **problem.options,
+        *chunks.scalars, BACKWARD=False, **chunks.options,
     )  # fmt: skip
-    _apply_kernel[problem.grid](q, out, sums, q_strides, out_strides, *problem.scalars, scale, **problem.options)
+    _apply_kernel[chunks.grid](q, out, sums, q_strides, out_strides, *chunks.scalars, scale, **chunks.options)
     return out
 
 
@@ -197,12 +149,16 @@ def channel_attention_backward(
     if q.numel() == 0:
         return
     grad, q, k, v = unit_stride(grad, q, k, v)
-    problem = _Problem(q)
-    sums = problem.workspace(2, q.device)
-    _sums_kernel[problem.grid](
-        k, v, grad, q, sums, *map_strides(k, v, grad, q), *problem.scalars, BACKWARD=True, **problem.options
+    chunks = _chunks(q)
+    sums = chunks.workspace(2 * chunks.head_dim**2)
+    _sums_kernel[chunks.grid](
+        k, v, grad, q, sums, *map_strides(k, v, grad, q), *chunks.scalars, BACKWARD=True, **chunks.options
     )
-    _gradients_kernel[problem.grid](
+    _gradients_kernel[chunks.grid](
         grad, k, v, d_q, d_k, d_v, sums, *map_strides(grad, k, v, d_q, d_k, d_v),
-        *problem.scalars, scale, **problem.options,
+        *chunks.scalars, scale, **chunks.options,
     )  # fmt: skip
+
+
+def _chunks(q: Tensor) -> Chunks:
+    return Chunks(q, _BLOCK_BYTES, _LEAST_CHUNK, _MOST_CHUNKS)

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitrail.kernels._common.triton import Chunks, map_strides, place, square_offsets, token_offsets, unit_stride
+from vitrail.kernels._common.launch import map_strides, unit_stride
+from vitrail.kernels._common.triton import Chunks, place, square_offsets, token_offsets
 
 _BLOCK_BYTES = 4096  # of one tile of tokens: at twice this the backward spills registers in float32
 _LEAST_CHUNK = 512  # tokens

@@ -1,0 +1,82 @@
+"""Public functions of scattered linear attention: meaning, argument checks, choice of the backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitrail.kernels._common.checks import autocast_together, check_alike, check_dims, check_floating, check_shape
+from vitrail.kernels._common.dispatch import choose_backend
+from vitrail.kernels.scattered_linear_attention.op import fused_support
+from vitrail.kernels.scattered_linear_attention.reference import scattered_linear_attention_reference
+from vitrail.kernels.scattered_linear_attention.windows import Windows
+
+_NAME = "scattered_linear_attention"
+
+
+def scattered_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, windows: Windows, *, eps: float = 1e-6, backend: str = "auto"
+) -> Tensor:
+    r"""Attention with rectified queries and keys inside windows that hold any number of voxels.
+
+    Per head, with :math:`\phi = \mathrm{ReLU}` and sums over the voxels j in the window of voxel i,
+
+    .. math:: y_i = \frac{\phi(q_i) \sum_j \phi(k_j) v_j^\top}{\phi(q_i) \cdot \sum_j \phi(k_j) + \epsilon}
+
+    (ScatterFormer, arXiv 2401.00912, as released; there the rectification stands before the operator). The sums grow
+    with the number of voxels in a window, so they are taken in at least float32.
+
+    Args:
+        q: Queries, (N, heads, D), any strides, any floating dtype.
+        k: Keys, like `q`.
+        v: Values, like `q`.
+        windows: Windows of the N voxels, from `sort_windows`; one value serves all layers on the same voxels.
+        eps: Added to the denominator, above 0.
+        backend: "auto", "eager" or "triton"; see `vitrail.kernels._common.dispatch`.
+
+    Returns:
+        (N, heads, D), contiguous, in q's dtype (the autocast dtype under autocast).
+
+    Raises:
+        TypeError: An input is not floating point, or the windows are not int32.
+        ValueError: Shapes, dtypes or devices do not fit together, or `eps` is not above 0.
+        NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
+    """
+    check_dims(_NAME, "q", q, "(N, heads, D)")
+    check_alike(_NAME, q=q, k=k, v=v)
+    check_floating(_NAME, q=q)
+    _check_windows(windows, q, eps)
+    q, k, v = autocast_together(q, k, v)
+    if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
+        return torch.ops.vitrail.scattered_linear_attention(q, k, v, *windows, float(eps))
+    return scattered_linear_attention_reference(q, k, v, *windows, float(eps))
+
+
+def scattered_linear_attention_packed(
+    qkv: Tensor, windows: Windows, *, eps: float = 1e-6, backend: str = "auto"
+) -> Tensor:
+    """`scattered_linear_attention` of q, k and v that one projection produced: (N, 3, heads, D).
+
+    Same result as `scattered_linear_attention(*qkv.unbind(1), ...)`; its backward writes the gradient of `qkv`
+    directly instead of stacking three. See there for the other arguments, the result and the errors.
+    """
+    check_dims(_NAME, "qkv", qkv, "(N, 3, heads, D)")
+    check_shape(_NAME, "qkv", qkv, (len(qkv), 3, *qkv.shape[2:]))
+    check_floating(_NAME, qkv=qkv)
+    _check_windows(windows, qkv, eps)
+    (qkv,) = autocast_together(qkv)
+    q, k, v = qkv.unbind(1)
+    if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
+        return torch.ops.vitrail.scattered_linear_attention_packed(qkv, *windows, float(eps))
+    return scattered_linear_attention_reference(q, k, v, *windows, float(eps))
+
+
+def _check_windows(windows: Windows, q: Tensor, eps: float) -> None:
+    if not eps > 0:
+        raise ValueError(f"{_NAME}: eps is {eps}; allowed: above 0")
+    for name, tensor in windows._asdict().items():
+        check_shape(_NAME, f"windows.{name}", tensor, (len(q),))
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{_NAME}: windows.{name} is {tensor.dtype}; allowed: torch.int32")
+        if tensor.device != q.device:
+            raise ValueError(f"{_NAME}: windows.{name} is on {tensor.device}, q on {q.device}; they must agree")

@@ -1,0 +1,24 @@
+"""Convolution of voxels: only occupied sites are stored, and tables tell which of them are neighbours."""
+
+from vitrail.kernels.sparse_conv.api import depthwise_sparse_conv, sparse_conv
+from vitrail.kernels.sparse_conv.sites import (
+    NeighbourTable,
+    distinct_keys,
+    site_coords,
+    site_keys,
+    strided_sites,
+    strided_table,
+    submanifold_table,
+)
+
+__all__ = [
+    "NeighbourTable",
+    "depthwise_sparse_conv",
+    "distinct_keys",
+    "site_coords",
+    "site_keys",
+    "sparse_conv",
+    "strided_sites",
+    "strided_table",
+    "submanifold_table",
+]

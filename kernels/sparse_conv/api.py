@@ -1,0 +1,87 @@
+"""Public functions of sparse convolution: meaning, argument checks, choice of the backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitrail.kernels._common.checks import autocast_together, check_dims, check_floating, check_shape
+from vitrail.kernels._common.dispatch import choose_backend
+from vitrail.kernels.sparse_conv.op import fused_support
+from vitrail.kernels.sparse_conv.reference import depthwise_reference, sparse_conv_reference
+from vitrail.kernels.sparse_conv.sites import NeighbourTable
+
+
+def sparse_conv(features: Tensor, weight: Tensor, table: NeighbourTable, *, backend: str = "auto") -> Tensor:
+    r"""Convolves voxels: :math:`y_n = \sum_k W_k\, x_{T(k, n)}`, where an absent neighbour contributes nothing.
+
+    The table says which input stands under each tap of the kernel, so that one function serves submanifold and
+    strided convolutions (`submanifold_table`, `strided_table`). A cross-correlation, summed in at least float32; the
+    gradients gather as well, so that they do not depend on a schedule.
+
+    Args:
+        features: Voxel features, (N, C_in), any floating dtype.
+        weight: Kernel, (C_out, taps, C_in) or (C_out, kz, ky, kx, C_in), the layout of spconv.
+        table: Neighbours, for `taps` taps, M outputs and N inputs.
+        backend: "auto", "eager" or "triton"; see `vitrail.kernels._common.dispatch`.
+
+    Returns:
+        (M, C_out), contiguous, in the dtype of `features` (the autocast dtype under autocast).
+
+    Raises:
+        TypeError: An input is not floating point, or the table is not int32.
+        ValueError: Shapes, dtypes or devices do not fit together.
+        NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
+    """
+    name = "sparse_conv"
+    weight = weight.flatten(1, -2)
+    check_dims(name, "weight", weight, "(C_out, taps, C_in)")
+    check_shape(name, "features", features, (len(features), weight.shape[2]))
+    features, weight = _checked(name, features, weight, table, weight.shape[1])
+    if choose_backend(name, backend, fused_support(features), features) == "triton":
+        return torch.ops.vitrail.sparse_conv(features, weight, *table)
+    return sparse_conv_reference(features, weight, *table)
+
+
+def depthwise_sparse_conv(features: Tensor, weight: Tensor, table: NeighbourTable, *, backend: str = "auto") -> Tensor:
+    r"""Convolves every channel of voxels by itself: :math:`y_{n,c} = \sum_k w_{k,c}\, x_{T(k, n), c}`.
+
+    Args:
+        features: Voxel features, (N, C), any floating dtype, any stride over the voxels.
+        weight: Kernel, (taps, C) or (kz, ky, kx, C).
+        table: Neighbours, for `taps` taps, M outputs and N inputs.
+        backend: "auto", "eager" or "triton"; see `vitrail.kernels._common.dispatch`.
+
+    Returns:
+        (M, C), contiguous, in the dtype of `features` (the autocast dtype under autocast).
+
+    Raises:
+        TypeError: An input is not floating point, or the table is not int32.
+        ValueError: Shapes, dtypes or devices do not fit together.
+        NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
+    """
+    name = "depthwise_sparse_conv"
+    weight = weight.flatten(0, -2)
+    check_dims(name, "weight", weight, "(taps, C)")
+    check_shape(name, "features", features, (len(features), weight.shape[1]))
+    features, weight = _checked(name, features, weight, table, weight.shape[0])
+    if choose_backend(name, backend, fused_support(features), features) == "triton":
+        return torch.ops.vitrail.depthwise_sparse_conv(features, weight, *table)
+    return depthwise_reference(features, weight, *table)
+
+
+def _checked(op: str, features: Tensor, weight: Tensor, table: NeighbourTable, taps: int) -> tuple[Tensor, ...]:
+    """Raises where arguments do not fit together; returns features and weight in the dtype to compute in."""
+    check_floating(op, features=features, weight=weight)
+    check_shape(op, "table.forward", table.forward, (taps, table.forward.shape[-1]))
+    check_shape(op, "table.backward", table.backward, (taps, len(features)))
+    for name, rows in table._asdict().items():
+        if rows.dtype != torch.int32:
+            raise TypeError(f"{op}: table.{name} is {rows.dtype}; allowed: torch.int32")
+    for name, tensor in (("weight", weight), ("table.forward", table.forward), ("table.backward", table.backward)):
+        if tensor.device != features.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, features on {features.device}; they must agree")
+    features, weight = autocast_together(features, weight)
+    if weight.dtype != features.dtype:
+        raise ValueError(f"{op}: weight has dtype {weight.dtype}, features has {features.dtype}; they must agree")
+    return features, weight

@@ -1,0 +1,69 @@
+"""Sparse convolution in plain PyTorch: the definition that fused kernels are tested against, and its gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitrail.kernels._common.checks import without_autocast
+
+
+def sparse_conv_reference(features: Tensor, weight: Tensor, table: Tensor, transposed: Tensor) -> Tensor:
+    """Computes `out[n] = sum_k weight[:, k] features[table[k, n]]`, absent neighbours being 0.
+
+    See `vitrail.kernels.sparse_conv.sparse_conv` for the arguments; weight is (C_out, taps, C_in). `transposed` serves
+    the backward alone.
+    """
+    dtype, padded = _wide(features), _with_empty_row(features)
+    out = torch.zeros(table.shape[1], weight.shape[0], dtype=dtype, device=features.device)
+    with without_autocast(features):
+        for tap, rows in enumerate(table):
+            # Tap by tap: all gathered at once would take `taps` times the memory of the features.
+            out = out + torch.mm(padded[rows.long()].to(dtype), weight[:, tap].to(dtype).t())
+    return out.to(features.dtype)
+
+
+def sparse_conv_gradients(
+    grad: Tensor, features: Tensor, weight: Tensor, table: Tensor, transposed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of features and weight; the former gathers from the outputs that each input reaches."""
+    dtype, padded, padded_grad = _wide(features), _with_empty_row(features), _with_empty_row(grad)
+    d_features = torch.zeros(features.shape, dtype=dtype, device=features.device)
+    d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    for tap in range(len(table)):
+        d_features += torch.mm(padded_grad[transposed[tap].long()].to(dtype), weight[:, tap].to(dtype))
+        d_weight[:, tap] = torch.mm(grad.to(dtype).t(), padded[table[tap].long()].to(dtype)).to(weight.dtype)
+    return d_features.to(features.dtype), d_weight
+
+
+def depthwise_reference(features: Tensor, weight: Tensor, table: Tensor, transposed: Tensor) -> Tensor:
+    """Computes `out[n, c] = sum_k weight[k, c] features[table[k, n], c]`, absent neighbours being 0.
+
+    See `vitrail.kernels.sparse_conv.depthwise_sparse_conv` for the arguments; weight is (taps, C).
+    """
+    dtype, padded = _wide(features), _with_empty_row(features)
+    out = torch.zeros(table.shape[1], features.shape[1], dtype=dtype, device=features.device)
+    for tap, rows in enumerate(table):
+        out = out + padded[rows.long()].to(dtype) * weight[tap].to(dtype)
+    return out.to(features.dtype)
+
+
+def depthwise_gradients(
+    grad: Tensor, features: Tensor, weight: Tensor, table: Tensor, transposed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of features and weight, like `sparse_conv_gradients`."""
+    dtype, padded = _wide(features), _with_empty_row(features)
+    d_features = depthwise_reference(grad, weight, transposed, table)
+    d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    for tap, rows in enumerate(table):
+        d_weight[tap] = (padded[rows.long()].to(dtype) * grad.to(dtype)).sum(0)
+    return d_features, d_weight
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _with_empty_row(x: Tensor) -> Tensor:
+    """Appends a row of zeros, which is what row -1 then refers to."""
+    return torch.cat((x, x.new_zeros(1, x.shape[1])))

@@ -4,7 +4,7 @@ VENV ?= .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-models test-gpu check bench clean
+.PHONY: demo test test-models test-export test-gpu check bench clean
 
 $(STAMP): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,9 @@ test: $(STAMP)
 
 test-models: $(STAMP)
 	$(BIN)/python tests/contract/run.py
+
+test-export: $(STAMP)
+	$(BIN)/python -m pytest -q tests/tools/every_export.py
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -q -m gpu

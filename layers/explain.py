@@ -1,8 +1,10 @@
-"""Shows which implementation of its operator every layer of a model runs, and why."""
+"""Shows what the layers of a model do: which implementation of its operator each runs and why, what each is given."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,3 +67,26 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
             for handle in handles:
                 handle.remove()
     return Explanation(tuple(rows))
+
+
+@torch.no_grad()
+def layer_inputs(model: nn.Module, x: Tensor, layers: Mapping[str, nn.Module]) -> dict[str, tuple[Any, ...]]:
+    """Runs `model(x)` once, without gradients, and returns the positional arguments that chosen layers were given.
+
+    Args:
+        model: Any module; train or eval mode is left as it is.
+        x: Its input, on the model's device.
+        layers: Layers of the model by any names. Of a layer that is called more than once the last call is kept; one
+            that is not called is left out.
+    """
+    kept: dict[str, tuple[Any, ...]] = {}
+    handles = [
+        layer.register_forward_pre_hook(lambda _module, given, name=name: kept.update({name: given}))
+        for name, layer in layers.items()
+    ]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return kept

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
 from vitrail.kernels._common.partition import pad_map
+from vitrail.kernels._common.recording import at_most
 from vitrail.kernels.routing_attention import region_routes, routing_attention
 from vitrail.kernels.routing_attention.reference import region_size
 from vitrail.layers._heads import head_width
@@ -70,7 +71,10 @@ class RoutingAttention(nn.Module):
             y = routing_attention(q, k, v, routes, n_regions=grid, pad_k=bias[1], pad_v=bias[2], scale=self.scale)
         bottom, right = region_size(x.shape[1], x.shape[2], self.n_regions)[1]
         # No more of the padding than the 5x5 filter reaches from inside the map; a region grid can pad far beyond.
-        pads = (min(bottom, 2), min(right, 2))
+        if torch.jit.is_scripting():
+            pads = (min(bottom, 2), min(right, 2))
+        else:
+            pads = (at_most(bottom, 2), at_most(right, 2))
         position = self.lepe(pad_map(v, pads, bias[2]).flatten(3))[:, : x.shape[1], : x.shape[2]]
         return self.proj(y.flatten(3) + position)
 

@@ -10,6 +10,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
+from vitrail.kernels._common.recording import padding_to, records_graph
 from vitrail.kernels.varied_window_attention import varied_window_attention
 from vitrail.layers._heads import head_width
 from vitrail.layers.window import relative_position_bias
@@ -146,21 +147,23 @@ class VariedWindowAttention(nn.Module):
         Raises:
             ValueError: The map is smaller than one window and `offset_norm` is not "padded".
         """
-        height, width = self.window_size
-        # Positions outside the map are zeros that count, as in the released code; none is materialised.
-        pooled = F.avg_pool2d(
-            x.permute(0, 3, 1, 2),
-            [height, width],
-            [height, width],
-            self.pad_start(x),
-            ceil_mode=True,
-            divisor_override=height * width,
-        )
+        pooled = self._window_means(x.permute(0, 3, 1, 2), self.pad_start(x))
         pooled = F.leaky_relu(pooled.permute(0, 2, 3, 1))  # (B, rows, columns, C)
         predicted = self._regress(pooled).view(pooled.shape[0], pooled.shape[1], pooled.shape[2], self.num_heads, 4)
         down, right = self._tokens_per_offset(x.shape[1], x.shape[2], pooled.shape[1], pooled.shape[2])
         offsets = torch.stack((predicted[..., 1] * down, predicted[..., 0] * right), -1)
         return offsets, 1 + predicted[..., 2:].flip(-1)
+
+    def _window_means(self, x: Tensor, start: list[int]) -> Tensor:
+        """Means over the windows of (B, C, H, W); positions outside the map are zeros that count, as released."""
+        height, width = self.window_size
+        if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript leaves out a branch on this call alone
+            if records_graph():
+                # Other runtimes count otherwise at the border: what is recorded for them has whole windows.
+                down, right = padding_to(x.shape[2] + start[0], height), padding_to(x.shape[3] + start[1], width)
+                return F.avg_pool2d(F.pad(x, (start[1], right, start[0], down)), [height, width])
+        # No padding is materialised.
+        return F.avg_pool2d(x, [height, width], [height, width], start, ceil_mode=True, divisor_override=height * width)
 
     def _regress(self, pooled: Tensor) -> Tensor:
         dtype = torch.promote_types(pooled.dtype, torch.float32)

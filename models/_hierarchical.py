@@ -17,12 +17,19 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from vitrail.kernels._common.recording import is_padded, padding_to
+
 
 @torch.fx.wrap  # a size that decides whether to pad cannot be traced; a module that imports it must wrap it too
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Pads (B, C, H, W) with zeros at the bottom and right to multiples of `multiple`."""
-    pad_h, pad_w = -x.shape[2] % multiple, -x.shape[3] % multiple
-    return F.pad(x, (0, pad_w, 0, pad_h)) if pad_h > 0 or pad_w > 0 else x
+    pad_h = padding_to(x.shape[2], multiple)
+    pad_w = padding_to(x.shape[3], multiple)
+    if torch.jit.is_scripting():
+        padded = pad_h > 0 or pad_w > 0
+    else:
+        padded = is_padded((pad_h, pad_w))
+    return F.pad(x, (0, pad_w, 0, pad_h)) if padded else x
 
 
 def check_stages(depths: Sequence[int], dims: Sequence[int], **others: Sequence[Any]) -> None:

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from vitrail.kernels._common.recording import is_size
+
 
 def check_floating(op: str, **tensors: Tensor) -> None:
     """Raises `TypeError` unless every given tensor holds floating-point numbers."""
@@ -58,7 +60,7 @@ def to_pair(op: str, name: str, value: int | Sequence[int], minimum: int) -> tup
         ValueError: `value` is not one or two integers of at least `minimum`.
     """
     pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(n, int) and n >= minimum for n in pair):
+    if len(pair) != 2 or not all(is_size(n) and n >= minimum for n in pair):
         raise ValueError(f"{op}: {name} is {value!r}; expected an int or (height, width), each at least {minimum}")
     return pair[0], pair[1]
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitrail.kernels._common.recording import at_least
+
 
 class Neighborhood(NamedTuple):
     """The keys that each query of one axis sees, one row a query and one column a key of the kernel.
@@ -40,7 +42,7 @@ def axis_neighborhood(
     """
     query = torch.arange(length, device=device)
     group, place = query % dilation, query // dilation
-    whole: int = torch.sym_max(length, kernel * dilation)  # type: ignore[assignment]
+    whole = at_least(length, kernel * dilation)
     group_length = (whole - group + dilation - 1) // dilation
     leader = place // stride * stride + (stride - 1 if causal else stride // 2)
     leader = torch.minimum(leader, group_length - 1)
@@ -120,7 +122,8 @@ def neighborhood_attention_with_lse(
     table = table.reshape(n_queries, n_keys)
     visible = _logical_and(_all_pairs([n.visible for n in near])).expand(*lengths, *kernel_size)
     outside = None
-    if any(length < k * d for length, k, d in zip(lengths, kernel_size, dilation, strict=True)):
+    reaches_out = any(length < k * d for length, k, d in zip(lengths, kernel_size, dilation, strict=True))
+    if reaches_out or torch.jit.is_tracing():
         inside = [n.position < length for n, length in zip(near, lengths, strict=True)]
         outside = ~_logical_and(_all_pairs(inside)).expand(*lengths, *kernel_size).reshape(n_queries, n_keys)
     hidden = ~visible.reshape(n_queries, n_keys)

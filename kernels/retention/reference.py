@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrail.kernels._common.partition import from_windows, pad_map, to_windows
+from vitrail.kernels._common.recording import is_padded, padding_to
 
 ACTIVATIONS = ("softmax", "sigmoid")
 
@@ -99,7 +100,7 @@ class _Cut:
     def __init__(self, q: Tensor, window_size: Sequence[int], shift_size: Sequence[int]) -> None:
         self.like = q
         self.window, self.shift = (window_size[0], window_size[1]), (shift_size[0], shift_size[1])
-        self.pads = (-q.shape[1] % self.window[0], -q.shape[2] % self.window[1])
+        self.pads = (padding_to(q.shape[1], self.window[0]), padding_to(q.shape[2], self.window[1]))
         self.dtype = torch.promote_types(q.dtype, torch.float32)
 
     def split(self, x: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ class _Cut:
     def bias(self, decay: Tensor) -> Tensor:
         """Decay times distance, -inf where a query must not see, (B * nW, heads, T, T); batch 1 if all are alike."""
         bias = (decay.to(self.dtype)[:, None, None] * self.distance())[None]
-        if self.pads == (0, 0) and self.shift == (0, 0):
+        if not is_padded(self.pads) and self.shift == (0, 0):
             return bias
         return bias.masked_fill(~self._visible()[:, None], float("-inf")).repeat(self.like.shape[0], 1, 1, 1)
 

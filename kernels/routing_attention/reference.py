@@ -11,7 +11,8 @@ from vitrail.kernels._common.partition import from_windows, pad_map, to_windows
 
 def region_size(height: int, width: int, n_regions: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
     """Height and width of a region, and of the padding that makes all regions whole."""
-    size = (-(-height // n_regions[0]), -(-width // n_regions[1]))
+    # No negative number is divided: ONNX rounds such a quotient towards zero.
+    size = ((height + n_regions[0] - 1) // n_regions[0], (width + n_regions[1] - 1) // n_regions[1])
     return size, (size[0] * n_regions[0] - height, size[1] * n_regions[1] - width)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vitrail.kernels._common.gradients import empty_gradient
 from vitrail.kernels._common.partition import to_windows
+from vitrail.kernels._common.recording import is_padded, records_graph
 
 
 def varied_window_attention_reference(
@@ -29,7 +30,7 @@ def varied_window_attention_reference(
     """
     taps = _locate(q, offsets, stretch, window_size, pad_start)
     index, weights = _combine(taps, q)
-    sampled = F.embedding_bag(index, _token_rows(k, v), per_sample_weights=weights, mode="sum")
+    sampled = _sample(index, weights, _token_rows(k, v))
     keys, values = _to_heads(sampled, q, window_size)
     queries = _cut(q, offsets, window_size, pad_start)
     mask = None if bias is None else bias.to(q.dtype)[None]
@@ -137,9 +138,16 @@ def _combine(taps: tuple[_Axis, _Axis], q: Tensor) -> tuple[Tensor, Tensor]:
     return (pixel * heads + head).reshape(-1, 4), weights.to(rows_dtype).reshape(-1, 4)
 
 
+def _sample(index: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+    """Weighted sums of rows, (N, taps) and (M, C) -> (N, C)."""
+    if records_graph():  # other runtimes know no bags; this form takes more memory
+        return (F.embedding(index, rows) * weights[..., None]).sum(1)
+    return F.embedding_bag(index, rows, per_sample_weights=weights, mode="sum")
+
+
 def _token_rows(k: Tensor, v: Tensor) -> Tensor:
     """Key and value of every head of every position, (B * H * W * heads, 2 D), in at least float32."""
-    rows = torch.cat((k, v), -1).view(-1, 2 * k.shape[4])
+    rows = torch.cat((k, v), -1).reshape(-1, 2 * k.shape[4])
     return rows.to(torch.promote_types(k.dtype, torch.float32))
 
 
@@ -156,7 +164,7 @@ def _cut(x: Tensor, offsets: Tensor, window_size: tuple[int, int], pad_start: tu
     (top, left), (rows, columns) = pad_start, offsets.shape[1:3]
     bottom = rows * window_size[0] - top - x.shape[1]
     right = columns * window_size[1] - left - x.shape[2]
-    padded = F.pad(x, (0, 0, 0, 0, left, right, top, bottom)) if max(top, left, bottom, right) > 0 else x
+    padded = F.pad(x, (0, 0, 0, 0, left, right, top, bottom)) if is_padded((top, left, bottom, right)) else x
     return to_windows(padded, window_size, (0, 0)).transpose(1, 2)
 
 
@@ -165,7 +173,7 @@ def _join(
 ) -> Tensor:
     """(B * nW, heads, T, D) -> contiguous (B, H, W, heads, D): undoes `_cut`."""
     (batch, height, width, heads, dim), (rows, columns), (top, left) = q.shape, offsets.shape[1:3], pad_start
-    x = windows.view(batch, rows, columns, heads, *window_size, dim).permute(0, 1, 4, 2, 5, 3, 6)
+    x = windows.reshape(batch, rows, columns, heads, *window_size, dim).permute(0, 1, 4, 2, 5, 3, 6)
     x = x.reshape(batch, rows * window_size[0], columns * window_size[1], heads, dim)
     return x[:, top : top + height, left : left + width].contiguous()
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrail.kernels._common.partition import from_windows, pad_map, roll_map, to_windows
+from vitrail.kernels._common.recording import is_padded, padding_to
 
 
 def window_attention_reference(
@@ -26,7 +27,7 @@ def window_attention_reference(
     See `vitrail.kernels.window_attention.window_attention` for the arguments.
     """
     height, width = q.shape[1:3]
-    pads = (-height % window_size[0], -width % window_size[1])
+    pads = (padding_to(height, window_size[0]), padding_to(width, window_size[1]))
     mask = _attention_mask(height, width, pads, window_size, shift_size, pad_k is not None, roll_first, q.device)
     early_shift, shift = (shift_size, (0, 0)) if roll_first else ((0, 0), shift_size)
     q_windows = to_windows(pad_map(roll_map(q, early_shift), pads, None), window_size, shift)  # (B * nW, T, heads, D)
@@ -58,7 +59,7 @@ def _attention_mask(
     A cyclic shift brings tokens from opposite borders into one window; only those that were neighbours before the
     shift see each other (Swin, section 3.2). Padded keys without a value are hidden from real queries.
     """
-    hides_pads = pads != (0, 0) and not pads_are_keys
+    hides_pads = is_padded(pads) and not pads_are_keys
     if shift == (0, 0) and not hides_pads:
         return None
     padded = (height + pads[0], width + pads[1])

@@ -1,0 +1,57 @@
+"""What code must know that a recorder runs in place of a caller: a graph for any size holds one branch only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def records_graph() -> bool:
+    """Whether `torch.jit.trace` (and with it the ONNX exporter) or `torch.export` records the calls."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+def is_size(value: object) -> bool:
+    """Whether a value is an integer, or what stands for one while a graph is recorded."""
+    if isinstance(value, (int, torch.SymInt)):
+        return True
+    return torch.jit.is_tracing() and isinstance(value, torch.Tensor) and value.dim() == 0
+
+
+def at_least(size: int, minimum: int) -> int:
+    """The larger of a size and a constant, also for what stands for a size while a graph is recorded."""
+    if isinstance(size, torch.Tensor):
+        return size.clamp(min=minimum)
+    larger: int = torch.sym_max(size, minimum)  # type: ignore[assignment]
+    return larger
+
+
+def at_most(size: int, maximum: int) -> int:
+    """The smaller of a size and a constant; see `at_least`."""
+    if isinstance(size, torch.Tensor):
+        return size.clamp(max=maximum)
+    smaller: int = torch.sym_min(size, maximum)  # type: ignore[assignment]
+    return smaller
+
+
+def padding_to(size: int, multiple: int) -> int:
+    """Rows or columns that are missing to a multiple; written so that symbolic sizes are seen to become multiples."""
+    # No negative number is divided: ONNX rounds such a quotient towards zero.
+    return (size + multiple - 1) // multiple * multiple - size
+
+
+def is_padded(pads: Sequence[int]) -> bool:
+    """Whether anything is to be padded.
+
+    Also true where a graph is recorded for sizes that do not tell: padding by nothing is right as well.
+    """
+    return torch.jit.is_tracing() or not all(_is_zero(pad) for pad in pads)
+
+
+def _is_zero(pad: int) -> bool:
+    if isinstance(pad, torch.SymInt) and torch.compiler.is_exporting():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(pad == 0)
+    return bool(pad == 0)

@@ -1,0 +1,170 @@
+"""Files for other runtimes compute what the model computes, at several sizes; the command notices where they do not."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import vitrail
+from vitrail.tools._common import export
+from vitrail.tools.export import main
+
+_TINY = {"depths": (1, 1, 1, 1), "dims": (32, 64, 96, 128)}
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "biformer_n": {},
+    "biformer_stl": _TINY,
+    "davit_t": {**_TINY, "num_heads": (1, 2, 3, 4)},
+    "gated_swinrmt_retention_n": {},
+    "gated_swinrmt_swat_n": {},
+    "l2vit_n": {},
+    "mobilenetv2_ela_b": {},
+    "resnet18_ela_t": {},
+    "rmt_n": {},
+    "swin_t": {"depths": (1, 1, 2, 1)},
+    "vsa_swin_n": {},
+    "vsa_vitae_s": {"depths": (1, 1, 1, 1)},
+    **{name: {} for name in ("nat_n", "dinat_n") if timm.is_model(name)},
+}
+_needs_onnx = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")), reason="needs the extra 'onnx'"
+)
+
+
+def _model(name: str) -> nn.Module:
+    """A model no part of which is idle: parameters that start at zero get values."""
+    model = timm.create_model(name, **_FAMILIES[name]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    return model
+
+
+def _check(model: nn.Module, path: Path, export_format: str, size: tuple[int, int, int], dynamic: bool) -> None:
+    export.write_model(model, path, export_format, size, dynamic)
+    shapes = export.shapes_to_try(model, export_format, size, dynamic, 2)
+    assert len({shape[0] for shape in shapes}) == len({shape[2:] for shape in shapes}) == (2 if dynamic else 1)
+    for check in export.verify_file(model, path, export_format, shapes):
+        assert check.relative <= export.TOLERANCE, check
+
+
+@_needs_onnx
+@pytest.mark.parametrize("name", _FAMILIES)
+def test_onnx_of_any_size(name: str, tmp_path: Path) -> None:
+    # 72 pixels leave something to pad in every stage of every family with windows of 7 or 8.
+    _check(_model(name), tmp_path / "model.onnx", "onnx", (3, 72, 72), dynamic=True)
+
+
+@_needs_onnx
+def test_onnx_of_one_size_has_fixed_shapes(tmp_path: Path) -> None:
+    import onnx
+
+    _check(_model("davit_t"), tmp_path / "model.onnx", "onnx", (3, 64, 96), dynamic=False)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == [2, 3, 64, 96]
+    assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
+
+
+@pytest.mark.parametrize("name", ["biformer_n", "rmt_n", "vsa_swin_n"])
+def test_torchscript_of_any_size(name: str, tmp_path: Path) -> None:
+    _check(_model(name), tmp_path / "model.pt", "torchscript", (3, 72, 72), dynamic=True)
+
+
+def test_torchscript_needs_no_vitrail(tmp_path: Path) -> None:
+    export.write_model(_model("l2vit_n"), tmp_path / "model.pt", "torchscript", (3, 32, 32), dynamic=True)
+    code = (
+        f"import torch, sys; y = torch.jit.load({str(tmp_path / 'model.pt')!r})(torch.zeros(1, 3, 40, 48)); "
+        "assert y.isfinite().all() and 'vitrail' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [("resnet18_ela_t", True), pytest.param("l2vit_n", True, marks=pytest.mark.slow), ("biformer_n", False)],
+)
+def test_exported_program(name: str, dynamic: bool, tmp_path: Path) -> None:
+    _check(_model(name), tmp_path / "model.pt2", "exported-program", (3, 64, 64), dynamic)
+
+
+def test_a_different_file_is_noticed(tmp_path: Path) -> None:
+    model = _model("l2vit_n")
+    export.write_model(model, tmp_path / "model.pt", "torchscript", (3, 32, 32), dynamic=False)
+    with torch.no_grad():
+        model.head.fc.bias += 0.01
+    (check,) = export.verify_file(model, tmp_path / "model.pt", "torchscript", [(2, 3, 32, 32)])
+    assert check.error == pytest.approx(0.01, rel=1e-3)
+    assert check.relative > export.TOLERANCE
+
+
+def test_the_command_uses_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = timm.create_model("l2vit_n", num_classes=7).eval()
+    nn.init.constant_(trained.head.fc.bias, 3.0)
+    torch.save(trained.state_dict(), tmp_path / "weights.pth")
+    files = ["--checkpoint", str(tmp_path / "weights.pth"), "-o", str(tmp_path / "out.pt")]
+    assert main(["l2vit_n", "--format", "torchscript", "--dynamic", "--num-classes", "7", *files]) == 0
+    assert "relative" in capsys.readouterr().out
+    image = torch.rand(2, 3, 48, 56)
+    with torch.no_grad():
+        assert torch.allclose(torch.jit.load(str(tmp_path / "out.pt"))(image), trained(image), atol=1e-5)
+
+
+def test_the_command_fails_where_the_file_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def altered(path: Path) -> export.Runner:
+        def run(image: Tensor) -> Tensor:
+            return torch.jit.load(str(path))(image) * 1.001
+
+        return run
+
+    monkeypatch.setattr(export, "_read_torchscript", altered)
+    assert main(["l2vit_n", "--format", "torchscript", "-o", str(tmp_path / "out.pt")]) == 1
+    assert "differs from the model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["davit_x"], "davit_t"),
+        (["resnet50"], "unknown model"),
+        (["biformer_n", "--img-size", "0"], "--img-size"),
+        (["biformer_n", "--img-size", "1", "2", "3"], "--img-size"),
+        (["biformer_n", "--batch-size", "0"], "--batch-size"),
+        (["biformer_n", "--batch-size", "2", "--dynamic"], "--dynamic"),
+        (["biformer_n", "--num-classes", "-1"], "--num-classes"),
+        (["biformer_n", "--format", "tflite"], "tflite"),
+        (["biformer_n", "--format", "torchscript", "-o", "no/such/folder/model.pt"], "does not exist"),
+        (["gated_swinrmt_swat", "--format", "torchscript", "--dynamic", "--img-size", "64"], "from 225"),
+    ],
+)
+def test_bad_usage(arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["biformer_n"]) == 1
+    assert "vitrail[onnx]" in capsys.readouterr().err
+
+
+def test_an_image_that_the_model_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["biformer_stl", "--format", "torchscript", "--img-size", "16", "-o", str(tmp_path / "out.pt")]
+    assert main(arguments) == 1
+    assert "at least 32" in capsys.readouterr().err
+
+
+def test_settings_are_restored(tmp_path: Path) -> None:
+    before = vitrail.kernels._common.dispatch.settings.default_backend
+    with pytest.raises(export.ToolError):
+        export.write_model(_model("biformer_stl"), tmp_path / "x.pt", "torchscript", (3, 16, 16), dynamic=False)
+    assert vitrail.kernels._common.dispatch.settings.default_backend == before

@@ -1,0 +1,134 @@
+"""Paints panels over images: one PNG of all, and a page that holds every picture inside itself."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vitrail.tools._common.draw import Panel, upsampled
+
+_PALETTE = ("#ffffff", "#ff4d4d", "#4dc3ff", "#ffd24d", "#6be675", "#d98cff", "#ff9f40", "#40e0d0", "#ff80bf")
+_PANELS_IN_ROW = 6
+_MOST_OUTSIDE = 0.3  # of the image's size
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem; background: #fafafa; color: #1c1c1c; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #ccc; }
+.side { display: flex; gap: 1.5rem; align-items: flex-start; overflow-x: auto; }
+.model { min-width: 14rem; flex: 1; } .model h3 { font-size: 1rem; margin: .4rem 0; }
+.panels { display: flex; flex-wrap: wrap; gap: .6rem; }
+figure { margin: 0; width: 200px; } figure img { width: 100%; border-radius: 4px; display: block; }
+figcaption { font-size: .8rem; color: #444; } .none { color: #777; font-size: .85rem; }
+@media (prefers-color-scheme: dark) {
+  body { background: #161616; color: #eee; } figcaption, .none { color: #aaa; } h2 { border-color: #444; } }
+"""
+
+
+class Drawn(NamedTuple):
+    """What was found out about one model on one image.
+
+    Attributes:
+        model: Name of the model.
+        image_name: Name of the image.
+        pixels: The image as the model saw it, (H, W, 3), 0 to 1.
+        panels: By kind, as `draw.all_panels` returns them.
+    """
+
+    model: str
+    image_name: str
+    pixels: np.ndarray
+    panels: dict[str, list[Panel]]
+
+
+def write_png(path: Path, drawn: Sequence[Drawn]) -> None:
+    """One picture: for every kind of panel of every model and image a row, or several where there are many panels."""
+    from matplotlib.figure import Figure
+
+    rows = [
+        (one, kind, panels[start : start + _PANELS_IN_ROW])
+        for one in drawn
+        for kind, panels in one.panels.items()
+        for start in range(0, len(panels), _PANELS_IN_ROW)
+    ]
+    columns = 1 + max((len(panels) for _, _, panels in rows), default=0)
+    figure = Figure(figsize=(2.3 * columns, 2.55 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes, (one, kind, panels) in zip(grid, rows, strict=True):
+        for place in axes:
+            place.set_axis_off()
+        axes[0].imshow(one.pixels)
+        axes[0].set_title(f"{one.model}\n{kind}", fontsize=8, loc="left", fontweight="bold")
+        for place, panel in zip(axes[1:], panels, strict=False):
+            _paint(place, one.pixels, panel)
+            place.set_title(panel.title, fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def write_html(path: Path, drawn: Sequence[Drawn], title: str) -> None:
+    """A page without outside resources: for every image and kind the models side by side."""
+    parts = []
+    for image_name in dict.fromkeys(one.image_name for one in drawn):
+        of_image = [one for one in drawn if one.image_name == image_name]
+        parts.append(f"<h1>{html.escape(image_name)}</h1><div class=panels>{_figure(of_image[0].pixels, None)}</div>")
+        for kind in dict.fromkeys(kind for one in of_image for kind in one.panels):
+            models = "".join(_model_cell(one, kind) for one in of_image)
+            parts.append(f"<h2>{html.escape(kind.capitalize())}</h2><div class=side>{models}</div>")
+    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(title)}</title>"
+    page = (
+        f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>"
+    )
+    path.write_text(page + "\n", encoding="utf-8")
+
+
+def _model_cell(one: Drawn, kind: str) -> str:
+    figures = "".join(_figure(one.pixels, panel) for panel in one.panels.get(kind, []))
+    body = f"<div class=panels>{figures}</div>" if figures else "<p class=none>this model has none</p>"
+    return f"<div class=model><h3>{html.escape(one.model)}</h3>{body}</div>"
+
+
+def _figure(pixels: np.ndarray, panel: Panel | None) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.4, 2.4 * pixels.shape[0] / pixels.shape[1]))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    if panel is None:
+        axes.imshow(pixels)
+    else:
+        _paint(axes, pixels, panel)
+    data = io.BytesIO()
+    figure.savefig(data, dpi=110, format="png")
+    text = html.escape(panel.title if panel else "as the models see it", quote=True)
+    source = base64.b64encode(data.getvalue()).decode()
+    return f'<figure><img alt="{text}" src="data:image/png;base64,{source}"><figcaption>{text}</figcaption></figure>'
+
+
+def _paint(axes: Any, pixels: np.ndarray, panel: Panel) -> None:
+    from matplotlib.patches import Rectangle
+
+    height, width = pixels.shape[:2]
+    gray = pixels.mean(2, keepdims=True).repeat(3, 2)
+    axes.imshow(pixels if panel.heat is None else 0.35 + 0.65 * gray, extent=(0, 1, 1, 0), aspect=height / width)
+    if panel.heat is not None:
+        heat = upsampled(panel.heat, height, width).numpy()
+        axes.imshow(heat, cmap="inferno", alpha=0.25 + 0.6 * heat, extent=(0, 1, 1, 0), aspect=height / width)
+    for box in panel.boxes:
+        color = _PALETTE[box.color % len(_PALETTE)]
+        size = (box.right - box.left, box.bottom - box.top)
+        fill = {"facecolor": "#ffd24d", "alpha": 0.45} if box.filled else {"facecolor": "none"}
+        axes.add_patch(Rectangle((box.left, box.top), *size, edgecolor=color, linewidth=1.2, **fill))
+    if panel.query is not None:
+        axes.plot(*panel.query, marker="x", color="#00ffff", markersize=6, markeredgewidth=1.6)
+    # Windows that reach out of the image are shown, as far as they do not make it small.
+    axes.set_xlim(*_limits([edge for box in panel.boxes for edge in (box.left, box.right)]))
+    axes.set_ylim(*reversed(_limits([edge for box in panel.boxes for edge in (box.top, box.bottom)])))
+
+
+def _limits(edges: Sequence[float]) -> tuple[float, float]:
+    low, high = max(min([0.0, *edges]), -_MOST_OUTSIDE), min(max([1.0, *edges]), 1 + _MOST_OUTSIDE)
+    return low - (0.02 if low < 0 else 0), high + (0.02 if high > 1 else 0)

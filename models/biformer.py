@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, DropPath, Mlp, register_notrace_module, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.layers.depthwise import DepthwiseConv2d
@@ -19,6 +19,7 @@ from vitrail.layers.routing import FullAttention, RoutingAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path
 from vitrail.models._registry import imagenet_cfg
+from vitrail.models._weights import build_model_with_cfg
 
 __all__ = ["BiFormer"]
 
@@ -244,6 +245,10 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
             "license": "mit",
             "origin_url": "https://github.com/rayleizhu/BiFormer",
             "paper_ids": "arXiv:2303.08810",
+            "notes": (
+                "The authors keep their files on OneDrive (links in their README), where a program is refused: "
+                "download one in a browser.",
+            ),
             **kwargs,
         }
     )
@@ -255,7 +260,7 @@ default_cfgs = generate_default_cfgs(
         "biformer_s": _cfg(),
         "biformer_b": _cfg(),
         "biformer_stl": _cfg(),
-        "biformer_n": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), license="apache-2.0"),
+        "biformer_n": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), license="apache-2.0", notes=None),
     }
 )
 

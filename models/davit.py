@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.fx
 from timm.layers import DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
@@ -24,6 +24,7 @@ from vitrail.layers.window import WindowAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages, pad_to_multiple
 from vitrail.models._registry import imagenet_cfg
+from vitrail.models._weights import build_model_with_cfg
 
 __all__ = ["DaViT"]
 

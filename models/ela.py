@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models._efficientnet_builder import decode_arch_def, round_channels
 from timm.models.efficientnet import EfficientNet
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from vitrail.layers.strip import FORMS, EfficientLocalAttention
 from vitrail.models._checkpoint import UntrainedPartWarning, rename_keys, unwrap
 from vitrail.models._registry import imagenet_cfg
+from vitrail.models._weights import build_model_with_cfg
 
 __all__ = ["ElaBottleneck", "ElaMobileNetV2", "ElaResNet"]
 

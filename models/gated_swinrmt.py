@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
@@ -23,6 +23,7 @@ from vitrail.layers.gated_retention import GatedRetention, SwatRetention
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_stages
 from vitrail.models._registry import imagenet_cfg
+from vitrail.models._weights import build_model_with_cfg
 from vitrail.models.rmt import (
     ConvFeedForward,
     ProjectionHead,

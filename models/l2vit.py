@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.fx
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
@@ -21,6 +21,7 @@ from vitrail.layers.window import WindowAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages, pad_to_multiple
 from vitrail.models._registry import imagenet_cfg
+from vitrail.models._weights import build_model_with_cfg
 from vitrail.models.davit import AttentionBlock, ConvPosEnc, Downsample
 
 __all__ = ["L2ViT"]
@@ -232,13 +233,19 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     )
 
 
+_RELEASE = "https://github.com/ChuanyangZheng/L2ViT/releases/download/v1.0"
 default_cfgs = generate_default_cfgs(
     {
         "l2vit_n": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), license="apache-2.0"),
-        "l2vit_t": _cfg(),
-        "l2vit_s": _cfg(),
-        "l2vit_b": _cfg(),
-        "l2vit_b_384": _cfg(input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0),
+        "l2vit_t.in1k": _cfg(url=f"{_RELEASE}/L2ViT-Tiny-checkpoint-best-ema.pth"),
+        "l2vit_s.in1k": _cfg(url=f"{_RELEASE}/L2ViT-Small-checkpoint-best-ema.pth"),
+        "l2vit_b.in1k": _cfg(url=f"{_RELEASE}/L2ViT-Base-checkpoint-best-ema.pth"),
+        "l2vit_b_384": _cfg(
+            input_size=(3, 384, 384),
+            pool_size=(12, 12),
+            crop_pct=1.0,
+            notes=("The author's release holds files named L2ViT-Base-22k-*: download the one for 384 by hand.",),
+        ),
     }
 )
 

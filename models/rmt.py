@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, DropPath, LayerScale, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.layers.depthwise import DepthwiseConv2d
@@ -20,6 +20,7 @@ from vitrail.layers.retention import Retention, RetentionPosition
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages
 from vitrail.models._registry import imagenet_cfg
+from vitrail.models._weights import build_model_with_cfg
 
 __all__ = ["RMT"]
 
@@ -352,6 +353,10 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
             "crop_pct": 0.875,
             "origin_url": "https://github.com/qhfan/RMT",
             "paper_ids": "arXiv:2309.11523",
+            "notes": (
+                "The authors keep their files on Baidu (links in their README), which wants an account: download "
+                "one in a browser.",
+            ),
             **kwargs,
         }
     )
@@ -363,7 +368,7 @@ default_cfgs = generate_default_cfgs(
         "rmt_s": _cfg(),
         "rmt_b": _cfg(),
         "rmt_l": _cfg(),
-        "rmt_n": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), license="apache-2.0"),
+        "rmt_n": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), license="apache-2.0", notes=None),
     }
 )
 

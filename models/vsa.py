@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.fx
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.layers.depthwise import DepthwiseConv2d
@@ -24,6 +24,7 @@ from vitrail.layers.window import WindowAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages, pad_to_multiple
 from vitrail.models._registry import imagenet_cfg
+from vitrail.models._weights import build_model_with_cfg
 
 __all__ = ["VSASwin"]
 
@@ -72,7 +73,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_multiple(x, 2).permute(0, 2, 3, 1)
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H / 2, 2, W / 2, 2, C)
+        x = x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2] // 2, 2, x.shape[3])
         # Swin's order of the neighbours: the upper left, the one below it, the one to its right, the lower right.
         x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)
         return self.reduction(self.norm(x)).permute(0, 3, 1, 2)
@@ -315,11 +316,12 @@ def _swin_cfg(timm_name: str) -> dict[str, Any]:
     )
 
 
+_UNPUBLISHED = ("The authors have not published these weights.",)
 default_cfgs = generate_default_cfgs(
     {
-        "vsa_swin_t": _cfg(crop_pct=0.875),
-        "vsa_swin_s": _cfg(crop_pct=0.875),
-        "vsa_swin_b": _cfg(crop_pct=0.875),
+        "vsa_swin_t": _cfg(crop_pct=0.875, notes=_UNPUBLISHED),
+        "vsa_swin_s": _cfg(crop_pct=0.875, notes=_UNPUBLISHED),
+        "vsa_swin_b": _cfg(crop_pct=0.875, notes=_UNPUBLISHED),
         "vsa_swin_n": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), license="apache-2.0"),
         "swin_t.ms_in1k": _swin_cfg("swin_tiny_patch4_window7_224.ms_in1k"),
         "swin_s.ms_in1k": _swin_cfg("swin_small_patch4_window7_224.ms_in1k"),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.fx
 from timm.layers import ClassifierHead, DropPath, Mlp, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.layers.depthwise import DepthwiseConv2d
@@ -22,6 +22,7 @@ from vitrail.layers.varied_window import VariedWindowAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages, pad_to_multiple
 from vitrail.models._registry import imagenet_cfg
+from vitrail.models._weights import build_model_with_cfg
 from vitrail.models.vsa import read_attention
 
 __all__ = ["VSAViTAE"]
@@ -347,7 +348,17 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     )
 
 
-default_cfgs = generate_default_cfgs({name: _cfg() for name in _VARIANTS})
+_BY_HAND = (
+    "The authors keep their file on OneDrive (link in their README), where a program is refused: download it in a "
+    "browser.",
+)
+default_cfgs = generate_default_cfgs(
+    {
+        "vsa_vitae_s": _cfg(notes=_BY_HAND),
+        "vsa_vitae_48m": _cfg(notes=_BY_HAND),
+        "vsa_vitae_b": _cfg(notes=("The authors have not published these weights.",)),
+    }
+)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> VSAViTAE:

@@ -45,7 +45,7 @@ def test_wheel_holds_every_source_file_once(wheels: list[list[str]], root_dir: P
         for folder in FOLDERS
         for path in root_dir.glob(f"{folder}/**/*.py")
     }
-    expected |= {f"vitrail/model_cards/{path.name}" for path in root_dir.glob("model_cards/*.md")}
+    expected |= {f"vitrail/model_cards/{path.name}" for path in root_dir.glob("model_cards/*.*")}
     expected |= {"vitrail/__init__.py", "vitrail/_version.py", "vitrail/py.typed"}
     for names in wheels:
         assert len(names) == len(set(names)), "a file is in the wheel twice"

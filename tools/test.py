@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from vitrail.tools._common.cli import ArgumentParser, UsageError, describe_device, run_command, select_device
-from vitrail.tools._common.configs import find_config, read_config
+from vitrail.tools._common.configs import find_config_or_run, read_config
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,14 +63,12 @@ def _test(options: argparse.Namespace) -> int:
 
 def _find(options: argparse.Namespace) -> tuple[Path, Path]:
     """The config and the weights."""
-    folder = Path(options.config).expanduser()
-    is_run = (folder / "config.py").is_file()
-    if folder.is_dir() and not is_run:
-        raise UsageError(f"{folder} is not the work folder of a training run: it has no config.py")
-    if not is_run and not options.checkpoint:
+    path, weights = find_config_or_run(options.config)
+    if options.checkpoint:
+        weights = Path(options.checkpoint).expanduser()
+    if weights is None:
         raise UsageError("a config alone has no weights: give --checkpoint, or a run's work folder")
-    path = folder / "config.py" if is_run else find_config(options.config)
-    return path, Path(options.checkpoint).expanduser() if options.checkpoint else folder / "model.safetensors"
+    return path, weights
 
 
 def _table(metrics: dict[str, Any]) -> Table:

@@ -23,6 +23,9 @@ from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, mes
 from vitrail.tools._common.configs import find_config, read_config
 
 _AUTO = "auto"
+# What gloo and NCCL say when another process is gone.
+_SIGNS_OF_LOSS = ("closed by peer", "reset by peer", "Broken pipe", "Socket closed", "remote process exited",
+                  "NCCL error", "Connection refused", "gloo")  # fmt: skip
 _SKIPPING = (
     "to leave out and count such images: --cfg-options train_dataloader.dataset.unreadable=skip "
     "val_dataloader.dataset.unreadable=skip"
@@ -41,6 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is in the work folder")
     parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="changes to the config")
     parser.add_argument("--launcher", choices=["none", "pytorch"], default="none", help="pytorch: started by torchrun")
+    parser.add_argument("--sharded", action="store_true",
+                        help="spread weights and optimiser state over torchrun's processes")  # fmt: skip
     parser.add_argument("--amp", choices=["bf16", "fp16"], help="mixed precision")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     return parser
@@ -60,12 +65,17 @@ def _train(options: argparse.Namespace) -> int:
     if options.amp == "fp16" and device.type != "cuda":
         raise UsageError(f"--amp fp16 needs a CUDA GPU, the device is {device}; use --amp bf16")
 
+    if options.sharded and (options.launcher == "none" or options.amp == "fp16"):
+        raise UsageError("--sharded needs --launcher pytorch, and --amp bf16 or none")
+
     from rich.console import Console
 
     from vitrail.models.mm.runner import start_processes
 
     console = Console(highlight=False, soft_wrap=True)
     task = _choose_task(config)
+    if options.sharded and not task.CAN_SHARD:
+        raise UsageError("--sharded trains classifiers; train this config without it")
     display = task.make_display(config, console)
     device = start_processes(options.launcher, device)
     work_dir, resume_from = _agree(lambda: _choose_folder(options, _run_name(options.config, path)))
@@ -73,6 +83,7 @@ def _train(options: argparse.Namespace) -> int:
         runner = task.build_runner(
             config, str(work_dir), device, options.launcher, options.amp, resume_from, display,
             before_writing=lambda: _agree(lambda: _prepare_folder(work_dir, keep=resume_from is not None)),
+            **({"sharded": True} if options.sharded else {}),
         )  # fmt: skip
         _announce(console, runner, task, options, resume_from)
         _run(runner, task)
@@ -87,8 +98,12 @@ def _train(options: argparse.Namespace) -> int:
 
 def _choose_task(config: Any) -> Any:
     """The module that knows how the config's task is built, announced and finished."""
-    from vitrail.models.mm.dense_runner import is_dense
+    from vitrail.models.mm.dense_runner import POINT_SCOPE, is_dense
 
+    if config.get("default_scope") == POINT_SCOPE:
+        from vitrail.tools._common import train_points
+
+        return train_points
     if is_dense(config):
         from vitrail.tools._common import train_dense
 
@@ -117,6 +132,15 @@ def _run(runner: Any, task: Any) -> None:
             runner.val_loop.run()
     except NonFiniteLossError as error:
         raise ToolError(str(error)) from error
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _SIGNS_OF_LOSS):
+            raise
+        raise ToolError(
+            f"process {runner.rank} lost its connection to another process of the job, which has ended; the last "
+            f"checkpoint is whole, --resume --work-dir {runner.work_dir} goes on with it, on any number of processes"
+        ) from error
     except UnreadableImageError as error:
         raise ToolError(f"{message_of(error)}; {_SKIPPING}") from error
 

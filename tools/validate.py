@@ -117,6 +117,7 @@ def _prepare(options: argparse.Namespace) -> tuple[torch.nn.Module, Any, str, in
 def _from_config(
     options: argparse.Namespace, path: Path, weights: Path | None
 ) -> tuple[torch.nn.Module, Any, str, int]:
+    from vitrail.models.mm.checkpoint import load_trained
     from vitrail.models.mm.runner import build_classifier, build_dataset, complete_config
 
     weights = Path(options.checkpoint) if options.checkpoint else weights
@@ -128,11 +129,12 @@ def _from_config(
         data["source"] = _source(options.data)
     dataset = _dataset(options, data, build_dataset)
     model = build_classifier(config.model, dataset.image_shape, len(dataset.source.classes)).backbone
-    return _load(model, weights), dataset, str(weights), config.val_dataloader.batch_size
+    load_trained(model, weights)
+    return model, dataset, str(weights), config.val_dataloader.batch_size
 
 
 def _from_name(options: argparse.Namespace) -> tuple[torch.nn.Module, Any, str, int]:
-    from vitrail.models.mm.checkpoint import refuse_untrained_parts
+    from vitrail.models.mm.checkpoint import load_trained, refuse_untrained_parts
     from vitrail.models.mm.classifier import check_fits
     from vitrail.models.mm.runner import build_dataset
 
@@ -151,7 +153,8 @@ def _from_name(options: argparse.Namespace) -> tuple[torch.nn.Module, Any, str, 
         with refuse_untrained_parts(f"what timm fetches for {options.model}"):
             model = timm.create_model(options.model, pretrained=True)
     else:
-        model = _load(timm.create_model(options.model, num_classes=classes), Path(options.checkpoint))
+        model = timm.create_model(options.model, num_classes=classes)
+        load_trained(model, options.checkpoint)
     check_fits(model, dataset.image_shape, classes)
     return model, dataset, options.checkpoint or "pretrained", 64
 
@@ -182,15 +185,6 @@ def _source(data: str) -> dict[str, Any]:
     if data.startswith("cifar10:"):
         return {"type": "cifar10", "root": data.removeprefix("cifar10:"), "split": "val"}
     return {"type": "image_folder", "root": data, "split": "val"}
-
-
-def _load(model: torch.nn.Module, path: Path) -> torch.nn.Module:
-    from vitrail.models.mm.checkpoint import convert_for, load_strictly, read_weights, refuse_untrained_parts
-
-    with refuse_untrained_parts(f"checkpoint {path}"):
-        weights = convert_for(model, read_weights(path))
-    load_strictly(model, weights, path)
-    return model
 
 
 def _report(

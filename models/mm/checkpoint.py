@@ -30,6 +30,8 @@ from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
 from vitrail.models._checkpoint import UntrainedPartWarning
+from vitrail.models.mm.parallel import is_sharded
+from vitrail.models.mm.sharding import SHARDS, join_shards, load_whole_weights
 
 LAST, BEST, WEIGHTS = "last.pth", "best.pth", "model.safetensors"
 _SIGNS_OF_OBJECTS = ("GLOBAL ", "call reduce", "instantiate")  # in what torch's restricted unpickler says
@@ -107,7 +109,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path} is damaged or not a checkpoint ({_first_line(error)})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"checkpoint {path} holds a {type(content).__name__}, expected a dict of tensors")
-    return content
+    return join_shards(content, path) if SHARDS in content else content
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -173,7 +175,22 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], path: str | o
     if misfits:
         shown = "; ".join(misfits[:4]) + (f"; and {len(misfits) - 4} more" if len(misfits) > 4 else "")
         raise CheckpointError(f"checkpoint {path} does not fit the model: {shown}")
-    model.load_state_dict(weights)
+    if is_sharded(model):
+        load_whole_weights(model, weights)
+    else:
+        model.load_state_dict(weights)
+
+
+def load_trained(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Loads a classifier for evaluation, also from a file of its authors; every part must be in the file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: It does not fit the model.
+    """
+    with refuse_untrained_parts(f"checkpoint {path}"):
+        weights = convert_for(model, read_weights(path))
+    load_strictly(model, weights, path)
 
 
 @HOOKS.register_module()

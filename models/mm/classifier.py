@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import timm
@@ -36,6 +37,7 @@ class TimmClassifier(BaseModel):
         super().__init__()
         arguments = dict(backbone)
         self.backbone = timm.create_model(arguments.pop("name"), **arguments)
+        self.predict_dtype: torch.dtype | None = None  # of autocast, where the weights are of low precision
         self.mixup = None
         self.criterion: nn.Module = nn.CrossEntropyLoss()
         if mixup is not None:
@@ -66,7 +68,9 @@ class TimmClassifier(BaseModel):
             `labels`, `indices` and `unreadable`.
         """
         if mode == "predict":
-            logits = self.backbone(images).float() if len(images) else images.new_zeros(0, self.backbone.num_classes)
+            with torch.autocast(images.device.type, self.predict_dtype) if self.predict_dtype else nullcontext():
+                logits = self.backbone(images) if len(images) else images.new_zeros(0, self.backbone.num_classes)
+            logits = logits.float()
             return [{"logits": logits, "labels": labels, "indices": indices, "unreadable": unreadable}]
         if self.mixup is not None:
             images, targets = self.mixup(images, labels)

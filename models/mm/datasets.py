@@ -74,7 +74,7 @@ class FolderSource:
     def __init__(self, root: str, split: str) -> None:
         folder = _split_folder(Path(root).expanduser(), split)
         listing = _VisibleImages(
-            str(folder), is_valid_file=lambda path: _is_visible_image(Path(path).relative_to(folder)), allow_empty=True
+            str(folder), is_valid_file=lambda path: is_visible_image(Path(path).relative_to(folder)), allow_empty=True
         )
         empty = set(range(len(listing.classes))) - set(listing.targets)
         if empty:
@@ -273,7 +273,8 @@ def _split_folder(root: Path, split: str) -> Path:
     raise FileNotFoundError(f"data folder {root} has no folder {' or '.join(_SPLIT_FOLDERS[split])}")
 
 
-def _is_visible_image(path: Path) -> bool:
+def is_visible_image(path: Path) -> bool:
+    """Whether a file is named like an image and neither it nor a folder on the way is hidden."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
 

@@ -15,6 +15,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,19 +33,32 @@ from torch.utils.data import DataLoader
 from vitrail.models._checkpoint import unwrap as unwrap_checkpoint
 from vitrail.models.mm import dense_hooks, hooks, optim  # noqa: F401 -- they register their parts
 from vitrail.models.mm.checkpoint import CheckpointError, read_checkpoint
+from vitrail.models.mm.data_findings import Findings
+from vitrail.models.mm.dense_data import check_classes, check_data_folders, classes_of, datasets_of
+from vitrail.models.mm.dense_data_check import check_dense_data
 from vitrail.models.mm.ops import install_operators
 from vitrail.models.mm.runner import DeviceRunner, default_visualizer, unwrap
 from vitrail.models.mm.seeding import seed_everything
 
-# The libraries by their scopes, with the score that the best checkpoint has most of.
-SCORES = {"mmdet": "coco/bbox_mAP", "mmseg": "mIoU"}
+# The libraries by their scopes, with the score that the best checkpoint has most of. Detectors of objects in scans are
+# ours; their parts stand in mmengine's own registries.
+POINT_SCOPE = "mmengine"
+SCORES = {"mmdet": "coco/bbox_mAP", "mmseg": "mIoU", POINT_SCOPE: "bev_mAP"}
+_POINT_PARTS = ("samplers", "center_head", "point_detector", "point_data", "point_metric")
 _LOADERS = ("train_dataloader", "val_dataloader")
+_SAMPLE = 200  # images and masks of a data set that are opened before a training
 _OWN_HOOKS = ("IterationSeedHook", "FiniteLossHook", "AverageStatisticsHook", "DenseCurveHook")
 _REQUIRED = ("model", "train_dataloader", "val_dataloader", "val_evaluator", "optim_wrapper", "train_cfg")
 
 
 class DenseRunner(DeviceRunner):
-    """Runs epochs or iterations, with validations in between."""
+    """Runs epochs or iterations, with validations in between.
+
+    Attributes:
+        data_notes: What was noticed about the data and does no harm, names by kind.
+    """
+
+    data_notes: Mapping[str, Sequence[str]] = MappingProxyType({})
 
     @property
     def is_iterative(self) -> bool:
@@ -74,22 +88,27 @@ class DenseRunner(DeviceRunner):
 
 
 def is_dense(config: Mapping[str, Any]) -> bool:
-    """Whether a config is one of mmdetection or mmsegmentation."""
+    """Whether a config is one of mmdetection or mmsegmentation, or one for scans in their form."""
     return config.get("default_scope") in SCORES
 
 
 def score_of(config: Mapping[str, Any]) -> str:
     """The validation metric that matters: what the config's checkpoint hook saves the best of, or the task's own."""
-    chosen = ((config.get("default_hooks") or {}).get("checkpoint") or {}).get("save_best")
+    hook = (config.get("default_hooks") or {}).get("checkpoint") or {}
+    chosen = hook.get("save_best", hook.get("score"))  # a completed config has the latter
     return chosen if chosen not in (None, "auto") else SCORES[config["default_scope"]]
 
 
 def register_library(scope: str) -> None:
-    """Registers everything that mmdetection or mmsegmentation has.
+    """Registers everything that mmdetection or mmsegmentation has, or the parts of detectors for scans.
 
     Raises:
         ValueError: It is not installed.
     """
+    if scope == POINT_SCOPE:
+        for part in _POINT_PARTS:
+            importlib.import_module(f"vitrail.models.mm.{part}")
+        return
     install_operators()
     try:
         with _silent():
@@ -137,33 +156,6 @@ def complete_dense_config(config: Config, resumes: bool = False) -> Config:
     return Config(parts, filename=config.filename)
 
 
-def check_data_folders(config: Config, loaders: Sequence[str] = _LOADERS) -> None:
-    """Raises FileNotFoundError for a folder or file that a data set needs and that is not there."""
-    for name in loaders:
-        for dataset in _datasets(config[name]["dataset"]):
-            root = Path(dataset.get("data_root") or "")
-            places = [root, *(root / place for place in (dataset.get("data_prefix") or {}).values() if place)]
-            places += [root / dataset["ann_file"]] if dataset.get("ann_file") else []
-            for place in places:
-                if not place.exists():
-                    raise FileNotFoundError(
-                        f"{name}: {place} does not exist (looked for in data_root {root}); the head of "
-                        f"{config.filename} tells the layout, and --cfg-options data_root=FOLDER another place"
-                    )
-
-
-def check_classes(model: nn.Module, classes: tuple[str, ...]) -> None:
-    """Raises ValueError where a head has another number of classes than the data."""
-    for name, module in model.named_modules():
-        count = getattr(module, "num_classes", None)
-        is_head = name.split(".")[0] in ("decode_head", "auxiliary_head", "bbox_head", "roi_head")
-        if is_head and isinstance(count, int) and count != len(classes) and "loss" not in name:
-            raise ValueError(
-                f"model.{name} has num_classes={count}, the data have {len(classes)} classes: "
-                f"{', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
-            )
-
-
 def build_model(config: Config) -> nn.Module:
     """Builds the detector or segmenter of a config, without reading any weights.
 
@@ -182,6 +174,19 @@ def build_model(config: Config) -> nn.Module:
             raise ValueError(
                 f"model: {str(error) or place.line} ({place.name} of {Path(place.filename).name})"
             ) from error
+
+
+def build_trained_model(config: Config, weights: str | Path) -> nn.Module:
+    """Builds the detector or segmenter of a config for inference in one process, with all its weights from a file.
+
+    Raises:
+        ValueError: The config is wrong, or the checkpoint does not fit.
+        OSError: The checkpoint is missing.
+    """
+    content = unwrap_checkpoint(read_checkpoint(weights))
+    model = revert_sync_batchnorm(build_model(config))
+    load_dense_weights(model, {name: value for name, value in content.items() if isinstance(value, Tensor)}, weights)
+    return model
 
 
 def build_dataset(config: Config, loader: str) -> Any:
@@ -236,10 +241,7 @@ def evaluate_dense(
     """
     config = complete_dense_config(config, resumes=True)
     check_data_folders(config, ["test_dataloader"])
-    content = unwrap_checkpoint(read_checkpoint(weights))
-    model = revert_sync_batchnorm(build_model(config))
-    load_dense_weights(model, {name: value for name, value in content.items() if isinstance(value, Tensor)}, weights)
-    model = model.to(device).eval()
+    model = build_trained_model(config, weights).to(device).eval()
     with DefaultScope.overwrite_default_scope(config.default_scope):
         loader = _build_loader(config["test_dataloader"], config, device)
         check_classes(model, tuple(loader.dataset.metainfo["classes"]))
@@ -279,10 +281,12 @@ def build_dense_runner(
         OSError: Data or checkpoint are missing.
     """
     config = complete_dense_config(config, resumes=resume_from is not None)
-    check_data_folders(config)
+    check_data_folders(config, _LOADERS)
     seed_everything(config.randomness.seed)
     model = build_model(config)
     _check_starting_weights(model)
+    findings = check_dense_data(config, _LOADERS, _SAMPLE)
+    findings.refuse_faults()
     if device.type != "cuda" or not is_distributed():
         model = revert_sync_batchnorm(model)
     if amp == "bf16":
@@ -300,7 +304,32 @@ def build_dense_runner(
         read_checkpoint(resume_from)
     if before_writing is not None:
         before_writing()
-    return _assemble(config, wrapper, model, loaders, work_dir, device, launcher, resume_from, display)
+    runner = _assemble(config, wrapper, model, loaders, work_dir, device, launcher, resume_from, display)
+    runner.data_notes = findings.notes
+    return runner
+
+
+def check_data(config: Config, limit: int | None = None) -> Findings:
+    """Looks for faults in a config's training and validation data.
+
+    Args:
+        config: As read from its file.
+        limit: How many images and masks of a data set are opened; None for all.
+
+    Raises:
+        ValueError: The config is wrong, a head has another number of classes than the data, an annotation file is not
+            what it should be.
+        OSError: A folder or file is missing.
+    """
+    config = complete_dense_config(config, resumes=True)
+    check_data_folders(config, _LOADERS)
+    with torch.device("meta"):
+        model = build_model(config)
+    with DefaultScope.overwrite_default_scope(config.default_scope):
+        for loader in _LOADERS:
+            for dataset in datasets_of(config[loader]["dataset"]):
+                check_classes(model, tuple(classes_of(dataset)))
+    return check_dense_data(config, _LOADERS, limit)
 
 
 def _assemble(
@@ -389,7 +418,7 @@ def _keep_regions_precise(model: nn.Module) -> None:
 def _move_data_root(parts: dict[str, Any]) -> None:
     """Replaces the data sets' root by the one at the top, which the command line may have changed."""
     new = parts.get("data_root")
-    old = {dataset.get("data_root") for dataset in _datasets(parts["train_dataloader"]["dataset"])}
+    old = {dataset.get("data_root") for dataset in datasets_of(parts["train_dataloader"]["dataset"])}
     if new is None or len(old) != 1 or None in old or new in old:
         return
     (root,) = (str(place).rstrip("/") for place in old)
@@ -405,14 +434,3 @@ def _replace_prefix(value: Any, old: str, new: str) -> Any:
         return type(value)(_replace_prefix(item, old, new) for item in value)
     is_inside = isinstance(value, str) and (value.rstrip("/") == old or value.startswith(old + "/"))
     return new + value[len(old) :] if is_inside else value
-
-
-def _datasets(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The data sets inside wrappers that repeat or join them."""
-    if "dataset" in config:
-        yield from _datasets(config["dataset"])
-    elif "datasets" in config:
-        for part in config["datasets"]:
-            yield from _datasets(part)
-    else:
-        yield config

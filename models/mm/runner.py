@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import get_dist_info, is_distributed, master_only
+from mmengine.dist import broadcast, get_dist_info, is_distributed, is_main_process, master_only
 from mmengine.hooks import Hook
-from mmengine.model import MMDistributedDataParallel, is_model_wrapper
+from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vitrail.models.mm import datasets, hooks, metrics, optim, samplers  # noqa: F401 -- they register their parts
+from vitrail.models.mm import datasets, hooks, metrics, optim, samplers, sharding  # noqa: F401 -- they register their parts
 from vitrail.models.mm.checkpoint import CheckpointError, atomic_write, load_strictly, read_checkpoint
 from vitrail.models.mm.classifier import check_fits
+from vitrail.models.mm.parallel import is_sharded, replicate, shard
 from vitrail.models.mm.seeding import seed_everything
 
 # What every run has, unless its config says otherwise.
@@ -56,7 +57,8 @@ DEFAULTS: dict[str, Any] = {
 _OWN_HOOKS = ("IterationSeedHook", "AverageBuffersHook", "CurveHook", "UnreadableImagesHook")
 _REQUIRED = ("model", "train_dataloader", "val_dataloader", "optim_wrapper", "train_cfg")
 _KNOWN = (*DEFAULTS, "data_root", "param_scheduler", "auto_scale_lr", "env_cfg", "sync_bn", "find_unused_parameters",
-          "visualizer", "log_processor", "load_from", "compile", "default_scope")  # fmt: skip
+          "ddp", "visualizer", "log_processor", "load_from", "compile", "default_scope")  # fmt: skip
+_DDP_OPTIONS = ("bucket_cap_mb", "static_graph")
 
 
 class DeviceRunner(Runner):
@@ -64,12 +66,18 @@ class DeviceRunner(Runner):
 
     Args:
         device: Where to train.
+        sharded: Spread weights, gradients and optimiser state over the processes.
+        amp: "bf16" or "fp16" for mixed precision, None for float32.
         *args, **kwargs: Of mmengine's Runner.
     """
 
-    def __init__(self, *args: Any, device: torch.device, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, device: torch.device, sharded: bool = False, amp: str | None = None, **kwargs: Any
+    ) -> None:
         self.device = device
+        self.sharded, self.amp = sharded, amp
         self.is_training = False
+        self.whole_parts: dict[str, Any] = {}  # of a sharded checkpoint that is being written
         super().__init__(*args, **kwargs)
 
     def train(self) -> nn.Module:
@@ -81,19 +89,29 @@ class DeviceRunner(Runner):
             self.is_training = False
 
     def wrap_model(self, model_wrapper_cfg: Mapping[str, Any] | None, model: nn.Module) -> nn.Module:
-        """Moves the model to the device and, with several processes, averages its gradients between them."""
+        """Moves the model to the device and, with several processes, joins it to theirs."""
         model = model.to(self.device)
         if not is_distributed():
             return model
-        on_gpu = self.device.type == "cuda"
-        if on_gpu and self.cfg.get("sync_bn"):
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return MMDistributedDataParallel(
-            module=model,
-            device_ids=[self.device] if on_gpu else None,
-            broadcast_buffers=False,
-            find_unused_parameters=self.cfg.get("find_unused_parameters", False),
-        )
+        sync_bn = bool(self.cfg.get("sync_bn"))
+        if self.sharded:
+            if hasattr(model, "init_weights"):
+                model.init_weights()
+            for tensor in model.state_dict().values():
+                broadcast(tensor)
+            precision = optim.AUTOCAST_DTYPES[self.amp] if self.amp else None
+            return shard(model, self.device, precision=precision, sync_bn=sync_bn)
+        unused = bool(self.cfg.get("find_unused_parameters"))
+        options = {"static_graph": self.has_static_graph() and not unused, **(self.cfg.get("ddp") or {})}
+        return replicate(model, self.device, find_unused_parameters=unused, sync_bn=sync_bn, **options)
+
+    def has_static_graph(self) -> bool:
+        """Whether every iteration surely gives the same parameters their gradients, in one backward pass."""
+        return False
+
+    def _init_model_weights(self) -> None:
+        if not is_sharded(self.model):  # which has been initialised before it was taken apart
+            super()._init_model_weights()
 
     def build_logger(self, *args: Any, **kwargs: Any) -> Any:
         """mmengine's logger; its chatter goes to the log file alone."""
@@ -116,6 +134,8 @@ class DeviceRunner(Runner):
             raise CheckpointError(f"checkpoint {filename} has no {lacking}; resuming needs a last.pth of this tool")
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         self.load_weights(checkpoint["state_dict"], filename)
+        if is_sharded(self.model) and self._resume:
+            checkpoint["optimizer"] = sharding.distribute_state(self.optim_wrapper.optimizer, checkpoint["optimizer"])
         return checkpoint
 
     def load_weights(self, weights: Mapping[str, Tensor], source: str) -> None:
@@ -127,8 +147,16 @@ class DeviceRunner(Runner):
         load_strictly(unwrap(self.model), weights, source)
 
     def save_checkpoint(self, out_dir: str, filename: str, **kwargs: Any) -> None:
-        """Saves atomically."""
+        """Saves atomically; of a sharded model, every process its part."""
+        shards = None
+        if is_sharded(self.model):
+            if kwargs.get("save_optimizer", True):
+                shards = Path(out_dir) / f"{Path(filename).stem}-{kwargs['meta']['iter']:08d}.{sharding.SHARDS}"
+            self.whole_parts = sharding.collect_whole_parts(self.model, self.optim_wrapper, shards)
         super().save_checkpoint(out_dir, filename, **{**kwargs, "backend_args": {"backend": "atomic"}})
+        self.whole_parts = {}
+        if shards is not None and is_main_process():
+            sharding.remove_old_shards(Path(out_dir), keep=shards.name)
 
     @master_only
     def dump_config(self) -> None:
@@ -138,6 +166,10 @@ class DeviceRunner(Runner):
 
 class ClassificationRunner(DeviceRunner):
     """Runs epochs, each of which may end with a validation."""
+
+    def has_static_graph(self) -> bool:
+        """Accumulation has several backward passes, and a compiled model is split in its own way."""
+        return self.cfg.optim_wrapper.accumulative_counts == 1 and not self.cfg.get("compile")
 
     def validation_follows(self) -> bool:
         """Whether the epoch that is being trained ends with a validation."""
@@ -251,6 +283,7 @@ def build_runner(
     resume_from: str | None = None,
     display: Hook | None = None,
     before_writing: Callable[[], None] | None = None,
+    sharded: bool = False,
 ) -> ClassificationRunner:
     """Builds everything that a run needs; nothing is written before data, model and checkpoint have been checked.
 
@@ -263,6 +296,7 @@ def build_runner(
         resume_from: Checkpoint to go on from.
         display: Hook that shows progress.
         before_writing: Called when all checks have passed.
+        sharded: Spread weights, gradients and optimiser state over the processes.
 
     Raises:
         ValueError: The config, the data and the model do not fit together.
@@ -270,6 +304,7 @@ def build_runner(
     """
     try:
         config = complete_config(config)
+        _check_parallel(config, sharded)
         model, loaders = _build_parts(config, device)
         wrapper = optimizer_config(config, device, amp)
         _check_builds(config, wrapper, model)
@@ -277,8 +312,24 @@ def build_runner(
             read_checkpoint(resume_from)
         if before_writing is not None:
             before_writing()
-        return _assemble(config, wrapper, model, loaders, work_dir, device, launcher, resume_from, display)
+        return _assemble(
+            config, wrapper, model, loaders, work_dir, device, launcher, resume_from, display, sharded, amp
+        )
     except KeyError as error:  # mmengine's registry, for a `type` that does not exist
+        raise ValueError(f"config: {error.args[0]}") from error
+
+
+def check_data(config: Config) -> list[datasets.ClassificationDataset]:
+    """The training and validation data of a config, which have the same classes, as many as the model tells apart.
+
+    Raises:
+        ValueError: The config, the data and the model do not fit together.
+        OSError: The data are missing.
+    """
+    try:
+        config = complete_config(config)
+        return [loader.dataset for loader in _build_parts(config, torch.device("cpu"))[1]]
+    except KeyError as error:
         raise ValueError(f"config: {error.args[0]}") from error
 
 
@@ -305,6 +356,14 @@ def _check_builds(config: Config, wrapper: Mapping[str, Any], model: nn.Module) 
             raise ValueError(f"hook type {hook['type']!r} does not exist")
 
 
+def _check_parallel(config: Config, sharded: bool) -> None:
+    wrong = [name for name in config.get("ddp") or {} if name not in _DDP_OPTIONS]
+    if wrong:
+        raise ValueError(f"the config's ddp has {', '.join(wrong)}; allowed: {', '.join(_DDP_OPTIONS)}")
+    if sharded and any("EMA" in str(hook["type"]) for hook in config.custom_hooks):
+        raise ValueError("--sharded keeps no averaged copy of the weights; leave out the EMAHook (custom_hooks=[])")
+
+
 def _assemble(
     config: Config,
     wrapper: dict[str, Any],
@@ -315,12 +374,17 @@ def _assemble(
     launcher: str,
     resume_from: str | None,
     display: Hook | None,
+    sharded: bool,
+    amp: str | None,
 ) -> ClassificationRunner:
     parts = config.to_dict()
+    own_hooks = [{"type": name} for name in (*_OWN_HOOKS, *(["ShardsHook"] if sharded else []))]
     return ClassificationRunner(
         model=model,
         work_dir=work_dir,
         device=device,
+        sharded=sharded,
+        amp=amp,
         train_dataloader=loaders[0],
         val_dataloader=loaders[1],
         train_cfg=parts["train_cfg"],
@@ -329,7 +393,7 @@ def _assemble(
         optim_wrapper=wrapper,
         param_scheduler=parts.get("param_scheduler"),
         default_hooks=parts["default_hooks"],
-        custom_hooks=[{"type": name} for name in _OWN_HOOKS] + parts["custom_hooks"] + ([display] if display else []),
+        custom_hooks=own_hooks + parts["custom_hooks"] + ([display] if display else []),
         load_from=resume_from or parts.get("load_from"),
         resume=resume_from is not None,
         launcher=launcher,

@@ -33,6 +33,20 @@ def find_config(name: str) -> Path:
     raise unknown_name("config", short, packaged)
 
 
+def find_config_or_run(name: str) -> tuple[Path, Path | None]:
+    """The config of a training run's work folder and the run's weights, or a config as `find_config` has it and None.
+
+    Raises:
+        UsageError: There is none, or the folder is not that of a run.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "config.py").is_file():
+        return folder / "config.py", folder / "model.safetensors"
+    if folder.is_dir():
+        raise UsageError(f"{folder} is not the work folder of a training run: it has no config.py")
+    return find_config(name), None
+
+
 def read_config(path: Path, changes: Sequence[str] = ()) -> Any:
     """Reads a config (it is Python and is executed: use configs that you trust) and applies `key=value` changes.
 

@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from mmengine.registry import MODELS
 
 from vitrail.models.mm import checkpoint, report
 from vitrail.models.mm.classifier import count_parameters
+from vitrail.models.mm.parallel import is_sharded
 from vitrail.models.mm.progress import ProgressHook, format_seconds
 from vitrail.models.mm.runner import build_runner, unwrap
 from vitrail.tools._common.cli import UsageError, describe_device, unknown_name
 from vitrail.tools._common.run_facts import describe_place, run_facts
 
-__all__ = ["build_runner", "describe", "finish", "make_display", "was_validated"]
+__all__ = ["CAN_SHARD", "build_runner", "describe", "finish", "make_display", "was_validated"]
+
+CAN_SHARD = True
 
 
 def make_display(config: Any, console: Any) -> ProgressHook:
@@ -50,7 +54,8 @@ def finish(runner: Any, console: Any, options: argparse.Namespace) -> None:
     curve = runner.message_hub.get_info("curve")
     name = runner.cfg.model.backbone.name
     # last.pth holds what was evaluated: the averaged weights where the config averages them.
-    model = unwrap(runner.model).backbone
+    whole = MODELS.build(runner.cfg.to_dict()["model"]) if is_sharded(runner.model) else unwrap(runner.model)
+    model = whole.to(runner.device).backbone
     checkpoint.load_strictly(model, checkpoint.read_weights(folder / checkpoint.LAST), folder / checkpoint.LAST)
     checkpoint.save_weights(model, folder / checkpoint.WEIGHTS)
     shape, batch = runner.val_dataloader.dataset.image_shape, runner.cfg.val_dataloader.batch_size

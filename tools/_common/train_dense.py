@@ -8,6 +8,7 @@ from typing import Any
 
 from vitrail.models.mm import checkpoint, dense_report, report
 from vitrail.models.mm.classifier import count_parameters
+from vitrail.models.mm.data_findings import one_line
 from vitrail.models.mm.dense_hooks import DenseProgressHook
 from vitrail.models.mm.dense_runner import build_dense_runner as build_runner
 from vitrail.models.mm.dense_runner import score_of
@@ -15,7 +16,9 @@ from vitrail.models.mm.progress import format_seconds
 from vitrail.models.mm.runner import unwrap
 from vitrail.tools._common.run_facts import describe_place, run_facts
 
-__all__ = ["build_runner", "describe", "finish", "make_display", "was_validated"]
+__all__ = ["CAN_SHARD", "build_runner", "describe", "finish", "make_display", "was_validated"]
+
+CAN_SHARD = False
 
 
 def make_display(config: Any, console: Any) -> DenseProgressHook:
@@ -24,11 +27,12 @@ def make_display(config: Any, console: Any) -> DenseProgressHook:
 
 
 def describe(runner: Any) -> str:
-    """One line about model, device and data."""
+    """A line about model, device and data, and one for everything notable about the data."""
+    notes = "".join(f"\nnote: {one_line(kind, names)}" for kind, names in runner.data_notes.items())
     train, val = runner._train_dataloader.dataset, runner._val_dataloader.dataset
     return (
         f"{_name(runner)}: {count_parameters(unwrap(runner.model)):,} parameters on {describe_place(runner)}; "
-        f"{len(train):,} training and {len(val):,} held-out images of {len(train.metainfo['classes'])} classes"
+        f"{len(train):,} training and {len(val):,} held-out images of {len(train.metainfo['classes'])} classes{notes}"
     )
 
 

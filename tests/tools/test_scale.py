@@ -1,0 +1,45 @@
+"""The measurement of scaling, on two processes of the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from vitrail.tools.scale import main
+
+_spec = importlib.util.spec_from_file_location("_vitrail_test_runs", Path(__file__).parent / "_runs.py")
+_runs = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_runs)
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    file = tmp_path / "scale.json"
+    done = _runs.run_python(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "vitrail.tools.scale", "test_vit",
+        "--device", "cpu", "--sharded", "--batch-size", 4, "--img-size", 32, "--steps", 1, "--rounds", 2,
+        "--check-steps", 3, "--check-batch", 8, "--json", file, folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(file.read_text())
+    speeds = [row for row in rows if "efficiency" in row]
+    assert [(row["mode"], row["scaling"], row["processes"], row["batch_per_process"]) for row in speeds] == [
+        ("one process", "-", 1, 4), ("replicas", "weak", 2, 4), ("shards", "weak", 2, 4), ("replicas", "strong", 2, 2)
+    ]  # fmt: skip
+    assert speeds[0]["efficiency"] == 1
+    for row in speeds:
+        speed = row["batch_per_process"] * row["processes"] / row["step_ms"] * 1e3
+        assert row["images_per_s"] == pytest.approx(speed)
+    curves = [row for row in rows if "deviation" in row]
+    assert [row["mode"] for row in curves] == ["one process", "replicas", "shards"]
+    assert all(row["deviation"] < 1e-6 for row in curves)
+
+
+def test_it_wants_torchrun(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for arguments, message in ((["test_vit"], "start it by torchrun"), (["test_vitt"], "test_vit"),
+                               (["test_vit", "--sharded", "--amp", "fp16"], "use --amp bf16")):  # fmt: skip
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err

@@ -59,7 +59,8 @@ def classes_of(dataset: Mapping[str, Any]) -> list[str]:
         kind = registry.get(dataset["type"])
     if kind is None:
         raise ValueError(f"data set type {dataset['type']!r} does not exist")
-    names = (dataset.get("metainfo") or {}).get("classes") or getattr(kind, "METAINFO", {}).get("classes")
+    told = (dataset.get("metainfo") or {}).get("classes") or dataset.get("classes")  # the latter for LiDAR scans
+    names = told or getattr(kind, "METAINFO", {}).get("classes")
     if not names:
         raise ValueError(f"the config's data set {dataset['type']} names no classes: give them in its metainfo")
     return [names] if isinstance(names, str) else list(names)

@@ -18,7 +18,8 @@ from vitrail.models.mm.runner import complete_config, optimizer_config
 from vitrail.models.mm.samplers import RepeatedSampler
 from vitrail.tools._common.configs import packaged_configs, read_config
 
-DENSE = ("ade20k/", "camvid/", "cityscapes/", "coco/", "coco_sample/")  # have tests of their own
+# These have tests of their own.
+DENSE = ("ade20k/", "camvid/", "cityscapes/", "coco/", "coco_sample/", "kitti/", "nuscenes/", "waymo/")
 NAMES = sorted(name for name in packaged_configs() if not name.startswith(DENSE))
 STEPS_PER_EPOCH = 4
 EXPONENTIAL = {"imagenet/mobilenetv2_ela_l"}  # no warm-up, a tenth of the rate at the end

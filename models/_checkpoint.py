@@ -1,10 +1,52 @@
-"""Reads the layouts of others' checkpoints, for the families' `checkpoint_filter_fn`."""
+"""Reads checkpoint files without running code, and others' layouts for the families' `checkpoint_filter_fn`."""
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import safetensors.torch
+import torch
+
+_SIGNS_OF_OBJECTS = ("GLOBAL ", "call reduce", "instantiate")  # in what torch's restricted unpickler says
+
+
+class HoldsObjectsError(ValueError):
+    """A file holds Python objects, which could run code on loading."""
+
+
+class DamagedError(ValueError):
+    """A file is damaged or no checkpoint; its message is the reader's first line, or empty."""
+
+
+def load_without_code(path: Path, harmless: Sequence[type] = ()) -> Any:
+    """Reads a `.safetensors` or `torch.save` file without running any code from it.
+
+    Args:
+        path: The file.
+        harmless: Classes without behaviour whose objects may stand in the file.
+
+    Raises:
+        HoldsObjectsError: It holds objects of other classes.
+        DamagedError: It is damaged or no checkpoint.
+        OSError: It cannot be read.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals(list(harmless)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if any(sign in str(error) for sign in _SIGNS_OF_OBJECTS):
+            raise HoldsObjectsError from error
+        raise DamagedError from error
+    except OSError:
+        raise
+    except Exception as error:  # the bytes of a damaged file can make the unpickler raise anything
+        raise DamagedError((str(error).splitlines() or [type(error).__name__])[0]) from error
 
 
 class UntrainedPartWarning(UserWarning):

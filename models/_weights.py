@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
 import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm
 import torch
 from timm.models import PretrainedCfg
@@ -27,6 +25,7 @@ from timm.models import build_model_with_cfg as build_with_timm
 from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 
+from vitrail.models._checkpoint import DamagedError, HoldsObjectsError, load_without_code
 from vitrail.models._fetch import Progress, WeightsError, fetch, file_digest, verify
 
 __all__ = ["WRAPPERS", "WeightsError", "build_model_with_cfg", "locate", "read_checkpoint", "select_weights"]
@@ -197,15 +196,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     verify(path)
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
         # Official files keep their command line beside the weights, as such an object without behaviour.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(f"{path} holds Python objects that could run code, or is damaged; it is refused") from error
-    except (EOFError, RuntimeError, safetensors.SafetensorError) as error:
-        raise WeightsError(f"{path} is damaged: {(str(error).splitlines() or [''])[0]}") from error
+        content = load_without_code(path, harmless=[argparse.Namespace])
+    except HoldsObjectsError as error:
+        raise WeightsError(f"{path} holds Python objects that could run code; it is refused") from error
+    except DamagedError as error:
+        reason = f": {error}" if str(error) else ""
+        raise WeightsError(f"{path} is damaged{reason}") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, expected a dict of tensors")
     return content

@@ -50,7 +50,7 @@ def check_pads(op: str, q: Tensor, **pads: Tensor | None) -> None:
         raise ValueError(f"{op}: {' and '.join(pads)} must be given together or not at all")
     check_floating(op, **given)
     for name, pad in given.items():
-        check_shape(op, name, pad, q.shape[3:])
+        check_shape(op, name, pad, q.shape[-2:])
 
 
 def to_pair(op: str, name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:

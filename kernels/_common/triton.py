@@ -1,8 +1,8 @@
-"""Tiling that global operators share: a map's tokens in chunks, whose partial sums are added up in order.
+"""What the operators' Triton kernels share: loads with padding, guards of the softmax, and the tiling of whole maps.
 
-Sums over a whole map are split over programs, so that a large map fills the device. Each program leaves its chunk's
-sums in a workspace and whoever needs the total adds them up in the order of the chunks: results do not depend on the
-schedule. Imports Triton: only for the operators' `triton.py`.
+Global operators cut a map's tokens into chunks. Sums over a whole map are split over programs, so that a large map
+fills the device: each program leaves its chunk's sums in a workspace, and whoever needs the total adds them up in the
+order of the chunks, so that results do not depend on the schedule. Imports Triton: only for the operators' `triton.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,28 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+@triton.jit
+def load_kv(ptr, pad_ptr, offsets, real, head, HAS_PAD: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Loads keys or values; padded positions hold `pad_ptr`'s vector, or zeros."""
+    tile = tl.load(ptr + offsets, mask=real[:, None], other=0.0)
+    if HAS_PAD:
+        pad = tl.load(pad_ptr + head * HEAD_DIM + tl.arange(0, HEAD_DIM)).to(tile.dtype)
+        tile = tl.where(real[:, None], tile, pad[None, :])
+    return tile
+
+
+@triton.jit
+def finite(maximum):
+    """A row that sees nothing (tile padding) has no maximum; zero keeps its weights zero instead of NaN."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def relu(x):
+    """Keeps NaN, as PyTorch does."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
 
 
 @triton.jit

@@ -21,17 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vitrail.kernels._common.launch import map_strides, unit_stride
-from vitrail.kernels._common.triton import Chunks, place, square_offsets, token_offsets
+from vitrail.kernels._common.triton import Chunks, place, relu, square_offsets, token_offsets
 
 _BLOCK_BYTES = 4096  # of one tile of tokens: at twice this the backward spills registers in float32
 _LEAST_CHUNK = 512  # tokens
 _MOST_CHUNKS = 64
-
-
-@triton.jit
-def _relu(x):
-    """Keeps NaN, as PyTorch does."""
-    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
 
 
 @triton.jit
@@ -77,7 +71,7 @@ def _linear_attention_sums_kernel(
         exists = (tokens < n_tokens)[:, None]
         k = tl.load(k_ptr + token_offsets(image, head, tokens, width, k_strides, HEAD_DIM), mask=exists, other=0.0)
         v = tl.load(v_ptr + token_offsets(image, head, tokens, width, v_strides, HEAD_DIM), mask=exists, other=0.0)
-        keys = _relu(k)
+        keys = relu(k)
         products = tl.dot(tl.trans(keys), v, acc=products, input_precision="ieee")
         keys_sum += tl.sum(keys.to(tl.float32), 0)
     _store_sums(sums_ptr, row, chunk, n_chunks, products, keys_sum, HEAD_DIM)
@@ -99,7 +93,7 @@ def _linear_attention_fwd_kernel(
         tokens = start + tl.arange(0, BLOCK)
         exists = (tokens < n_tokens)[:, None]
         q = tl.load(q_ptr + token_offsets(image, head, tokens, width, q_strides, HEAD_DIM), mask=exists, other=0.0)
-        queries = _relu(q.to(tl.float32))
+        queries = relu(q.to(tl.float32))
         _, denominator = _weights_sum(queries, keys_sum, floor)
         out = tl.dot(queries, products, input_precision=PRECISION) / denominator[:, None]
         out_offsets = token_offsets(image, head, tokens, width, out_strides, HEAD_DIM)
@@ -127,7 +121,7 @@ def _linear_attention_bwd_dq_kernel(
         grad_offsets = token_offsets(image, head, tokens, width, grad_strides, HEAD_DIM)
         grad = tl.load(grad_ptr + grad_offsets, mask=exists, other=0.0).to(tl.float32)
         q = tl.load(q_ptr + token_offsets(image, head, tokens, width, q_strides, HEAD_DIM), mask=exists, other=0.0)
-        queries = _relu(q.to(tl.float32))
+        queries = relu(q.to(tl.float32))
         total, denominator = _weights_sum(queries, keys_sum, floor)
         d_numerator = grad / denominator[:, None]
         d_queries = tl.dot(d_numerator, tl.trans(products), input_precision=PRECISION)
@@ -161,7 +155,7 @@ def _linear_attention_bwd_dkdv_kernel(
         k = tl.load(k_ptr + token_offsets(image, head, tokens, width, k_strides, HEAD_DIM), mask=exists, other=0.0)
         v = tl.load(v_ptr + token_offsets(image, head, tokens, width, v_strides, HEAD_DIM), mask=exists, other=0.0)
         d_k = tl.dot(v.to(tl.float32), tl.trans(d_products), input_precision=PRECISION) + d_keys_sum[None, :]
-        d_v = tl.dot(_relu(k.to(tl.float32)), d_products, input_precision=PRECISION)
+        d_v = tl.dot(relu(k.to(tl.float32)), d_products, input_precision=PRECISION)
         d_k_offsets = token_offsets(image, head, tokens, width, d_k_strides, HEAD_DIM)
         d_v_offsets = token_offsets(image, head, tokens, width, d_v_strides, HEAD_DIM)
         tl.store(d_k_ptr + d_k_offsets, tl.where(k > 0, d_k, 0.0).to(k.dtype), mask=exists)

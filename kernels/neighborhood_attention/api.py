@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from vitrail.kernels._common.checks import autocast_together, check_alike, check_floating, check_shape
+from vitrail.kernels._common.checks import autocast_together, check_alike, check_floating, check_pads, check_shape
 from vitrail.kernels._common.dispatch import choose_backend, settings
 from vitrail.kernels.neighborhood_attention.op import fused_support, natten_support
 from vitrail.kernels.neighborhood_attention.reference import (
@@ -128,16 +128,12 @@ def _check_tensors(
     if rpb is not None:
         check_floating(_NAME, rpb=rpb)
         check_shape(_NAME, "rpb", rpb, (heads_and_dim[0], *(2 * size - 1 for size in kernel)))
-    for name, first, second in (("extra", extra_k, extra_v), ("pad", pad_k, pad_v)):
-        if (first is None) != (second is None):
-            raise ValueError(f"{_NAME}: {name}_k and {name}_v must be given together or not at all")
+    check_pads(_NAME, q, pad_k=pad_k, pad_v=pad_v)
+    if (extra_k is None) != (extra_v is None):
+        raise ValueError(f"{_NAME}: extra_k and extra_v must be given together or not at all")
     if extra_k is not None and extra_v is not None:
         check_shape(_NAME, "extra_k", extra_k, (q.shape[0], extra_k.shape[1], *heads_and_dim))
         check_alike(_NAME, extra_k=extra_k, extra_v=extra_v)
-    for name, pad in (("pad_k", pad_k), ("pad_v", pad_v)):
-        if pad is not None:
-            check_floating(_NAME, **{name: pad})
-            check_shape(_NAME, name, pad, heads_and_dim)
 
 
 def _chooses_natten(

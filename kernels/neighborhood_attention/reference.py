@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +94,7 @@ def _gather(x: Tensor, table: Tensor, outside: Tensor | None, pad: Tensor | None
     return gathered.transpose(2, 3)
 
 
-def neighborhood_attention_with_lse(
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -109,7 +109,7 @@ def neighborhood_attention_with_lse(
     is_causal: Sequence[bool],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attention, (B, *lengths, heads, D), and the logarithm of the sum of exp(logits), (B, *lengths, heads)."""
+    """Attention, (B, *lengths, heads, D), and the logits, (B, N, heads, keys)."""
     lengths = q.shape[1:-2]
     near = [
         axis_neighborhood(*axis, q.device)
@@ -120,22 +120,25 @@ def neighborhood_attention_with_lse(
     for position, length in zip(_all_pairs([n.position for n in near]), lengths, strict=True):
         table = table * length + position.clamp(max=length - 1)
     table = table.reshape(n_queries, n_keys)
-    visible = _logical_and(_all_pairs([n.visible for n in near])).expand(*lengths, *kernel_size)
+    hidden = None
+    if any(is_causal):
+        hidden = ~_logical_and(_all_pairs([n.visible for n in near])).expand(*lengths, *kernel_size)
+        hidden = hidden.reshape(n_queries, n_keys)
     outside = None
     reaches_out = any(length < k * d for length, k, d in zip(lengths, kernel_size, dilation, strict=True))
     if reaches_out or torch.jit.is_tracing():
         inside = [n.position < length for n, length in zip(near, lengths, strict=True)]
         outside = ~_logical_and(_all_pairs(inside)).expand(*lengths, *kernel_size).reshape(n_queries, n_keys)
-    hidden = ~visible.reshape(n_queries, n_keys)
     if outside is not None and pad_k is None:
-        hidden = hidden | outside
+        hidden = outside if hidden is None else hidden | outside
 
     queries, keys, values = (x.flatten(1, -3) for x in (q, k, v))
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     logits = (_gather(keys, table, outside, pad_k) @ queries[..., None])[..., 0].to(wide) * scale  # (B, N, heads, K)
     if rpb is not None:
         logits = logits + _bias_of(rpb, near)
-    logits = logits.masked_fill(hidden[:, None], -math.inf)
+    if hidden is not None:
+        logits = logits.masked_fill(hidden[:, None], -math.inf)
     if extra_k is not None:
         logits = torch.cat(
             [logits, (queries.transpose(1, 2) @ extra_k.permute(0, 2, 3, 1)).transpose(1, 2) * scale], -1
@@ -144,24 +147,15 @@ def neighborhood_attention_with_lse(
     out = (weights[..., None, :n_keys] @ _gather(values, table, outside, pad_v))[..., 0, :]
     if extra_v is not None:
         out = out + (weights[..., n_keys:].transpose(1, 2) @ extra_v.transpose(1, 2)).transpose(1, 2)
-    return out.reshape(q.shape), logits.logsumexp(-1).reshape(q.shape[:-1])
+    return out.reshape(q.shape), logits
 
 
-def neighborhood_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rpb: Tensor | None,
-    extra_k: Tensor | None,
-    extra_v: Tensor | None,
-    pad_k: Tensor | None,
-    pad_v: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    is_causal: Sequence[bool],
-    scale: float,
-) -> Tensor:
+def neighborhood_attention_with_lse(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """`neighborhood_attention_reference`, and the logarithm of the sum of exp(logits), (B, *lengths, heads)."""
+    out, logits = _attend(q, *rest)
+    return out, logits.logsumexp(-1).reshape(q.shape[:-1])
+
+
+def neighborhood_attention_reference(q: Tensor, *rest: Any) -> Tensor:
     """Softmax attention of every query over its neighborhood; see `neighborhood_attention`."""
-    tensors = (q, k, v, rpb, extra_k, extra_v, pad_k, pad_v)
-    return neighborhood_attention_with_lse(*tensors, kernel_size, stride, dilation, is_causal, scale)[0]
+    return _attend(q, *rest)[0]

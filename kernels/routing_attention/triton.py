@@ -58,6 +58,7 @@ from torch import Tensor
 
 from vitrail.kernels._common.gradients import empty_gradient
 from vitrail.kernels._common.launch import map_strides, unit_stride
+from vitrail.kernels._common.triton import finite, load_kv
 from vitrail.kernels.routing_attention.reference import region_size
 
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -140,16 +141,6 @@ def _offsets(image, y, x, head, strides, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _load_kv(ptr, pad_ptr, offsets, real, head, HAS_PAD: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Loads keys or values; padded positions hold `pad_ptr`'s vector, or zeros."""
-    tile = tl.load(ptr + offsets, mask=real[:, None], other=0.0)
-    if HAS_PAD:
-        pad = tl.load(pad_ptr + head * HEAD_DIM + tl.arange(0, HEAD_DIM)).to(tile.dtype)
-        tile = tl.where(real[:, None], tile, pad[None, :])
-    return tile
-
-
-@triton.jit
 def _load_masks(masks_ptr, image, region, real, geometry, DENSE: tl.constexpr):
     """Which regions each query sees, as bits; by region nothing, since every listed key is seen."""
     masks = real
@@ -166,20 +157,14 @@ def _sees(masks, region):
 
 
 @triton.jit
-def _finite(maximum):
-    """A row that has seen nothing yet has no maximum; zero keeps its weights zero instead of NaN."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
-
-
-@triton.jit
 def _key_tile(
     start, n_keys, list_ptr, q, q_masks, k_ptr, v_ptr, pad_k_ptr, pad_v_ptr, image, head, k_strides, v_strides,
     geometry, scale, DENSE: tl.constexpr, HAS_PAD: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys and values, and the queries' logits in units of log2, minus infinity where hidden."""
     region, _, y, x, exists, real = _other_tokens(start, n_keys, list_ptr, geometry, DENSE, BLOCK)
-    k = _load_kv(k_ptr, pad_k_ptr, _offsets(image, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-    v = _load_kv(v_ptr, pad_v_ptr, _offsets(image, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+    k = load_kv(k_ptr, pad_k_ptr, _offsets(image, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+    v = load_kv(v_ptr, pad_v_ptr, _offsets(image, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
     visible = exists[None, :]
     if DENSE:
@@ -215,7 +200,7 @@ def _routing_fwd_kernel(
             0, n_keys, routes, q, masks, k_ptr, v_ptr, pad_k_ptr, pad_v_ptr, image, head, k_strides, v_strides,
             geometry, scale, DENSE, HAS_PAD, BLOCK_K, HEAD_DIM,
         )  # fmt: skip
-        weights = tl.exp2(logits - _finite(tl.max(logits, 1))[:, None])
+        weights = tl.exp2(logits - finite(tl.max(logits, 1))[:, None])
         total = tl.sum(weights, 1)
         out = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
     else:
@@ -228,8 +213,8 @@ def _routing_fwd_kernel(
                 geometry, scale, DENSE, HAS_PAD, BLOCK_K, HEAD_DIM,
             )  # fmt: skip
             new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-            decay = tl.exp2(maximum - _finite(new_maximum))
-            weights = tl.exp2(logits - _finite(new_maximum)[:, None])
+            decay = tl.exp2(maximum - finite(new_maximum))
+            weights = tl.exp2(logits - finite(new_maximum)[:, None])
             total = total * decay + tl.sum(weights, 1)
             out = tl.dot(weights.to(v.dtype), v, acc=out * decay[:, None], input_precision="ieee")
             maximum = new_maximum
@@ -261,7 +246,7 @@ def _routing_bwd_dq_kernel(
             0, n_keys, routes, q, masks, k_ptr, v_ptr, pad_k_ptr, pad_v_ptr, image, head, k_strides, v_strides,
             geometry, scale, DENSE, HAS_PAD, BLOCK_K, HEAD_DIM,
         )  # fmt: skip
-        maximum = _finite(tl.max(logits, 1))
+        maximum = finite(tl.max(logits, 1))
         weights = tl.exp2(logits - maximum[:, None])
         total = tl.sum(weights, 1)
         total = tl.where(total == 0.0, 1.0, total)
@@ -282,13 +267,13 @@ def _routing_bwd_dq_kernel(
             )  # fmt: skip
             d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
             new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-            decay = tl.exp2(maximum - _finite(new_maximum))
-            weights = tl.exp2(logits - _finite(new_maximum)[:, None])
+            decay = tl.exp2(maximum - finite(new_maximum))
+            weights = tl.exp2(logits - finite(new_maximum)[:, None])
             total = total * decay + tl.sum(weights, 1)
             correction = correction * decay + tl.sum(weights * d_weights, 1)
             maximum = new_maximum
         total = tl.where(total == 0.0, 1.0, total)
-        row_lse = _finite(maximum) + tl.log2(total)
+        row_lse = finite(maximum) + tl.log2(total)
         correction = correction / total
         d_q = tl.zeros((BLOCK_Q, HEAD_DIM), tl.float32)
         for start in range(0, n_keys, BLOCK_K):
@@ -331,8 +316,8 @@ def _routing_bwd_dkdv_kernel(
         first = tl.load(bounds)
         others = list_ptr + image.to(tl.int64) * n_listed + first
         n_queries = (tl.load(bounds + 1) - first) * (region_h * region_w)
-    k = _load_kv(k_ptr, pad_k_ptr, _offsets(image, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-    v = _load_kv(v_ptr, pad_v_ptr, _offsets(image, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+    k = load_kv(k_ptr, pad_k_ptr, _offsets(image, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+    v = load_kv(v_ptr, pad_v_ptr, _offsets(image, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
     stats = stats_ptr + (image * n_heads + head).to(tl.int64) * (2 * n_ranks)
     d_k = tl.zeros((BLOCK_K, HEAD_DIM), tl.float32)
     d_v = tl.zeros((BLOCK_K, HEAD_DIM), tl.float32)

@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitrail.kernels._common.launch import unit_stride
+from vitrail.kernels._common.triton import relu
 
 _BLOCK = 32  # positions of a tile: with 64, the gradients' kernels run out of registers
 _LEAST_CHUNK = 256  # positions: smaller chunks would move more sums than rows
@@ -45,12 +46,6 @@ def _rows(ptr, voxels, exists, head, strides, HEAD_DIM: tl.constexpr):
 def _store_rows(ptr, x, voxels, exists, head, strides, HEAD_DIM: tl.constexpr):
     offsets = voxels.to(tl.int64)[:, None] * strides[0] + head * strides[1] + tl.arange(0, HEAD_DIM)[None, :]
     tl.store(ptr + offsets, x.to(ptr.dtype.element_ty), mask=exists[:, None])
-
-
-@triton.jit
-def _relu(x):
-    """Keeps NaN, as PyTorch's does."""
-    return tl.where(x < 0, 0.0, x)
 
 
 @triton.jit
@@ -119,7 +114,7 @@ def _sums_kernel(
     last_key_sums = tl.zeros((HEAD_DIM,), tl.float32)
     for start in range(first, end, BLOCK):
         exists, voxels, windows, _ = _tile(order_ptr, starts_ptr, ends_ptr, start, end, BLOCK)
-        k = _relu(_rows(k_ptr, voxels, exists, head, k_strides, HEAD_DIM))
+        k = relu(_rows(k_ptr, voxels, exists, head, k_strides, HEAD_DIM))
         v = _rows(v_ptr, voxels, exists, head, v_strides, HEAD_DIM)
         of_first = tl.where((windows == first_window)[:, None], k, 0.0).to(v.dtype)
         products = tl.dot(tl.trans(of_first), v, acc=products, input_precision="ieee")
@@ -163,7 +158,7 @@ def _numerators(
     low, high = _extent(windows, ends, inside)
     for start in range(low, high, BLOCK):
         exists, voxels, key_windows, _ = _tile(order_ptr, starts_ptr, ends_ptr, start, high, BLOCK)
-        k = _relu(_rows(k_ptr, voxels, exists, head, k_strides, HEAD_DIM))
+        k = relu(_rows(k_ptr, voxels, exists, head, k_strides, HEAD_DIM))
         v = _rows(v_ptr, voxels, exists, head, v_strides, HEAD_DIM)
         together = (windows[:, None] == key_windows[None, :]) & inside[:, None]
         weights = tl.where(together, tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee"), 0.0)
@@ -194,7 +189,7 @@ def _apply_kernel(
         of_first = windows == first_window
         of_last = (windows == last_window) & (last_window != first_window)
         q = _rows(q_ptr, voxels, exists, head, q_strides, HEAD_DIM)
-        q = _relu(q).to(q.dtype)
+        q = relu(q).to(q.dtype)
         numerator, weights_sum = _numerators(
             q, windows, ends, of_first, of_last, head, products, key_sums, last_products, last_key_sums,
             k_ptr, v_ptr, order_ptr, starts_ptr, ends_ptr, k_strides, v_strides, PRECISION, BLOCK, HEAD_DIM,
@@ -224,7 +219,7 @@ def _query_gradient_kernel(
         of_first = windows == first_window
         of_last = (windows == last_window) & (last_window != first_window)
         unrectified = _rows(q_ptr, voxels, exists, head, q_strides, HEAD_DIM)
-        q = _relu(unrectified).to(unrectified.dtype)
+        q = relu(unrectified).to(unrectified.dtype)
         numerator, weights_sum = _numerators(
             q, windows, ends, of_first, of_last, head, products, key_sums, last_products, last_key_sums,
             k_ptr, v_ptr, order_ptr, starts_ptr, ends_ptr, k_strides, v_strides, PRECISION, BLOCK, HEAD_DIM,
@@ -240,7 +235,7 @@ def _query_gradient_kernel(
         low, high = _extent(windows, ends, inside)
         for key_start in range(low, high, BLOCK):
             key_exists, keys, key_windows, _ = _tile(order_ptr, starts_ptr, ends_ptr, key_start, high, BLOCK)
-            k = _relu(_rows(k_ptr, keys, key_exists, head, k_strides, HEAD_DIM))
+            k = relu(_rows(k_ptr, keys, key_exists, head, k_strides, HEAD_DIM))
             v = _rows(v_ptr, keys, key_exists, head, v_strides, HEAD_DIM)
             together = (windows[:, None] == key_windows[None, :]) & inside[:, None]
             d_weights = _dot(grad, tl.trans(v), PRECISION) + d_denominator[:, None]
@@ -273,7 +268,7 @@ def _key_gradient_kernel(
         of_first = windows == first_window
         of_last = (windows == last_window) & (last_window != first_window)
         unrectified = _rows(k_ptr, voxels, exists, head, k_strides, HEAD_DIM)
-        k = _relu(unrectified).to(unrectified.dtype)
+        k = relu(unrectified).to(unrectified.dtype)
         v = _rows(v_ptr, voxels, exists, head, v_strides, HEAD_DIM)
         first_k, last_k = tl.where(of_first[:, None], k, 0.0), tl.where(of_last[:, None], k, 0.0)
         first_v, last_v = tl.where(of_first[:, None], v, 0.0), tl.where(of_last[:, None], v, 0.0)
@@ -286,7 +281,7 @@ def _key_gradient_kernel(
         for query_start in range(low, high, BLOCK):
             query_exists, queries, query_windows, _ = _tile(order_ptr, starts_ptr, ends_ptr, query_start, high, BLOCK)
             q = _rows(q_ptr, queries, query_exists, head, q_strides, HEAD_DIM)
-            q = _relu(q).to(q.dtype)
+            q = relu(q).to(q.dtype)
             places = denominators_ptr + (query_start + tl.arange(0, BLOCK)).to(tl.int64) * (2 * heads) + head
             denominator = tl.load(places, mask=query_exists, other=1.0)
             d_denominator = tl.load(places + heads, mask=query_exists, other=0.0)

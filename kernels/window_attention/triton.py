@@ -29,6 +29,7 @@ from torch import Tensor
 
 from vitrail.kernels._common.gradients import empty_gradient
 from vitrail.kernels._common.launch import map_strides, unit_stride
+from vitrail.kernels._common.triton import finite, load_kv
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _SINGLE_TILE = 64
@@ -74,16 +75,6 @@ def _offsets(batch, y, x, head, strides, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _load_kv(ptr, pad_ptr, offsets, real, head, HAS_PAD: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Loads keys or values; padded positions hold `pad_ptr`'s vector, or zeros."""
-    tile = tl.load(ptr + offsets, mask=real[:, None], other=0.0)
-    if HAS_PAD:
-        pad = tl.load(pad_ptr + head * HEAD_DIM + tl.arange(0, HEAD_DIM)).to(tile.dtype)
-        tile = tl.where(real[:, None], tile, pad[None, :])
-    return tile
-
-
-@triton.jit
 def _load_bias(ptr, head, q_tokens, k_tokens, N_TOKENS: tl.constexpr):
     """Bias tile of one head, in units of log2."""
     offsets = (head * N_TOKENS + q_tokens[:, None]) * N_TOKENS + k_tokens[None, :]
@@ -118,12 +109,6 @@ def _logits(
     return tl.where(visible, logits, float("-inf"))
 
 
-@triton.jit
-def _finite(maximum):
-    """A row that sees nothing (tile padding) has no maximum; zero keeps its weights zero instead of NaN."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
-
-
 @triton.jit(do_not_specialize=["height", "width", "n_windows"])
 def _window_fwd_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr, out_ptr,
@@ -147,10 +132,10 @@ def _window_fwd_kernel(
             tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
         )
         q = tl.load(q_ptr + _offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
-        k = _load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        v = _load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        k = load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         logits = _logits(q, k, b_bias, scale, real, real, region, region, exists, HAS_BIAS, SHIFTED, HIDES_PADS)
-        weights = tl.exp2(logits - _finite(tl.max(logits, 1))[:, None])
+        weights = tl.exp2(logits - finite(tl.max(logits, 1))[:, None])
         total = tl.sum(weights, 1)
         out = tl.dot(weights.to(v.dtype), v, input_precision="ieee") / tl.where(total == 0.0, 1.0, total)[:, None]
         tl.store(
@@ -190,10 +175,10 @@ def _window_bwd_kernel(
         )
         q = tl.load(q_ptr + _offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
         grad = tl.load(grad_ptr + _offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=real[:, None], other=0.0)
-        k = _load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        v = _load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        k = load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         logits = _logits(q, k, b_bias, scale, real, real, region, region, exists, HAS_BIAS, SHIFTED, HIDES_PADS)
-        weights = tl.exp2(logits - _finite(tl.max(logits, 1))[:, None])
+        weights = tl.exp2(logits - finite(tl.max(logits, 1))[:, None])
         total = tl.sum(weights, 1)
         weights = weights / tl.where(total == 0.0, 1.0, total)[:, None]
         d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
@@ -253,8 +238,8 @@ def _window_fwd_tiled_kernel(
         batch, y, x, real, region = _locate(
             tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
         )
-        k = _load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        v = _load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        k = load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         b_bias = 0.0
         if HAS_BIAS:
             b_bias = _load_bias(bias_ptr, head, q_tokens, tokens, N_TOKENS)
@@ -262,8 +247,8 @@ def _window_fwd_tiled_kernel(
             q, k, b_bias, scale, q_real, real, q_region, region, tokens < N_TOKENS, HAS_BIAS, SHIFTED, HIDES_PADS
         )
         new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-        decay = tl.exp2(maximum - _finite(new_maximum))
-        weights = tl.exp2(logits - _finite(new_maximum)[:, None])
+        decay = tl.exp2(maximum - finite(new_maximum))
+        weights = tl.exp2(logits - finite(new_maximum)[:, None])
         total = total * decay + tl.sum(weights, 1)
         out = tl.dot(weights.to(v.dtype), v, acc=out * decay[:, None], input_precision="ieee")
         maximum = new_maximum
@@ -304,8 +289,8 @@ def _window_bwd_dq_kernel(
         batch, y, x, real, region = _locate(
             tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
         )
-        k = _load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        v = _load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        k = load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         b_bias = 0.0
         if HAS_BIAS:
             b_bias = _load_bias(bias_ptr, head, q_tokens, tokens, N_TOKENS)
@@ -314,13 +299,13 @@ def _window_bwd_dq_kernel(
         )
         d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
         new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-        decay = tl.exp2(maximum - _finite(new_maximum))
-        weights = tl.exp2(logits - _finite(new_maximum)[:, None])
+        decay = tl.exp2(maximum - finite(new_maximum))
+        weights = tl.exp2(logits - finite(new_maximum)[:, None])
         total = total * decay + tl.sum(weights, 1)
         correction = correction * decay + tl.sum(weights * d_weights, 1)
         maximum = new_maximum
     total = tl.where(total == 0.0, 1.0, total)
-    row_lse = _finite(maximum) + tl.log2(total)
+    row_lse = finite(maximum) + tl.log2(total)
     correction = correction / total
     d_q = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     for start in range(0, N_TOKENS, BLOCK):
@@ -328,8 +313,8 @@ def _window_bwd_dq_kernel(
         batch, y, x, real, region = _locate(
             tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
         )
-        k = _load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        v = _load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        k = load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         b_bias = 0.0
         if HAS_BIAS:
             b_bias = _load_bias(bias_ptr, head, q_tokens, tokens, N_TOKENS)
@@ -364,8 +349,8 @@ def _window_bwd_dkdv_kernel(
     tokens = (tl.program_id(0) % N_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
     exists = tokens < N_TOKENS
     batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST)
-    k = _load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-    v = _load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+    k = load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+    v = load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
     stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * N_BLOCKS * BLOCK)
     d_k = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
     d_v = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
@@ -425,8 +410,8 @@ def _window_bwd_dbias_kernel(
         batch, q_y, q_x, q_real, q_region = _locate(
             q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
         )
-        k = _load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        v = _load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        k = load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         q = tl.load(q_ptr + _offsets(batch, q_y, q_x, head, q_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
         grad_offsets = _offsets(batch, q_y, q_x, head, grad_strides, HEAD_DIM)
         grad = tl.load(grad_ptr + grad_offsets, mask=q_real[:, None], other=0.0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import pickle
 import sys
 import tempfile
 import warnings
@@ -29,12 +28,11 @@ from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
-from vitrail.models._checkpoint import UntrainedPartWarning
+from vitrail.models._checkpoint import DamagedError, HoldsObjectsError, UntrainedPartWarning, load_without_code
 from vitrail.models.mm.parallel import is_sharded
 from vitrail.models.mm.sharding import SHARDS, join_shards, load_whole_weights
 
 LAST, BEST, WEIGHTS = "last.pth", "best.pth", "model.safetensors"
-_SIGNS_OF_OBJECTS = ("GLOBAL ", "call reduce", "instantiate")  # in what torch's restricted unpickler says
 
 
 class CheckpointError(ValueError):
@@ -93,20 +91,15 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if path.is_dir():
         raise CheckpointError(f"checkpoint {path} is a folder, expected a file")
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if any(sign in str(error) for sign in _SIGNS_OF_OBJECTS):
-            raise CheckpointError(
-                f"checkpoint {path} holds Python objects, which could run code on loading; refused. Convert it where "
-                "you trust it: torch.save(torch.load(file, weights_only=False)['state_dict'], new_file)"
-            ) from error
-        raise CheckpointError(f"checkpoint {path} is damaged or not a checkpoint") from error
-    except OSError:
-        raise
-    except Exception as error:  # the bytes of a damaged file can make the unpickler raise anything
-        raise CheckpointError(f"checkpoint {path} is damaged or not a checkpoint ({_first_line(error)})") from error
+        content = load_without_code(path)
+    except HoldsObjectsError as error:
+        raise CheckpointError(
+            f"checkpoint {path} holds Python objects, which could run code on loading; refused. Convert it where "
+            "you trust it: torch.save(torch.load(file, weights_only=False)['state_dict'], new_file)"
+        ) from error
+    except DamagedError as error:
+        reason = f" ({error})" if str(error) else ""
+        raise CheckpointError(f"checkpoint {path} is damaged or not a checkpoint{reason}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"checkpoint {path} holds a {type(content).__name__}, expected a dict of tensors")
     return join_shards(content, path) if SHARDS in content else content
@@ -282,7 +275,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import random
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +195,12 @@ def test_a_checkpoint_with_its_command_line_is_read(tmp_path: Path, source: torc
         read_checkpoint(tmp_path / "list.pth")
     with pytest.raises(FileNotFoundError):
         read_checkpoint(tmp_path / "none.pth")
+
+
+def test_a_stream_of_noise_is_refused_whatever_it_spells(tmp_path: Path) -> None:
+    file = tmp_path / "noise.pth"
+    noise = random.Random(0)
+    for _ in range(300):
+        file.write_bytes(b"\x80\x02" + noise.randbytes(200))  # begins as the oldest format does
+        with pytest.raises(WeightsError, match=r"damaged|holds"):
+            read_checkpoint(file)

@@ -57,7 +57,7 @@ def _locate(
     is_token = tokens < WINDOW_H * WINDOW_W
     wraps_y = y >= padded_height - SHIFT_Y
     wraps_x = x >= padded_width - SHIFT_X
-    region = tl.where(is_token, wraps_y.to(tl.int32) * 2 + wraps_x.to(tl.int32), -1)
+    region = wraps_y.to(tl.int32) * 2 + wraps_x.to(tl.int32)
     if ROLL_FIRST:
         real = (y < height) & (x < width) & is_token
         y = (y + SHIFT_Y) % height
@@ -115,13 +115,14 @@ def _logits(
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
     if HAS_BIAS:
         logits += b_bias
-    if SHIFTED:  # a region has only tokens of the window
-        logits = tl.where(q_region[:, None] == k_region[None, :], logits, float("-inf"))
-    elif MASKS_KEYS:
-        logits = tl.where(k_exists[None, :], logits, float("-inf"))
+    if not (MASKS_KEYS or SHIFTED or HIDES_PADS):
+        return logits
+    visible = k_exists[None, :]
+    if SHIFTED:
+        visible = visible & (q_region[:, None] == k_region[None, :])
     if HIDES_PADS:
-        logits = tl.where(k_real[None, :] | (q_real[:, None] == 0), logits, float("-inf"))
-    return logits
+        visible = visible & (k_real[None, :] | (q_real[:, None] == 0))
+    return tl.where(visible, logits, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["height", "width", "n_windows"])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitrail.tools._common.kernel_cases import Implementation, KernelCase
+from vitrail.tools._common.kernel_cases.common import Implementation, KernelCase
 from vitrail.tools._common.measure import (
     Timed,
     Timing,
@@ -21,138 +25,322 @@ from vitrail.tools._common.measure import (
 from vitrail.tools._common.table import Row
 
 PASSES = ("forward", "forward+backward")
+PEERS = ("none", "fast", "all")
+_CHECKED_IMAGES = 4
+_OURS_MAY, _PEERS_MAY = 2.0, 10.0  # times the error of the eager reference
+
+
+@dataclass(frozen=True)
+class KernelSettings:
+    """What all cases of a run have in common.
+
+    Attributes:
+        device: Where.
+        dtype: Of the inputs.
+        min_time: Seconds of measurement for each implementation and pass.
+        peers: "none" measures only this package's implementations, "fast" those too that need no compilation.
+        time_limit: Seconds after which no other peer is prepared; None for no limit.
+        host: Measure the host's time of a call in place of the device's.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    min_time: float
+    peers: str = "all"
+    time_limit: float | None = None
+    host: bool = False
+
+
+@dataclass
+class _Entry:
+    """An implementation in a case: how far it differs from the truth, and why it has no figures if it has none."""
+
+    name: str
+    one: Implementation
+    error: float | None = None
+    correct: bool | None = None
+    note: str | None = None
+    figures: dict[str, Row] = field(default_factory=dict)
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name.startswith("vitrail")
 
 
 def bench_kernels(
     cases: Sequence[KernelCase],
-    device: torch.device,
-    dtype: torch.dtype,
-    min_time: float,
+    settings: KernelSettings,
     report: Callable[[str], None],
-) -> list[Row]:
+    done: Callable[[list[Row]], None],
+) -> None:
     """Checks and times every implementation of every case; the implementations of a case in alternation.
 
-    What is wrong is not timed: its row has `correct` false and no times.
+    What is wrong, does not fit into memory, fails or comes too late has a row without times that says so.
 
     Args:
         cases: What to compute.
-        device: Where.
-        dtype: Of the inputs.
-        min_time: Seconds of measurement for each implementation and pass.
+        settings: What all have in common.
         report: Called with one line on what happens now.
+        done: Called with the rows of a case as soon as it is done.
     """
-    bandwidth = copy_bandwidth(device)
-    facts = {**environment(device), "dtype": str(dtype).removeprefix("torch."), "copy_bytes_per_s": bandwidth}
-    rows = []
+    start = time.monotonic()
+    bandwidth = copy_bandwidth(settings.device)
+    facts = {
+        **environment(settings.device),
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "copy_bytes_per_s": bandwidth,
+    }
     with torch._dynamo.config.patch(recompile_limit=256):  # every shape is a recompilation of the same code
         for case in cases:
-            report(f"checking {case.operator} {case.name}")
-            found = _bench_case(case, device, dtype, min_time, bandwidth, report)
-            rows += [{**row, **facts} for row in found]
+            rows = _Bench(case, settings, bandwidth, start, report).rows()
+            done([{**row, **facts} for row in rows])
             torch.compiler.reset()
-    return rows
+            _forget()
 
 
-def _bench_case(
-    case: KernelCase,
-    device: torch.device,
-    dtype: torch.dtype,
-    min_time: float,
-    bandwidth: float,
-    report: Callable[[str], None],
-) -> list[Row]:
-    inputs = _make_inputs(case, device, dtype)
-    usable = {name: one for name, one in case.implementations.items() if device.type in one.devices}
-    errors, allowed = _check(case, usable, inputs)
-    right = {
-        name: one for name, one in usable.items() if all(e <= a for e, a in zip(errors[name], allowed, strict=True))
-    }
-    rows = []
-    for kind in PASSES:
-        report(f"timing {case.operator} {case.name}, {kind}")
-        floor = _bytes_moved(inputs, kind) / bandwidth
-        timed = [_timed(one, kind, case, inputs) for one in right.values()]
-        timings = dict(zip(right, measure_in_turns(timed, device, min_time), strict=True))
-        for name in usable:
-            row = {"operator": case.operator, "case": case.name, "pass": kind, "implementation": name}
-            row |= {"whole_job": usable[name].whole_job, "correct": name in right, "relative_error": max(errors[name])}
-            rows.append(row | {"floor_ms": floor * 1e3} | _figures(timings.get(name), timings.get(case.ours), floor))
-    return rows
+class _Bench:
+    """One case on its way through the check and the measurements."""
+
+    def __init__(
+        self,
+        case: KernelCase,
+        settings: KernelSettings,
+        bandwidth: float,
+        start: float,
+        report: Callable[[str], None],
+    ) -> None:
+        self.case, self.settings, self.bandwidth, self.start = case, settings, bandwidth, start
+        self.report = lambda text: report(f"{case.operator} {case.name}: {text}")
+        self.inputs = make_inputs(case, settings.device, settings.dtype, seed=0)
+        self.entries = [_Entry(name, one) for name, one in case.implementations.items() if self._is_wanted(name, one)]
+
+    def rows(self) -> list[Row]:
+        """Checks, then measures every pass."""
+        self._check()
+        for kind in PASSES:
+            self._measure(kind)
+        return [self._row(entry, kind) for kind in PASSES for entry in self.entries]
+
+    def _is_wanted(self, name: str, one: Implementation) -> bool:
+        if self.settings.peers == "none":
+            return name.startswith("vitrail") and not one.compiles
+        return self.settings.peers == "all" or not one.compiles
+
+    def _check(self) -> None:
+        self.report("computing in float64")
+        check = Check(self.case, self.inputs)
+        for entry in self.entries:
+            self._try(entry, f"{'compiling' if self._compiles(entry) else 'checking'} {entry.name}", check.judge)
+
+    def _compiles(self, entry: _Entry) -> bool:
+        return entry.one.compiles and self.settings.device.type == "cuda"
+
+    def _measure(self, kind: str) -> None:
+        """Times what is right, all in turns."""
+        ready: dict[str, Timed] = {}
+        pool = torch.cuda.graph_pool_handle() if self.settings.device.type == "cuda" else None
+
+        def prepare(entry: _Entry) -> None:
+            entry.figures[kind] = {}
+            runs = self._runs(entry.one, kind)
+            if pool is not None:
+                entry.figures[kind]["peak_memory_bytes"] = _peak_memory(runs[0], self.settings.device)
+            on_host = self.settings.host or pool is None or entry.one.waits
+            ready[entry.name] = Timed(runs[0]) if on_host else capture_graph(runs, pool)
+
+        for entry in self.entries:
+            if entry.correct and entry.note is None:
+                self._try(entry, f"{'compiling' if self._compiles(entry) else 'preparing'} {entry.name}, {kind}", prepare)
+        ready = {entry.name: ready[entry.name] for entry in self.entries if entry.note is None and entry.correct}
+        self.report(f"measuring {kind}")
+        settings = self.settings
+        measured = measure_in_turns(list(ready.values()), settings.device, settings.min_time, settings.host)
+        timings = dict(zip(ready, measured, strict=True))
+        floor = bytes_moved(self.inputs, kind) / self.bandwidth
+        for entry in self.entries:
+            if entry.name in timings:
+                entry.figures[kind] |= _figures(timings[entry.name], timings.get(self.case.ours), floor)
+
+    def _try(self, entry: _Entry, what: str, step: Callable[[_Entry], None]) -> None:
+        """Does a step for one implementation; what goes wrong becomes a remark on it, and the run goes on."""
+        limit = self.settings.time_limit
+        is_optional = entry.one.compiles or not entry.is_ours
+        if limit is not None and is_optional and time.monotonic() - self.start > limit:
+            entry.note = f"skipped: after {limit:g} s"
+            return
+        self.report(what)
+        try:
+            step(entry)
+        except torch.OutOfMemoryError:
+            entry.note = "out of memory"
+        except Exception as error:
+            entry.note = f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        if entry.note is not None:
+            _forget()
+        elif entry.one.compiles and self.settings.device.type == "cpu":
+            entry.note = "not compiled, not timed: checked on a CPU"
+
+    def _runs(self, one: Implementation, kind: str) -> list[Callable[[], object]]:
+        """One pass as functions without arguments: on a GPU over so many inputs that none stays in the cache."""
+        sets = [self.inputs]
+        if self.settings.device.type == "cuda" and not self.settings.host:
+            cache = torch.cuda.get_device_properties(self.settings.device).L2_cache_size
+            copies = min(16, math.ceil(2 * cache / bytes_moved(self.inputs, kind)))
+            sets += [self._like_inputs(seed) for seed in range(2, copies + 1)]
+        return [_run_on(one, kind, inputs) for inputs in sets]
+
+    def _like_inputs(self, seed: int) -> list[Tensor]:
+        """Other numbers, the same tables: an implementation may have made something of these."""
+        drawn = make_inputs(self.case, self.settings.device, self.settings.dtype, seed)
+        return [new if new.is_floating_point() else old for new, old in zip(drawn, self.inputs, strict=True)]
+
+    def _row(self, entry: _Entry, kind: str) -> Row:
+        names = ("p20_ms", "p50_ms", "p80_ms", "bandwidth_share", "ours_speedup", "peak_memory_bytes")
+        return {
+            "operator": self.case.operator,
+            "case": self.case.name,
+            "pass": kind,
+            "implementation": entry.name,
+            "whole_job": entry.one.whole_job,
+            "cuda_graph": self.settings.device.type == "cuda" and not entry.one.waits and not self.settings.host,
+            "host_time": self.settings.host,
+            "correct": entry.correct,
+            "note": entry.note,
+            "relative_error": entry.error,
+            "floor_ms": bytes_moved(self.inputs, kind) / self.bandwidth * 1e3,
+            **dict.fromkeys(names),
+            **entry.figures.get(kind, {}),
+        }
 
 
-def _make_inputs(case: KernelCase, device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-    """Normally distributed inputs that ask for gradients, the same for every implementation."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return [
-        torch.randn(shape, device=device, dtype=dtype, generator=generator).requires_grad_() for shape in case.shapes
-    ]
+class Check:
+    """Compares implementations of a case with its reference in float64: the output and every gradient.
 
-
-def _check(
-    case: KernelCase, usable: dict[str, Implementation], inputs: Sequence[Tensor]
-) -> tuple[dict[str, list[float]], list[float]]:
-    """Errors of every implementation against float64, for the output and each gradient; and the errors allowed.
-
-    Allowed is twice the error of the eager reference in the same dtype, and the dtype's resolution on top.
+    The truth takes several times the memory and time of what it judges, so that it is computed for a few images only,
+    spread from the first to the last. The others get an incoming gradient of zero; then the gradients of what all
+    images share are those of these few as well. Nothing of the implementation that is judged is made smaller.
     """
-    truth = _results(case.reference, [t.detach().double().requires_grad_() for t in inputs])
-    errors = {name: _relative_errors(_results(one.whole, inputs), truth) for name, one in usable.items()}
-    eager = _relative_errors(_results(case.reference, inputs), truth)
-    return errors, [2 * error + torch.finfo(inputs[0].dtype).eps for error in eager]
+
+    def __init__(self, case: KernelCase, inputs: Sequence[Tensor]) -> None:
+        """Computes the truth, and how far the eager reference in the inputs' dtype is from it."""
+        self.case, self.inputs = case, inputs
+        self.images = None
+        if any(spec.per_image for spec in case.inputs):
+            n_images = len(inputs[0])
+            steps = torch.linspace(0, n_images - 1, min(n_images, _CHECKED_IMAGES), device=inputs[0].device)
+            self.images = steps.round().long()
+        few = [self._of_images(x, spec.per_image) for x, spec in zip(inputs, case.inputs, strict=True)]
+        self.grad = torch.randn(
+            few[0].shape, device=few[0].device, generator=torch.Generator(few[0].device).manual_seed(1)
+        ).to(few[0].dtype)
+        self.truth = _results(case.reference, [_leaf(x.double() if x.is_floating_point() else x) for x in few], self.grad)
+        eager = _results(case.reference, [_leaf(x) for x in few], self.grad)
+        eps = torch.finfo(inputs[0].dtype).eps
+        self.allowed = [error + eps / 2 for error in map(_relative_error, eager, self.truth)]
+
+    def judge(self, entry: _Entry) -> None:
+        """Fills in an implementation's error and whether it is right: ours within twice the reference's error.
+
+        A peer may be less exact, as long as it computes the same: within ten times.
+        """
+        errors = self.errors(entry.one.whole)
+        factor = _OURS_MAY if entry.is_ours else _PEERS_MAY
+        entry.error = max(errors)
+        entry.correct = all(error <= factor * may for error, may in zip(errors, self.allowed, strict=True))
+        if not entry.correct:
+            entry.note = "wrong"
+
+    def errors(self, run: Callable[..., Tensor]) -> list[float]:
+        """Relative errors of the output and of every gradient."""
+        grad = self.grad
+        if self.images is not None:
+            grad = grad.new_zeros(self.inputs[0].shape).index_copy(0, self.images, grad)
+        out, *gradients = _results(run, self.inputs, grad)
+        if out.shape != self.inputs[0].shape:
+            raise ValueError(f"the result has shape {tuple(out.shape)}, expected {tuple(self.inputs[0].shape)}")
+        per_image = [spec.per_image for spec, x in zip(self.case.inputs, self.inputs, strict=True) if _is_leaf(x)]
+        errors = [_relative_error(self._of_images(out, True), self.truth[0])]
+        for got, want, split in zip(gradients, self.truth[1:], per_image, strict=True):
+            if split and self.images is not None:  # what other images get counts as an error
+                want = want.new_zeros(got.shape).index_copy(0, self.images, want)
+            errors.append(_relative_error(got, want))
+        return errors
+
+    def _of_images(self, x: Tensor, per_image: bool) -> Tensor:
+        return x.detach()[self.images] if per_image and self.images is not None else x.detach()
 
 
-def _results(run: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The output of `run(*inputs)` and the gradient of every input, for a fixed incoming gradient."""
+def make_inputs(case: KernelCase, device: torch.device, dtype: torch.dtype, seed: int) -> list[Tensor]:
+    """The inputs of a case, the same for every implementation; floating ones ask for gradients."""
+    return [spec.make(device, dtype, seed * len(case.inputs) + place) for place, spec in enumerate(case.inputs)]
+
+
+def bytes_moved(inputs: Sequence[Tensor], kind: str) -> int:
+    """Least traffic: every input read once, every result written once; the output is like the first input.
+
+    The backward pass reads the inputs and the incoming gradient and writes a gradient for every floating input.
+    """
+    out = nbytes(inputs[0])
+    forward = nbytes(*inputs) + out
+    if kind == "forward":
+        return forward
+    return forward + nbytes(*inputs) + out + nbytes(*(x for x in inputs if x.is_floating_point()))
+
+
+def _results(run: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+    """The output of `run(*inputs)` and the gradient of every floating input."""
     out = run(*inputs)
-    generator = torch.Generator(out.device).manual_seed(1)
-    grad = torch.randn(out.shape, device=out.device, dtype=torch.float32, generator=generator).to(inputs[0].dtype)
-    gradients = torch.autograd.grad(out, inputs, grad.to(out.dtype))
-    return [out.detach(), *gradients]
+    leaves = [x for x in inputs if _is_leaf(x)]
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
 
-def _relative_errors(got: Sequence[Tensor], want: Sequence[Tensor]) -> list[float]:
-    """For each tensor the difference's norm divided by the wanted norm; infinite if that is not a number."""
-    errors = [((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True)]
-    return [math.inf if math.isnan(error) else error for error in errors]
+def _is_leaf(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def _timed(one: Implementation, kind: str, case: KernelCase, inputs: Sequence[Tensor]) -> Timed:
-    """One implementation ready for timing: on a GPU a CUDA graph over so many inputs that none stays in the cache."""
-    device = inputs[0].device
-    sets = [inputs]
-    if device.type == "cuda":
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        copies = min(16, math.ceil(2 * cache / _bytes_moved(inputs, kind)))
-        sets += [_make_inputs(case, device, inputs[0].dtype, seed) for seed in range(2, copies + 1)]
-    runs = [_run_on(one, kind, tensors) for tensors in sets]
-    if device.type == "cuda":
-        return capture_graph(runs)
-    return Timed(runs[0])
+def _leaf(x: Any, with_gradient: bool = True) -> Any:
+    """A copy that asks for gradients, if it is a floating tensor."""
+    return x.detach().clone().requires_grad_(with_gradient) if _is_leaf(x) else x
+
+
+def _relative_error(got: Tensor, want: Tensor) -> float:
+    """The difference's norm divided by the wanted norm; infinite if that is not a number."""
+    difference, norm = (got.double() - want).norm().item(), want.norm().item()
+    error = difference / norm if norm else difference
+    return math.inf if math.isnan(error) else error
 
 
 def _run_on(one: Implementation, kind: str, inputs: Sequence[Tensor]) -> Callable[[], object]:
     """A function without arguments that computes one pass of an implementation."""
     with_backward = kind == "forward+backward"
-    leaves = [t.detach().clone().requires_grad_(with_backward) for t in one.prepare(*inputs)]
+    with torch.no_grad():
+        arguments = [_leaf(x, with_backward) for x in one.prepare(*inputs)]
     if not with_backward:
-        return lambda: one.run(*leaves)
-    grad = torch.randn_like(one.run(*leaves))
-    return lambda: torch.autograd.grad(one.run(*leaves), leaves, grad)
+        return lambda: one.run(*arguments)
+    leaves = [x for x in arguments if _is_leaf(x)]
+    grad = torch.randn_like(one.run(*arguments))
+    return lambda: torch.autograd.grad(one.run(*arguments), leaves, grad)
 
 
-def _bytes_moved(inputs: Sequence[Tensor], kind: str) -> int:
-    """Least traffic: every input read once, every result written once; the output is like the first input.
+def _peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes that one call allocates at most besides its inputs."""
+    run()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
-    The backward pass reads the inputs and the incoming gradient and writes a gradient for every input.
-    """
-    out = nbytes(inputs[0])
-    forward = nbytes(*inputs) + out
-    return forward if kind == "forward" else forward + 2 * nbytes(*inputs) + out
+
+def _forget() -> None:
+    """Gives the memory of failed or finished work back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def _figures(timing: Timing | None, ours: Timing | None, floor: float) -> Row:
-    if timing is None:
-        return dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "bandwidth_share", "ours_speedup"))
+def _figures(timing: Timing, ours: Timing | None, floor: float) -> Row:
     return {
         "p20_ms": timing.percentile(20) * 1e3,
         "p50_ms": timing.percentile(50) * 1e3,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 _LEAST_ROUNDS = 5
 _CHUNKS_PER_MEASUREMENT = 8
+_MOST_CALLS_AHEAD = 20  # the host must not run so far ahead that it has to wait for a place in the GPU's queue
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ class Timing:
         return statistics.median(statistics.median(theirs) / statistics.median(ours) for ours, theirs in pairs)
 
 
-def measure_in_turns(timed: Sequence[Timed], device: torch.device, min_time: float) -> list[Timing]:
+def measure_in_turns(
+    timed: Sequence[Timed], device: torch.device, min_time: float, on_host: bool = False
+) -> list[Timing]:
     """Times all of `timed`, in alternation.
 
     Each has its turn in every round, for a chunk of calls; every second round goes backwards. It ends when each has
@@ -67,53 +70,80 @@ def measure_in_turns(timed: Sequence[Timed], device: torch.device, min_time: flo
         timed: What to time; it has been run before, so that nothing is compiled or tuned any more.
         device: Where it runs: CUDA events measure on a GPU, a clock elsewhere.
         min_time: Seconds of measurement for each.
+        on_host: Measure how long a call keeps the host, which does not wait for the GPU.
     """
+    clock = _GpuClock(device) if device.type == "cuda" and not on_host else _HostClock(device)
     chunk_seconds = min_time / _CHUNKS_PER_MEASUREMENT
-    repeats = [_repeats_for(one, device, chunk_seconds) for one in timed]
+    repeats = [_repeats_for(one, clock, chunk_seconds) for one in timed]
     chunks: list[list[list[float]]] = [[] for _ in timed]
     spent = [0.0] * len(timed)
     order = list(range(len(timed)))
     while timed and (min(spent) < min_time or len(chunks[0]) < _LEAST_ROUNDS):
         for index in order:
-            seconds = _time_calls(timed[index].run, repeats[index], device)
+            seconds = clock.time_calls(timed[index].run, repeats[index])
             spent[index] += sum(seconds)
             chunks[index].append([value / timed[index].calls for value in seconds])
         order.reverse()
     return [Timing(rounds) for rounds in chunks]
 
 
-def _repeats_for(timed: Timed, device: torch.device, seconds: float) -> int:
+class _HostClock:
+    """Measures how long calls take on the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.most_calls = _MOST_CALLS_AHEAD if device.type == "cuda" else 1000
+
+    def time_calls(self, run: Callable[[], object], repeats: int) -> list[float]:
+        """Seconds of each of `repeats` calls."""
+        self._wait()
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        self._wait()
+        return seconds
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class _GpuClock:
+    """Measures how long calls take on the GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.most_calls = 1000
+
+    def time_calls(self, run: Callable[[], object], repeats: int) -> list[float]:
+        """Seconds of each of `repeats` calls."""
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        torch.cuda.synchronize(self.device)
+        for start, end in events:
+            start.record()
+            run()
+            end.record()
+        torch.cuda.synchronize(self.device)
+        return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def _repeats_for(timed: Timed, clock: _HostClock | _GpuClock, seconds: float) -> int:
     """How many runs fill a chunk; also warms up."""
-    typical = statistics.median(_time_calls(timed.run, 3, device))
-    return max(1, min(1000, round(seconds / max(typical, 1e-7))))
+    typical = statistics.median(clock.time_calls(timed.run, 3))
+    return max(1, min(clock.most_calls, round(seconds / max(typical, 1e-7))))
 
 
-def _time_calls(run: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
-    if device.type == "cuda":
-        return _time_calls_on_gpu(run, repeats, device)
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return seconds
-
-
-def _time_calls_on_gpu(run: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    torch.cuda.synchronize(device)
-    for start, end in events:
-        start.record()
-        run()
-        end.record()
-    torch.cuda.synchronize(device)
-    return [start.elapsed_time(end) / 1e3 for start, end in events]
-
-
-def capture_graph(runs: Sequence[Callable[[], object]]) -> Timed:
+def capture_graph(runs: Sequence[Callable[[], object]], pool: Any = None) -> Timed:
     """Records calls as one CUDA graph, whose replay does them all without work on the host.
 
     The result holds on to `runs`: a graph reads the tensors of its calls by address and keeps none of them alive.
+
+    Args:
+        runs: The calls.
+        pool: Memory for what they allocate (`torch.cuda.graph_pool_handle`), so that graphs which never run at the
+            same time and whose results nobody reads take the memory of the largest, not of all.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -123,7 +153,7 @@ def capture_graph(runs: Sequence[Callable[[], object]]) -> Timed:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         for run in runs:
             run()
 

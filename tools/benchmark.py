@@ -136,9 +136,7 @@ def _write_tables(options: argparse.Namespace, rows: Sequence[Row]) -> None:
             write(path, rows)
 
 
-def _run_models(
-    options: argparse.Namespace, device: torch.device, console: Console, progress: Progress
-) -> list[Row]:
+def _run_models(options: argparse.Namespace, device: torch.device, console: Console, progress: Progress) -> list[Row]:
     size = options.img_size and (options.img_size[0], options.img_size[-1])
     settings = Settings(
         device=device,
@@ -162,9 +160,7 @@ def _run_models(
     return rows
 
 
-def _run_kernels(
-    options: argparse.Namespace, device: torch.device, console: Console, progress: Progress
-) -> list[Row]:
+def _run_kernels(options: argparse.Namespace, device: torch.device, console: Console, progress: Progress) -> list[Row]:
     for name in options.kernels:
         if name not in OPERATORS:
             raise unknown_name("operator", name, OPERATORS)

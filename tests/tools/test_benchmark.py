@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
-from vitrail.tools._common import kernel_cases
+from vitrail.tools._common import bench_kernels
+from vitrail.tools._common.kernel_cases import (
+    OPERATORS,
+    channel_attention,
+    neighborhood_attention,
+    routing_attention,
+    window_attention,
+)
+from vitrail.tools._common.kernel_cases.common import KernelCase, normal, parameter
 from vitrail.tools.benchmark import main
+
+_QUICK = ["--device", "cpu", "--min-time", "1e-4"]
 
 
 def test_models_are_compared(tmp_path: Path) -> None:
@@ -33,21 +45,143 @@ def test_models_are_compared(tmp_path: Path) -> None:
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_kernels_run_on_a_cpu(tmp_path: Path) -> None:
-    assert main(["--kernels", "--device", "cpu", "--min-time", "0.01", "--json", str(tmp_path / "rows.json")]) == 0
-    ours = [row for row in _rows(tmp_path / "rows.json") if row["implementation"] == "vitrail"]
-    assert len(ours) == 8  # four cases, forward and forward+backward
-    assert all(row["correct"] and row["p50_ms"] > 0 for row in ours)
+def test_all_kernels_and_their_peers_agree_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A dry run of everything: what is compiled on GPUs is checked as it is."""
+    assert main(["--kernels", *_QUICK, "--json", str(tmp_path / "rows.json")]) == 0
+    rows = _rows(tmp_path / "rows.json")
+    assert {row["operator"] for row in rows} == set(OPERATORS)
+    assert all(row["correct"] for row in rows)
+    assert {row["note"] for row in rows} == {None, "not compiled on a CPU"}
+    assert all((row["p50_ms"] is None) == (row["note"] is not None) for row in rows)
+    for case in {row["case"] for row in rows}:
+        assert {(r["implementation"], r["pass"]) for r in rows if r["case"] == case} >= {
+            ("vitrail", "forward"),
+            ("vitrail", "forward+backward"),
+        }
+    assert "computing in float64" in capsys.readouterr().err
 
 
-def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = kernel_cases.window_attention
+def test_peers_can_be_left_out(tmp_path: Path) -> None:
+    shown = {}
+    for peers in ("none", "fast"):
+        arguments = ["--kernels", "linear_attention", *_QUICK, "--peers", peers, "--json", str(tmp_path / peers)]
+        assert main(arguments) == 0
+        shown[peers] = {row["implementation"] for row in _rows(tmp_path / peers)}
+    assert shown["none"] == {"vitrail", "vitrail packed"}
+    assert shown["fast"] == {"vitrail", "vitrail packed", "eager", "products in half"}
+
+
+def test_peers_that_come_too_late_are_named(tmp_path: Path) -> None:
+    arguments = [
+        "--kernels",
+        "linear_attention",
+        *_QUICK,
+        "--time-limit",
+        "1e-9",
+        "--json",
+        str(tmp_path / "rows.json"),
+    ]
+    assert main(arguments) == 0
+    rows = _rows(tmp_path / "rows.json")
+    assert all((row["p50_ms"] is None) != row["implementation"].startswith("vitrail") for row in rows)
+    assert {row["note"] for row in rows} == {None, "skipped: after 1e-09 s"}
+
+
+@pytest.mark.parametrize("trouble", ["memory", "defect"])
+def test_a_peer_in_trouble_has_a_row_that_says_so(
+    trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = torch.OutOfMemoryError("too large") if trouble == "memory" else RuntimeError("no kernel\nand more")
+
+    def fails(*inputs: Tensor) -> Tensor:
+        raise error
+
+    monkeypatch.setattr(channel_attention, "_timm", fails)
+    assert main(["--kernels", "channel_attention", *_QUICK, "--json", str(tmp_path / "rows.json")]) == 0
+    notes = {row["implementation"]: row["note"] for row in _rows(tmp_path / "rows.json")}
+    assert notes["timm"] == ("out of memory" if trouble == "memory" else "failed: RuntimeError: no kernel")
+    assert notes["vitrail"] is None
+
+
+def test_what_is_cut_off_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = len(OPERATORS["linear_attention"]("cpu"))
+
+    def interrupted(suite: str) -> list[KernelCase]:
+        (case,) = OPERATORS["linear_attention"](suite)
+
+        def stop(*inputs: Tensor) -> Tensor:
+            raise KeyboardInterrupt
+
+        return [case, dataclasses.replace(case, name="second", reference=stop)]
+
+    monkeypatch.setitem(OPERATORS, "retention", interrupted)
+    arguments = ["--kernels", "retention", *_QUICK, "--json", str(tmp_path / "rows.json")]
+    assert main(arguments) == 130
+    assert len({row["case"] for row in _rows(tmp_path / "rows.json")}) == done
+
+
+def test_a_wrong_kernel_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = window_attention.window_attention
 
     def wrong(*args: Any, **kwargs: Any) -> Tensor:
         return right(*args, **kwargs) * (1.1 if kwargs["backend"] == "auto" else 1)
 
-    monkeypatch.setattr(kernel_cases, "window_attention", wrong)
-    assert main(["--kernels", "--device", "cpu", "--min-time", "0.01"]) == 1
+    monkeypatch.setattr(window_attention, "window_attention", wrong)
+    arguments = ["--kernels", "window_attention", *_QUICK, "--json", str(tmp_path / "rows.json")]
+    assert main(arguments) == 1
+    assert "(wrong)" in capsys.readouterr().err
+    rows = [row for row in _rows(tmp_path / "rows.json") if row["implementation"] == "vitrail"]
+    assert all(row["correct"] is False and row["p50_ms"] is None for row in rows)
+
+
+@pytest.mark.parametrize("image", [0, 5])
+def test_the_check_sees_errors_of_any_kind(image: int) -> None:
+    """In the output of a checked image, and in the gradient of one that gets none."""
+    case = _scaled(8)
+    inputs = bench_kernels.make_inputs(case, torch.device("cpu"), torch.float32, 0)
+    check = bench_kernels.Check(case, inputs)
+    assert check.images is not None
+    assert check.images.tolist() == [0, 2, 5, 7]
+    assert max(check.errors(case.reference)) < 1e-6
+
+    def wrong_output(x: Tensor, scale: Tensor) -> Tensor:
+        return case.reference(x, scale) + 0.1 * (torch.arange(8) == image)[:, None]
+
+    assert check.errors(wrong_output)[0] > 0.01
+
+    def leaking(x: Tensor, scale: Tensor) -> Tensor:
+        return case.reference(x + 0.1 * (x.roll(1, 0) - x.roll(1, 0).detach()), scale)
+
+    assert check.errors(leaking)[0] < 1e-6
+    assert check.errors(leaking)[1] > 0.01
+
+
+def _scaled(batch: int) -> KernelCase:
+    return KernelCase("scale", "", (normal(batch, 3), parameter(3)), torch.mul, {})
+
+
+def test_block_masks_are_those_of_flex_attention() -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    shapes = [
+        neighborhood_attention.NeighborhoodShape(1, 15, 20, 1, 16, kernel=3, tile=(5, 4)),
+        neighborhood_attention.NeighborhoodShape(1, 18, 20, 1, 16, kernel=3, dilation=4, stride=2),
+    ]
+    masks = [(neighborhood_attention.neighborhood_mask(shape, torch.device("cpu")), 1) for shape in shapes]
+    routed = routing_attention.RoutingShape(2, 20, 20, 1, 16, 4, 2)
+    routes = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0)).topk(2).indices
+    masks.append((routing_attention.region_mask(routes, routed), 2))
+    whole = routing_attention.RoutingShape(1, 32, 32, 1, 16, 2, 2)  # regions of 256 tokens: whole blocks
+    masks.append((routing_attention.region_mask(torch.tensor([[[0, 1], [1, 2], [2, 3], [3, 0]]]), whole), 1))
+    for mask, batch in masks:
+        n_tokens = mask.seq_lengths[0]
+        want = create_block_mask(mask.mask_mod, batch, None, n_tokens, n_tokens, device="cpu")
+        assert torch.equal(mask.to_dense(), want.to_dense())
+        assert torch.equal(mask.full_kv_num_blocks, want.full_kv_num_blocks)
+        assert torch.equal(mask.q_num_blocks, want.q_num_blocks)
+    assert masks[-1][0].full_kv_num_blocks.min() == 4
 
 
 @pytest.mark.parametrize(

@@ -76,9 +76,7 @@ def _kernel_label(row: Row) -> str:
 def draw_kernels(path: Path, rows: Sequence[Row]) -> None:
     """Draws times in multiples of the floor, which is the line."""
     axis = "time, in multiples of the floor: memory traffic alone (line: 20th to 80th percentile)"
-    bars = [
-        _kernel_bar(title, row) for title, members in _by_pass(rows).items() for row in members if row["p50_ms"]
-    ]
+    bars = [_kernel_bar(title, row) for title, members in _by_pass(rows).items() for row in members if row["p50_ms"]]
     write_bars(path, kernel_headline(rows[0]), axis, bars, limit=1.0)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 SUITES = ("gpu", "cpu", "host")
 _FLEX_BLOCK = 128
+Prepare = Callable[..., Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -69,21 +70,25 @@ class Implementation:
         whole_job: False if `prepare` or `finish` do a part of the work that others are timed with.
         compiles: The first call takes long, because it compiles. On a CPU it is checked uncompiled, and not timed.
         waits: Waits for the device, so that no CUDA graph can be made of it.
+        forward_only: Device types on which it has no backward pass, and is checked without.
     """
 
     run: Callable[..., Tensor]
-    prepare: Callable[..., Sequence[Any]] = _as_given
+    prepare: Prepare = _as_given
     finish: Callable[[Tensor], Tensor] = _as_computed
     whole_job: bool = True
     compiles: bool = False
     waits: bool = False
+    forward_only: tuple[str, ...] = ()
 
     def whole(self, *inputs: Tensor) -> Tensor:
         """From the case's inputs to the operator's output."""
         return self.finish(self.run(*self.prepare(*inputs)))
 
 
-def compiled(run: Callable[..., Tensor], prepare: Callable[..., Sequence[Any]] = _as_given, **rest: Any) -> Implementation:
+def compiled(
+    run: Callable[..., Tensor], prepare: Callable[..., Sequence[Any]] = _as_given, **rest: Any
+) -> Implementation:
     """`run` under `torch.compile`; on a CPU, where it is only checked, as it is."""
     fast = torch.compile(run, dynamic=False, fullgraph=True)
 
@@ -118,6 +123,11 @@ class KernelCase:
 def stack_qkv(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
     """(B, H, W, 3, heads, D) as one projection leaves it, and the other inputs."""
     return torch.stack((q, k, v), 3), *rest
+
+
+def flex(run: Callable[..., Tensor], prepare: Prepare = _as_given, **rest: Any) -> Implementation:
+    """A compiled function around `flex_attention`, which has no backward pass on a CPU."""
+    return compiled(run, prepare, forward_only=("cpu",), **rest)
 
 
 def block_mask(n_tokens: int, visible: Callable[..., Tensor], queries: Tensor, keys: Tensor, images: Tensor) -> Any:

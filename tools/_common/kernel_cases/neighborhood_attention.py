@@ -16,12 +16,15 @@ from vitrail.tools._common.kernel_cases.common import (
     KernelCase,
     block_mask,
     compiled,
+    flex,
     normal,
     parameter,
 )
 
 
-class _Shape(NamedTuple):
+class NeighborhoodShape(NamedTuple):
+    """Size of a layer, and the order in which flex_attention gets its tokens: by rows, or by tiles."""
+
     batch: int
     height: int
     width: int
@@ -31,7 +34,7 @@ class _Shape(NamedTuple):
     dilation: int = 1
     stride: int = 1
     rpb: bool = False
-    tile: tuple[int, int] | None = None  # in which order flex_attention gets the tokens; None for rows
+    tile: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         text = f"B{self.batch} {self.height}x{self.width}x{self.heads * self.dim} h{self.heads} k{self.kernel}"
@@ -42,19 +45,19 @@ class _Shape(NamedTuple):
 # The stages of NAT at 224 pixels and the first in detection; then dilation, stride and bias.
 _SHAPES = {
     "gpu": (
-        _Shape(64, 56, 56, 2, 32),
-        _Shape(64, 28, 28, 4, 32),
-        _Shape(64, 14, 14, 8, 32),
-        _Shape(2, 200, 336, 2, 32, tile=(8, 16)),
-        _Shape(64, 56, 56, 2, 32, dilation=8),
-        _Shape(64, 56, 56, 2, 32, stride=4),
-        _Shape(64, 56, 56, 2, 32, rpb=True),
+        NeighborhoodShape(64, 56, 56, 2, 32),
+        NeighborhoodShape(64, 28, 28, 4, 32),
+        NeighborhoodShape(64, 14, 14, 8, 32),
+        NeighborhoodShape(2, 200, 336, 2, 32, tile=(8, 16)),
+        NeighborhoodShape(64, 56, 56, 2, 32, dilation=8),
+        NeighborhoodShape(64, 56, 56, 2, 32, stride=4),
+        NeighborhoodShape(64, 56, 56, 2, 32, rpb=True),
     ),
     "cpu": (
-        _Shape(2, 9, 8, 2, 16, kernel=3, rpb=True, tile=(3, 4)),
-        _Shape(1, 9, 10, 1, 16, kernel=3, dilation=2, stride=2),
+        NeighborhoodShape(2, 9, 8, 2, 16, kernel=3, rpb=True, tile=(3, 4)),
+        NeighborhoodShape(1, 9, 10, 1, 16, kernel=3, dilation=2, stride=2),
     ),
-    "host": (_Shape(8, 7, 7, 16, 32, rpb=True),),
+    "host": (NeighborhoodShape(8, 7, 7, 16, 32, rpb=True),),
 }
 
 
@@ -63,7 +66,7 @@ def cases(suite: str) -> list[KernelCase]:
     return [_case(shape) for shape in _SHAPES[suite]]
 
 
-def _case(shape: _Shape) -> KernelCase:
+def _case(shape: NeighborhoodShape) -> KernelCase:
     image = normal(shape.batch, shape.height, shape.width, shape.heads, shape.dim)
     span = 2 * shape.kernel - 1
     eager = _ours(shape, "eager")
@@ -76,7 +79,7 @@ def _case(shape: _Shape) -> KernelCase:
     return KernelCase("neighborhood_attention", str(shape), inputs, eager, implementations)
 
 
-def _ours(shape: _Shape, backend: str) -> Callable[..., Tensor]:
+def _ours(shape: NeighborhoodShape, backend: str) -> Callable[..., Tensor]:
     def run(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None = None) -> Tensor:
         out = neighborhood_attention(
             q,
@@ -94,14 +97,14 @@ def _ours(shape: _Shape, backend: str) -> Callable[..., Tensor]:
     return run
 
 
-def _flex(shape: _Shape) -> Implementation:
+def _flex(shape: NeighborhoodShape) -> Implementation:
     """flex_attention with the block mask made in advance, on tokens that lie in the order that suits it."""
     from torch.nn.attention.flex_attention import flex_attention
 
     def prepare(q: Tensor, k: Tensor, v: Tensor, *rpb: Tensor) -> tuple[Any, ...]:
         order = _order(shape, q.device)
         tokens = (x.flatten(1, 2)[:, order].transpose(1, 2).contiguous() for x in (q, k, v))
-        return *tokens, _places(shape, q.device), _mask(shape, q.device), *rpb
+        return *tokens, _places(shape, q.device), neighborhood_mask(shape, q.device), *rpb
 
     def run(q: Tensor, k: Tensor, v: Tensor, places: Tensor, mask: Any, rpb: Tensor | None = None) -> Tensor:
         def bias(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -118,10 +121,10 @@ def _flex(shape: _Shape) -> Implementation:
         rows = _order(shape, out.device).argsort()
         return out.transpose(1, 2)[:, rows].unflatten(1, (shape.height, shape.width))
 
-    return compiled(run, prepare, finish=finish, whole_job=False)
+    return flex(run, prepare, finish=finish, whole_job=False)
 
 
-def _order(shape: _Shape, device: torch.device) -> Tensor:
+def _order(shape: NeighborhoodShape, device: torch.device) -> Tensor:
     """Raster index of every token in flex_attention's order, (N,): groups of the dilation together, or tiles."""
     index = torch.arange(shape.height * shape.width, device=device)
     row, column = index // shape.width, index % shape.width
@@ -131,14 +134,14 @@ def _order(shape: _Shape, device: torch.device) -> Tensor:
     return ((group * len(index) + tile) * len(index) + index).argsort()
 
 
-def _places(shape: _Shape, device: torch.device) -> Tensor:
+def _places(shape: NeighborhoodShape, device: torch.device) -> Tensor:
     """Row and column of every token in flex_attention's order, (2, N), int32."""
     order = _order(shape, device)
     return torch.stack((order // shape.width, order % shape.width)).int()
 
 
-def _mask(shape: _Shape, device: torch.device) -> Any:
-    """The block mask of neighborhoods, and its function: between the first and the last row and column of each query."""
+def neighborhood_mask(shape: NeighborhoodShape, device: torch.device) -> Any:
+    """The block mask of neighborhoods; a key is visible between the first and last row and column of its query."""
     place, order = _places(shape, device).long(), _order(shape, device)
     near = [
         axis_neighborhood(n, shape.kernel, shape.stride, shape.dilation, False, device).position

@@ -15,6 +15,7 @@ from vitrail.tools._common.kernel_cases.common import (
     KernelCase,
     block_mask,
     compiled,
+    flex,
     normal,
     stack_qkv,
 )
@@ -144,7 +145,7 @@ def _flex(shape: RoutingShape) -> Implementation:
 
     def prepare(q: Tensor, k: Tensor, v: Tensor, routes: Tensor) -> tuple[Any, ...]:
         tokens = (split_regions(x, shape.regions).flatten(1, 2).transpose(1, 2).contiguous() for x in (q, k, v))
-        return *tokens, _region_mask(routes, shape)
+        return *tokens, region_mask(routes, shape)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
         return flex_attention(q, k, v, block_mask=mask)
@@ -152,10 +153,10 @@ def _flex(shape: RoutingShape) -> Implementation:
     def finish(out: Tensor) -> Tensor:
         return join_regions(out.transpose(1, 2).unflatten(1, (shape.regions**2, -1)), shape.regions, shape.height)
 
-    return compiled(run, prepare, finish=finish, whole_job=False)
+    return flex(run, prepare, finish=finish, whole_job=False)
 
 
-def _region_mask(routes: Tensor, shape: RoutingShape) -> Any:
+def region_mask(routes: Tensor, shape: RoutingShape) -> Any:
     """The block mask in which a token sees those of the regions that its own is routed to."""
     regions, tokens = shape.regions**2, shape.height * shape.width // shape.regions**2
     routed = routes.new_zeros(len(routes), regions, regions, dtype=torch.bool).scatter_(2, routes, True)

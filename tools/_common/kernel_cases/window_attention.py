@@ -11,7 +11,15 @@ from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor
 
 from vitrail.kernels.window_attention import window_attention, window_attention_packed
-from vitrail.tools._common.kernel_cases.common import Implementation, KernelCase, compiled, normal, parameter, stack_qkv
+from vitrail.tools._common.kernel_cases.common import (
+    Implementation,
+    KernelCase,
+    compiled,
+    flex,
+    normal,
+    parameter,
+    stack_qkv,
+)
 
 
 class _Shape(NamedTuple):
@@ -67,7 +75,7 @@ def _case(shape: _Shape) -> KernelCase:
             "SDPA in windows": _attention_alone(shape),
             "eager compiled": compiled(eager),
             "timm compiled": compiled(timm, stack_qkv),
-            "flex_attention": compiled(_flex(shape), stack_qkv),
+            "flex_attention": flex(_flex(shape), stack_qkv),
         },
     )
 

@@ -94,8 +94,7 @@ def bench_kernels(
         for case in cases:
             rows = _Bench(case, settings, bandwidth, start, report).rows()
             done([{**row, **facts} for row in rows])
-            torch.compiler.reset()
-            _forget()
+            _forget(settings.device)
 
 
 class _Bench:
@@ -178,7 +177,7 @@ class _Bench:
         except Exception as error:
             entry.note = f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         if entry.note is not None:
-            _forget()
+            _forget(self.settings.device, keep_compiled=True)
         elif entry.one.compiles and self.settings.device.type == "cpu":
             entry.note = "not compiled on a CPU"
 
@@ -342,10 +341,12 @@ def _peak_memory(run: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _forget() -> None:
-    """Gives the memory of failed or finished work back."""
-    gc.collect()
-    if torch.cuda.is_available():
+def _forget(device: torch.device, keep_compiled: bool = False) -> None:
+    """Gives the memory of failed or finished work on a GPU back, and what was compiled for it."""
+    if device.type == "cuda":
+        if not keep_compiled:
+            torch.compiler.reset()
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -11,11 +11,16 @@ from collections.abc import Callable
 
 from vitrail.tools._common.kernel_cases import (
     channel_attention,
+    context_window_attention,
     linear_attention,
     neighborhood_attention,
     retention,
     routing_attention,
     routing_layer,
+    scattered_linear_attention,
+    sparse_conv,
+    strip_gate,
+    varied_window_attention,
     window_attention,
 )
 from vitrail.tools._common.kernel_cases.common import KernelCase
@@ -28,4 +33,9 @@ OPERATORS: dict[str, Callable[[str], list[KernelCase]]] = {
     "linear_attention": linear_attention.cases,
     "channel_attention": channel_attention.cases,
     "retention": retention.cases,
+    "varied_window_attention": varied_window_attention.cases,
+    "strip_gate": strip_gate.cases,
+    "context_window_attention": context_window_attention.cases,
+    "scattered_linear_attention": scattered_linear_attention.cases,
+    "sparse_conv": sparse_conv.cases,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import time
@@ -127,9 +128,13 @@ class _Bench:
 
     def _check(self) -> None:
         self.report("computing in float64")
-        check = Check(self.case, self.inputs)
+        inputs, device = self.inputs, self.settings.device
+        if self.case.jumps:
+            inputs = make_inputs(self.case, device, torch.float32, seed=0)
+        check = Check(self.case, inputs, plain=self.case.jumps or device.type == "cpu")
         for entry in self.entries:
-            self._try(entry, f"{'compiling' if self._compiles(entry) else 'checking'} {entry.name}", check.judge)
+            compiles = self._compiles(entry) and not check.plain
+            self._try(entry, f"{'compiling' if compiles else 'checking'} {entry.name}", check.judge)
 
     def _compiles(self, entry: _Entry) -> bool:
         return entry.one.compiles and self.settings.device.type == "cuda"
@@ -208,6 +213,7 @@ class _Bench:
             "correct": entry.correct,
             "note": entry.note,
             "relative_error": entry.error,
+            "checked_dtype": "float32" if self.case.jumps else str(self.settings.dtype).removeprefix("torch."),
             "floor_ms": bytes_moved(self.inputs, kind) / self.bandwidth * 1e3,
             **dict.fromkeys(names),
             **entry.figures.get(kind, {}),
@@ -222,9 +228,15 @@ class Check:
     images share are those of these few as well. Nothing of the implementation that is judged is made smaller.
     """
 
-    def __init__(self, case: KernelCase, inputs: Sequence[Tensor]) -> None:
-        """Computes the truth, and how far the eager reference in the inputs' dtype is from it."""
-        self.case, self.inputs = case, inputs
+    def __init__(self, case: KernelCase, inputs: Sequence[Tensor], plain: bool = True) -> None:
+        """Computes the truth, and how far the eager reference in the inputs' dtype is from it.
+
+        Args:
+            case: What is computed.
+            inputs: From what.
+            plain: Judge what is compiled as it was before.
+        """
+        self.case, self.inputs, self.plain = case, inputs, plain
         self.images = None
         if any(spec.per_image for spec in case.inputs):
             n_images = len(inputs[0])
@@ -246,7 +258,7 @@ class Check:
         A peer may be less exact, as long as it computes the same: within ten times.
         """
         forward_only = self.inputs[0].device.type in entry.one.forward_only
-        errors = self.errors(entry.one.whole, forward_only)
+        errors = self.errors(functools.partial(entry.one.whole, plain=self.plain), forward_only)
         factor = _OURS_MAY if entry.is_ours else _PEERS_MAY
         entry.error = max(errors)
         allowed = self.allowed[:1] if forward_only else self.allowed

@@ -7,6 +7,7 @@ the smallest maps of the models (the last stage), on which the time goes into ca
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 from vitrail.tools._common.kernel_cases import (
@@ -39,3 +40,7 @@ OPERATORS: dict[str, Callable[[str], list[KernelCase]]] = {
     "scattered_linear_attention": scattered_linear_attention.cases,
     "sparse_conv": sparse_conv.cases,
 }
+if importlib.util.find_spec("vitrail.kernels.depthwise_conv") is not None:
+    from vitrail.tools._common.kernel_cases import depthwise_conv
+
+    OPERATORS["depthwise_conv"] = depthwise_conv.cases

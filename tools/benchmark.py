@@ -1,21 +1,25 @@
 """Measures models, or with --kernels operators: speed, memory, work; side by side and in alternation.
 
     vitrail-benchmark biformer_s davit_t --compare timm/davit_tiny --batch-size 64 --precision bf16
+    vitrail-benchmark --models --precision bf16 --json models.json
     vitrail-benchmark --kernels window_attention --json kernels.json --plot kernels.png
 
 Models have random weights. Throughput is the batch size over the median latency. `speed` is the median, over rounds
-in which all models had their turn, of the reference's time over the model's; the reference is the first --compare
-model, else the first model. Training is forward, cross-entropy and backward, without an optimiser's step. --compile
-measures each model eager and compiled. GMACs are multiply-adds of one image's forward pass. Peak memory, on GPUs only,
-is what a step allocates at most, with the model's own weights.
+in which all models had their turn, of the reference's time over the model's, both running in the same way; the
+reference is the first --compare model, else the first model. Training is forward, cross-entropy and backward, without
+an optimiser's step. --compile measures each model eager and compiled. GMACs are multiply-adds of one image's forward
+pass. Peak memory, on GPUs only, is what a step allocates at most, with the model's own weights. --models measures a
+fixed list, or the models it names, for inference and training, on GPUs eager, compiled and as CUDA graphs, each in
+alternation with timm's Swin-T.
 
 Operators are checked against a float64 reference, output and gradients, on at most four images of the batch, before
 they are timed; a wrong one of ours ends the command with status 1. The floor is the time in which their inputs could
 be read once and their results written once, at the speed of a large copy; `bandwidth` is the floor's share of the
 time. `ours is` tells how many times as fast as the row's implementation ours is. On a GPU all are replayed as CUDA
 graphs, on inputs that rotate where they would stay in the cache. Memory, on GPUs only, is what a call allocates at
-most. --host measures instead how long a call keeps the host, on the smallest maps. Results are shown and written case
-by case; what is cut off keeps what it has.
+most. --host measures instead how long a call keeps the host, on the smallest maps.
+
+Results of --kernels and --models are shown and written as they come: a run that is cut off keeps what it has.
 """
 
 from __future__ import annotations
@@ -30,9 +34,10 @@ from rich.console import Console
 
 from vitrail.tools._common import bench_tables
 from vitrail.tools._common.bench_kernels import PEERS, KernelSettings, bench_kernels
-from vitrail.tools._common.bench_models import PRECISIONS, Settings, bench_models
+from vitrail.tools._common.bench_models import PRECISIONS, SUITE, Settings, Variant, bench_models, bench_suite
 from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command, select_device, unknown_name
 from vitrail.tools._common.kernel_cases import OPERATORS
+from vitrail.tools._common.measure import after
 from vitrail.tools._common.progress import Progress
 from vitrail.tools._common.table import Row, write_csv, write_json
 
@@ -56,6 +61,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--compare", nargs="+", default=[], metavar="MODEL", help="more models; the first is the reference of `speed`")
     add(
+        "--models",
+        dest="suite",
+        nargs="*",
+        metavar="MODEL",
+        help=f"measure these models in all ways; default: {', '.join(SUITE)}",
+    )
+    add(
         "--kernels", nargs="*", metavar="NAME", help=f"measure operators instead: {', '.join(OPERATORS)} (default: all)"
     )
     add("--cases", metavar="TEXT", default="", help="with --kernels: only cases whose name contains this text")
@@ -63,19 +75,28 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--peers",
         choices=PEERS,
         default="all",
-        help="with --kernels: what to compare to; fast leaves out what torch.compile makes, none measures ours alone",
+        help="with --kernels or --models: fast leaves out what torch.compile makes, none measures ours alone",
     )
     add("--host", action="store_true", help="with --kernels: time of the calls on the host, on the smallest maps")
-    add("--time-limit", type=float, metavar="SECONDS", help="prepare no more peers after this time")
+    add(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="after this time --kernels prepares no more peers, --models compiles no more",
+    )
     add("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
-    add("--batch-size", type=int, help="images in a batch (default: 128 on a GPU, 8 on a CPU)")
+    add("--batch-size", type=int, help="images in a batch of models (default: 128 on a GPU, 8 on a CPU)")
     add("--img-size", type=int, nargs="+", metavar=("H", "W"), help="default: each model's own")
     add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
-    add("--mode", choices=("infer", "train"), default="infer")
+    add("--mode", choices=("infer", "train"), help="default: infer; both with --models")
     add("--channels-last", action="store_true", help="weights and images in channels-last layout")
     add("--compile", action="store_true", help="measure each model eager and with torch.compile")
     add("--cuda-graph", action="store_true", help="replay each step as a CUDA graph, without the host's work")
-    add("--min-time", type=float, help="seconds of measurement for each model (default 3) or kernel and pass (0.5)")
+    add(
+        "--min-time",
+        type=float,
+        help="seconds of measurement for each model (default 3; 0.5 with --models) or kernel and pass (0.5)",
+    )
     add("--json", type=Path, metavar="FILE", help="write all figures, with device, versions and commit")
     add("--csv", type=Path, metavar="FILE", help="the same as a table")
     add("--plot", type=Path, metavar="FILE", help="write a picture (.png, .svg or .pdf)")
@@ -86,12 +107,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _check_options(options: argparse.Namespace) -> None:
     """Raises `UsageError` for values that argparse lets pass."""
-    if options.kernels is None and not options.models:
-        raise UsageError("name at least one model, or give --kernels")
-    if options.kernels is not None and (options.models or options.compare):
-        raise UsageError("--kernels measures operators; give no models with it")
-    if options.kernels is None and (options.host or options.cases or options.peers != "all"):
-        raise UsageError("--host, --cases and --peers belong to --kernels")
+    _check_kinds(options)
     if options.kernels is not None and options.precision == "amp-bf16":
         raise UsageError("--kernels takes inputs of one dtype; allowed precisions: float32, bf16, fp16")
     if options.batch_size is not None and options.batch_size < 1:
@@ -106,6 +122,23 @@ def _check_options(options: argparse.Namespace) -> None:
         raise UsageError(f"--plot is {options.plot}; allowed endings: .png, .svg, .pdf")
 
 
+def _check_kinds(options: argparse.Namespace) -> None:
+    """Raises `UsageError` where options belong to different kinds of measurement."""
+    kinds = [bool(options.models), options.suite is not None, options.kernels is not None]
+    if not any(kinds):
+        raise UsageError("name at least one model, or give --models or --kernels")
+    if sum(kinds) > 1 or (options.kernels is not None and options.compare):
+        raise UsageError("names of models, --models and --kernels exclude each other")
+    if options.kernels is None and (options.host or options.cases):
+        raise UsageError("--host and --cases belong to --kernels")
+    if options.models and (options.peers != "all" or options.time_limit is not None):
+        raise UsageError("--peers and --time-limit belong to --models or --kernels")
+    if options.suite is not None and (options.compile or options.cuda_graph):
+        raise UsageError(
+            "--models measures compiled models and CUDA graphs anyway; --peers fast leaves out compiled ones"
+        )
+
+
 def _benchmark(options: argparse.Namespace) -> int:
     device = select_device(options.device)
     if options.cuda_graph and device.type != "cuda":
@@ -114,7 +147,7 @@ def _benchmark(options: argparse.Namespace) -> int:
     if not console.is_terminal:
         console.width = max(console.width, 120)  # files and pipes have no width that a table must keep to
     with Progress() as progress:
-        run = _run_models if options.kernels is None else _run_kernels
+        run = _run_models if options.models else _run_kernels if options.suite is None else _run_suite
         rows = run(options, device, console, progress)
     for path in filter(None, (options.json, options.csv, options.plot)):
         console.print(f"wrote {path}", highlight=False)
@@ -137,18 +170,9 @@ def _write_tables(options: argparse.Namespace, rows: Sequence[Row]) -> None:
 
 
 def _run_models(options: argparse.Namespace, device: torch.device, console: Console, progress: Progress) -> list[Row]:
-    size = options.img_size and (options.img_size[0], options.img_size[-1])
-    settings = Settings(
-        device=device,
-        batch_size=options.batch_size or (128 if device.type == "cuda" else 8),
-        img_size=size,
-        precision=options.precision,
-        channels_last=options.channels_last,
-        train=options.mode == "train",
-        compile=options.compile,
-        cuda_graph=options.cuda_graph,
-        min_time=options.min_time or 3.0,
-    )
+    graph = options.cuda_graph
+    variants = (Variant(graph=graph), Variant(True, graph)) if options.compile else (Variant(graph=graph),)
+    settings = _settings(options, device, variants, options.mode == "train", 3.0)
     names = [*options.models, *options.compare]
     rows = bench_models(names, [*options.compare, *options.models][0], settings, progress.say)
     with progress.aside():
@@ -158,6 +182,56 @@ def _run_models(options: argparse.Namespace, device: torch.device, console: Cons
     if options.plot:
         bench_tables.draw_models(options.plot, rows)
     return rows
+
+
+def _run_suite(options: argparse.Namespace, device: torch.device, console: Console, progress: Progress) -> list[Row]:
+    names = [*(options.suite or SUITE), *options.compare]
+    if options.peers == "none":
+        names = [name for name in names if "/" not in name]
+    if not names:
+        raise UsageError("--peers none leaves no model to measure")
+    reference = next((n for n in (*options.compare, *names) if n in options.compare or n.startswith("timm/")), names[0])
+    variants = tuple(
+        Variant(compiled, graph)
+        for compiled in (False, True)
+        for graph in (False, True)
+        if not (compiled or graph) or (device.type == "cuda" and not (compiled and options.peers == "fast"))
+    )
+    rows: list[Row] = []
+
+    def done(new: list[Row]) -> None:
+        with progress.aside():
+            if not rows:
+                console.print(bench_tables.headline(new[0]), highlight=False)
+            bench_tables.show_models(console, new)
+        rows.extend(new)
+        _write_tables(options, rows)
+
+    late = after(options.time_limit)
+    for train in (False, True):
+        if options.mode in (None, "train" if train else "infer"):
+            settings = _settings(options, device, variants, train, 0.5)
+            bench_suite(names, reference, settings, progress.say, done, late)
+    console.print("together:")
+    bench_tables.show_models(console, rows)
+    if options.plot:
+        bench_tables.draw_models(options.plot, rows)
+    return rows
+
+
+def _settings(
+    options: argparse.Namespace, device: torch.device, variants: tuple[Variant, ...], train: bool, min_time: float
+) -> Settings:
+    return Settings(
+        device=device,
+        batch_size=options.batch_size or (128 if device.type == "cuda" else 8),
+        img_size=options.img_size and (options.img_size[0], options.img_size[-1]),
+        precision=options.precision,
+        channels_last=options.channels_last,
+        train=train,
+        min_time=options.min_time or min_time,
+        variants=variants,
+    )
 
 
 def _run_kernels(options: argparse.Namespace, device: torch.device, console: Console, progress: Progress) -> list[Row]:
@@ -185,7 +259,7 @@ def _run_kernels(options: argparse.Namespace, device: torch.device, console: Con
         dtype=PRECISIONS[options.precision],
         min_time=options.min_time or 0.5,
         peers=options.peers,
-        time_limit=options.time_limit,
+        late=after(options.time_limit),
         host=options.host,
     )
     bench_kernels(chosen, settings, progress.say, done)

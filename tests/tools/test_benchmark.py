@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vitrail.tools import benchmark
 from vitrail.tools._common import bench_kernels
 from vitrail.tools._common.kernel_cases import (
     OPERATORS,
@@ -43,6 +44,30 @@ def test_models_are_compared(tmp_path: Path) -> None:
     with (tmp_path / "rows.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 2
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_models_come_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    monkeypatch.setattr(benchmark, "write_json", lambda path, rows: written.append([row["model"] for row in rows]))
+    names = ["dinat_n", "timm/test_resnet", "biformer_n"]
+    sizes = ["--device", "cpu", "--batch-size", "2", "--img-size", "32", "--min-time", "0.001"]
+    arguments = ["--models", *names, *sizes, "--json", str(tmp_path / "rows.json"), "--csv", str(tmp_path / "rows.csv")]
+    assert main(arguments) == 0
+    assert written == [(2 * names)[:count] for count in range(1, 7)]
+    with (tmp_path / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["mode"] for row in rows] == ["infer"] * 3 + ["train"] * 3
+    assert all(row["reference"] == "timm/test_resnet" and float(row["speed_ratio"]) > 0 for row in rows)
+    assert all(float(row["speed_ratio"]) == 1 for row in rows if row["model"] == "timm/test_resnet")
+
+
+def test_a_model_in_trouble_does_not_end_the_list(tmp_path: Path) -> None:
+    sizes = ["--device", "cpu", "--batch-size", "2", "--img-size", "7", "--min-time", "0.001", "--mode", "infer"]
+    arguments = ["--models", "timm/test_resnet", "vsa_swin_n", "timm/test_convnext", *sizes]
+    assert main([*arguments, "--json", str(tmp_path / "rows.json")]) == 0
+    notes = {row["model"]: row["note"] for row in _rows(tmp_path / "rows.json")}
+    assert notes["timm/test_resnet"] is None
+    assert notes["vsa_swin_n"].startswith("failed: ")
 
 
 def test_all_kernels_and_their_peers_agree_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +109,7 @@ def test_peers_that_come_too_late_are_named(tmp_path: Path) -> None:
     assert main(arguments) == 0
     rows = _rows(tmp_path / "rows.json")
     assert all((row["p50_ms"] is None) != row["implementation"].startswith("vitrail") for row in rows)
-    assert {row["note"] for row in rows} == {None, "skipped: after 1e-09 s"}
+    assert {row["note"] for row in rows} == {None, "skipped: time limit"}
 
 
 @pytest.mark.parametrize("trouble", ["memory", "defect"])
@@ -186,7 +211,19 @@ def test_block_masks_are_those_of_flex_attention() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["biformer_x"], ["biformer_n", "--precision", "int3"], ["accelerated/test_resnet"], ["mine/test_resnet"], []],
+    [
+        ["--models", "biformer_x"],
+        ["--models", "biformer_n", "--kernels"],
+        ["--models", "--compile"],
+        ["--models", "timm/test_resnet", "--peers", "none"],
+        ["biformer_n", "--host"],
+        ["--kernels", "attention"],
+        ["biformer_x"],
+        ["biformer_n", "--precision", "int3"],
+        ["accelerated/test_resnet"],
+        ["mine/test_resnet"],
+        [],
+    ],
 )
 def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     try:

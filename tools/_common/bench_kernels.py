@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import gc
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +21,7 @@ from vitrail.tools._common.measure import (
     environment,
     measure_in_turns,
     nbytes,
+    never,
 )
 from vitrail.tools._common.table import Row
 
@@ -40,7 +40,7 @@ class KernelSettings:
         dtype: Of the inputs.
         min_time: Seconds of measurement for each implementation and pass.
         peers: "none" measures only this package's implementations, "fast" those too that need no compilation.
-        time_limit: Seconds after which no other peer is prepared; None for no limit.
+        late: Tells whether it is so late that no other peer shall be prepared.
         host: Measure the host's time of a call in place of the device's.
     """
 
@@ -48,7 +48,7 @@ class KernelSettings:
     dtype: torch.dtype
     min_time: float
     peers: str = "all"
-    time_limit: float | None = None
+    late: Callable[[], bool] = never
     host: bool = False
 
 
@@ -84,7 +84,6 @@ def bench_kernels(
         report: Called with one line on what happens now.
         done: Called with the rows of a case as soon as it is done.
     """
-    start = time.monotonic()
     bandwidth = copy_bandwidth(settings.device)
     facts = {
         **environment(settings.device),
@@ -93,7 +92,7 @@ def bench_kernels(
     }
     with torch._dynamo.config.patch(recompile_limit=256):  # every shape is a recompilation of the same code
         for case in cases:
-            rows = _Bench(case, settings, bandwidth, start, report).rows()
+            rows = _Bench(case, settings, bandwidth, report).rows()
             done([{**row, **facts} for row in rows])
             _forget(settings.device)
 
@@ -106,10 +105,9 @@ class _Bench:
         case: KernelCase,
         settings: KernelSettings,
         bandwidth: float,
-        start: float,
         report: Callable[[str], None],
     ) -> None:
-        self.case, self.settings, self.bandwidth, self.start = case, settings, bandwidth, start
+        self.case, self.settings, self.bandwidth = case, settings, bandwidth
         self.report = lambda text: report(f"{case.operator} {case.name}: {text}")
         self.inputs = make_inputs(case, settings.device, settings.dtype, seed=0)
         self.entries = [_Entry(name, one) for name, one in case.implementations.items() if self._is_wanted(name, one)]
@@ -169,10 +167,8 @@ class _Bench:
 
     def _try(self, entry: _Entry, what: str, step: Callable[[_Entry], None]) -> None:
         """Does a step for one implementation; what goes wrong becomes a remark on it, and the run goes on."""
-        limit = self.settings.time_limit
-        is_optional = entry.one.compiles or not entry.is_ours
-        if limit is not None and is_optional and time.monotonic() - self.start > limit:
-            entry.note = f"skipped: after {limit:g} s"
+        if (entry.one.compiles or not entry.is_ours) and self.settings.late():
+            entry.note = "skipped: time limit"
             return
         self.report(what)
         try:

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -17,8 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vitrail
 from vitrail.tools._common.cli import ToolError, UsageError, unknown_name
-from vitrail.tools._common.measure import Timed, Timing, capture_graph, environment, measure_in_turns
+from vitrail.tools._common.measure import Timed, Timing, capture_graph, environment, measure_in_turns, never
 from vitrail.tools._common.table import Row
+
+Report = Callable[[str], None]
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -26,6 +28,36 @@ PRECISIONS = {
     "fp16": torch.float16,
     "amp-bf16": torch.float32,
 }
+
+
+# What `--models` compares: one model of every family, BiFormer's three, and what timm has of the same size.
+SUITE = (
+    "timm/swin_tiny_patch4_window7_224",
+    "davit_t",
+    "timm/davit_tiny",
+    "biformer_s",
+    "biformer_t",
+    "biformer_b",
+    "accelerated/swin_tiny_patch4_window7_224",
+    "accelerated/davit_tiny",
+    "nat_mini",
+    "l2vit_t",
+    "rmt_t",
+    "vsa_swin_t",
+    "dinat_mini",
+    "gated_swinrmt_retention",
+    "resnet50_ela_t",
+)
+
+
+class Variant(NamedTuple):
+    """How a model runs: under `torch.compile`, as a CUDA graph, both or neither."""
+
+    compiled: bool = False
+    graph: bool = False
+
+    def __str__(self) -> str:
+        return ", ".join(["compiled"] * self.compiled + ["CUDA graph"] * self.graph) or "eager"
 
 
 @dataclass(frozen=True)
@@ -38,17 +70,28 @@ class Settings:
     precision: str
     channels_last: bool
     train: bool
-    compile: bool
-    cuda_graph: bool
     min_time: float
+    variants: tuple[Variant, ...] = (Variant(),)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Candidate:
-    """A model that stands ready, its facts, and one step of work on it."""
+    """A model in one variant: its facts and, if it could be prepared, one step of work on it, else the error."""
 
     facts: Row
-    step: Callable[[], object]
+    timed: Timed | None = None
+    error: Exception | None = None
+
+    @property
+    def variant(self) -> Variant:
+        return Variant(self.facts["variant"] == "compiled", self.facts["cuda_graph"])
+
+
+class _Base(NamedTuple):
+    """What the others are compared to: its name and candidates."""
+
+    name: str
+    candidates: list[_Candidate]
 
 
 def resolve(name: str) -> tuple[str, str]:
@@ -69,12 +112,12 @@ def resolve(name: str) -> tuple[str, str]:
     return source or ("vitrail" if plain in ours else "timm"), plain
 
 
-def bench_models(names: Sequence[str], reference: str, settings: Settings, report: Callable[[str], None]) -> list[Row]:
-    """Measures models in alternation.
+def bench_models(names: Sequence[str], reference: str, settings: Settings, report: Report) -> list[Row]:
+    """Measures models, all in alternation.
 
     Args:
         names: As `resolve` takes them; each is measured once.
-        reference: The one of `names` to which the others' speed is compared.
+        reference: The one of `names` to which the others' speed is compared, in the same variant.
         settings: What all have in common.
         report: Called with one line on what happens now.
 
@@ -84,59 +127,155 @@ def bench_models(names: Sequence[str], reference: str, settings: Settings, repor
     """
     for name in names:
         resolve(name)
+    pool = _graph_pool(settings)
     candidates = []
     for name in dict.fromkeys(names):
-        for compiled in (False, True) if settings.compile else (False,):
-            report(f"preparing {name}{' (compiled)' if compiled else ''}")
-            candidates.append(_prepare(name, compiled, settings))
+        for found in _prepare(name, settings, pool, report):
+            if found.error:
+                raise found.error
+            candidates.append(found)
     report(f"measuring {len(candidates)} models in turns")
-    with _grad_mode(settings):
-        timings = measure_in_turns([_timed(c, settings) for c in candidates], settings.device, settings.min_time)
-    base = timings[next(i for i, c in enumerate(candidates) if c.facts["model"] == reference)]
-    facts = environment(settings.device)
-    return [
-        {**candidate.facts, **_figures(timing, base, settings), "reference": reference, **facts}
-        for candidate, timing in zip(candidates, timings, strict=True)
-    ]
+    base = _Base(reference, [c for c in candidates if c.facts["model"] == reference])
+    return _measure(candidates, base, settings)
 
 
-def _prepare(name: str, compiled: bool, settings: Settings) -> _Candidate:
-    """Builds a model, counts it, runs one step of it, compiles it if asked, and measures its memory."""
+def bench_suite(
+    names: Sequence[str],
+    reference: str,
+    settings: Settings,
+    report: Report,
+    done: Callable[[list[Row]], None],
+    late: Callable[[], bool] = never,
+) -> None:
+    """Measures models one by one, each in alternation with the reference, so that results come as they are ready.
+
+    All models at once would not fit into a GPU's memory. What fails has a row without times that says so.
+
+    Args:
+        names: As `resolve` takes them; each is measured once.
+        reference: To which the others' speed is compared, in the same variant.
+        settings: What all have in common.
+        report: Called with one line on what happens now.
+        done: Called with the rows of a model as soon as they are there.
+        late: Tells whether it is so late that nothing shall be compiled any more.
+
+    Raises:
+        UsageError: A name is unknown.
+    """
+    for name in (reference, *names):
+        resolve(name)
+    pool = _graph_pool(settings)
+    base = _Base(reference, _prepare(reference, settings, pool, report, late))
+    for name in dict.fromkeys(names):
+        found = base.candidates if name == reference else _prepare(name, settings, pool, report, late)
+        report(f"measuring {name}")
+        done(_measure(found, base, settings))
+
+
+def _graph_pool(settings: Settings) -> Any:
+    """Memory that all CUDA graphs of a run share: they never run at the same time."""
+    return torch.cuda.graph_pool_handle() if settings.device.type == "cuda" else None
+
+
+def _prepare(
+    name: str, settings: Settings, pool: Any, report: Report, late: Callable[[], bool] = never
+) -> list[_Candidate]:
+    """A model in all variants, the uncompiled first, each ready or with a note why it is not."""
+    candidates: list[_Candidate] = []
+    for compiled in dict.fromkeys(variant.compiled for variant in settings.variants):
+        variants = [variant for variant in settings.variants if variant.compiled == compiled]
+        report(f"{'compiling' if compiled else 'preparing'} {name}, {_mode(settings)}")
+        gc.collect()
+        if compiled and late():
+            facts = {**candidates[0].facts, "peak_memory_bytes": None, "note": "skipped: time limit"}
+            candidates += [_Candidate({**facts, **_variant_facts(variant)}) for variant in variants]
+        else:
+            candidates += _prepare_step(name, variants, settings, pool)
+    return candidates
+
+
+def _prepare_step(name: str, variants: Sequence[Variant], settings: Settings, pool: Any) -> list[_Candidate]:
+    """Builds a model, counts it, runs one step of it, measures its memory, and makes of the step what is asked for."""
     on_gpu = settings.device.type == "cuda"
-    gc.collect()
     before = torch.cuda.memory_allocated(settings.device) if on_gpu else 0
     source, entry_point = resolve(name)
     model, size = _build(source, entry_point, settings)
-    facts: Row = {
+    facts = _facts_of(name, source, model, size, settings)
+    candidates = [_Candidate({**facts, **_variant_facts(variant)}) for variant in variants]
+    try:
+        flops = _count_flops(model, size, settings)
+        step = _make_step(model, size, variants[0].compiled, settings)
+        with _grad_mode(settings):
+            memory = _peak_memory(step, settings.device, before)
+            for candidate, variant in zip(candidates, variants, strict=True):
+                candidate.facts |= {"flops": flops, "peak_memory_bytes": memory}
+                candidate.timed = capture_graph([step], pool) if variant.graph else Timed(step)
+    except Exception as error:
+        shape = f"{settings.batch_size}x{'x'.join(map(str, size))}"
+        for candidate in candidates:
+            if candidate.timed is None:
+                _blame(candidate, error, f"{name} cannot run on a {shape} {settings.precision} input")
+    return candidates
+
+
+def _blame(candidate: _Candidate, error: Exception, text: str) -> None:
+    """Notes why a candidate has no figures; what a wrong size or precision may bring about is an expected error."""
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    out_of_memory = isinstance(error, torch.OutOfMemoryError)
+    candidate.facts["note"] = "out of memory" if out_of_memory else f"failed: {type(error).__name__}: {first_line}"
+    candidate.error = error
+    if isinstance(error, (RuntimeError, AssertionError, ValueError)) and not out_of_memory:
+        candidate.error = ToolError(f"{text}: {error}")
+        candidate.error.__cause__ = error
+
+
+def _facts_of(name: str, source: str, model: nn.Module, size: tuple[int, int, int], settings: Settings) -> Row:
+    return {
         "model": name,
         "source": source,
-        "variant": "compiled" if compiled else "eager",
-        "mode": "train" if settings.train else "infer",
+        "mode": _mode(settings),
         "precision": settings.precision,
         "batch_size": settings.batch_size,
         "height": size[1],
         "width": size[2],
         "channels_last": settings.channels_last,
-        "cuda_graph": settings.cuda_graph,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "flops": None,
+        "peak_memory_bytes": None,
+        "note": None,
     }
-    try:
-        facts["flops"] = _count_flops(model, size, settings)
-        step = _make_step(model, size, compiled, settings)
-        with _grad_mode(settings):
-            step()
-            if on_gpu:
-                torch.cuda.synchronize(settings.device)
-                torch.cuda.reset_peak_memory_stats(settings.device)
-            step()
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, AssertionError, ValueError) as error:
-        shape = f"{settings.batch_size}x{'x'.join(map(str, size))}"
-        raise ToolError(f"{name} cannot run on a {shape} {settings.precision} input: {error}") from error
-    # Of the CPU's memory PyTorch keeps no count.
-    facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated(settings.device) - before if on_gpu else None
-    return _Candidate(facts, step)
+
+
+def _variant_facts(variant: Variant) -> Row:
+    return {"variant": "compiled" if variant.compiled else "eager", "cuda_graph": variant.graph}
+
+
+def _mode(settings: Settings) -> str:
+    return "train" if settings.train else "infer"
+
+
+def _peak_memory(step: Callable[[], object], device: torch.device, before: int) -> int | None:
+    """Runs a step twice; the bytes that the second allocates at most, over `before`. PyTorch counts those of GPUs."""
+    step()
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _measure(candidates: Sequence[_Candidate], base: _Base, settings: Settings) -> list[Row]:
+    """Times candidates and the base in turns; the rows of the candidates."""
+    ready = {id(c): c.timed for c in (*candidates, *base.candidates) if c.timed is not None}
+    with _grad_mode(settings):
+        timings = measure_in_turns(list(ready.values()), settings.device, settings.min_time)
+    timing_of = dict(zip(ready, timings, strict=True))
+    of_base = {c.variant: timing_of.get(id(c)) for c in base.candidates}
+    facts = {"reference": base.name, **environment(settings.device)}
+    return [
+        {**c.facts, **_figures(timing_of.get(id(c)), of_base.get(c.variant), settings), **facts} for c in candidates
+    ]
 
 
 def _build(source: str, entry_point: str, settings: Settings) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -177,15 +316,12 @@ def _make_step(
     return train if settings.train else infer
 
 
-def _timed(candidate: _Candidate, settings: Settings) -> Timed:
-    return capture_graph([candidate.step]) if settings.cuda_graph else Timed(candidate.step)
-
-
 def _autocast(settings: Settings) -> AbstractContextManager[Any]:
     if settings.precision != "amp-bf16":
         return nullcontext()
     # Cached casts of weights would be freed behind a CUDA graph's back.
-    return torch.autocast(settings.device.type, torch.bfloat16, cache_enabled=not settings.cuda_graph)
+    any_graph = any(variant.graph for variant in settings.variants)
+    return torch.autocast(settings.device.type, torch.bfloat16, cache_enabled=not any_graph)
 
 
 @contextmanager
@@ -209,7 +345,10 @@ def _count_flops(model: nn.Module, size: tuple[int, int, int], settings: Setting
     return counter.get_total_flops()
 
 
-def _figures(timing: Timing, base: Timing, settings: Settings) -> Row:
+def _figures(timing: Timing | None, base: Timing | None, settings: Settings) -> Row:
+    if timing is None:
+        names = ("images_per_s", "latency_p20_ms", "latency_p50_ms", "latency_p80_ms", "calls", "speed_ratio")
+        return dict.fromkeys(names)
     median = timing.percentile(50)
     return {
         "images_per_s": settings.batch_size / median,
@@ -217,5 +356,5 @@ def _figures(timing: Timing, base: Timing, settings: Settings) -> Row:
         "latency_p50_ms": median * 1e3,
         "latency_p80_ms": timing.percentile(80) * 1e3,
         "calls": sum(map(len, timing.chunks)),
-        "speed_ratio": timing.speed_against(base),
+        "speed_ratio": timing.speed_against(base) if base else None,
     }

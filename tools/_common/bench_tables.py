@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -87,7 +88,8 @@ def _kernel_bar(title: str, row: Row) -> Bar:
 
 def model_label(row: Row) -> str:
     """Name of a model and how it ran."""
-    return row["model"] + (f" ({row['variant']})" if row["variant"] != "eager" else "")
+    how = ", ".join([*["compiled"] * (row["variant"] == "compiled"), *["CUDA graph"] * row["cuda_graph"]])
+    return f"{row['model']} ({how})" if how else row["model"]
 
 
 def model_work(row: Row) -> str:
@@ -102,18 +104,25 @@ def show_models(console: Console, rows: Sequence[Row]) -> None:
     for row in rows:
         groups.setdefault(model_work(row), []).append(row)
     for work, members in groups.items():
-        shown = [{**r, "label": model_label(r), "size": f"{r['height']}x{r['width']}"} for r in members]
+        shown = [
+            {
+                **row,
+                "label": model_label(row) + (f": {row['note']}" if row["note"] else ""),
+                "size": f"{row['height']}x{row['width']}",
+            }
+            for row in members
+        ]
         print_table(console, f"{work}; speed against {members[0]['reference']}", MODEL_COLUMNS, shown)
 
 
 def draw_models(path: Path, rows: Sequence[Row]) -> None:
     """Draws the throughput of models."""
     axis = "images per second (line: 20th to 80th percentile)"
-    write_bars(path, headline(rows[0]), axis, [_model_bar(row) for row in rows])
+    write_bars(path, headline(rows[0]), axis, [_model_bar(row) for row in rows if row["images_per_s"]])
 
 
 def _model_bar(row: Row) -> Bar:
     low, high = (row["batch_size"] / row[key] * 1e3 for key in ("latency_p80_ms", "latency_p20_ms"))
     speed = row["images_per_s"]
-    note = f"{speed:,.0f}/s, {row['speed_ratio']:.2f}x, {row['flops'] / 2e9:.1f} GMACs"
+    note = f"{speed:,.0f}/s, {row['speed_ratio'] or math.nan:.2f}x, {row['flops'] / 2e9:.1f} GMACs"
     return Bar(model_work(row), model_label(row), speed, low, high, note)

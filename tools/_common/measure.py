@@ -172,6 +172,19 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * size / timing.percentile(50)
 
 
+def after(seconds: float | None) -> Callable[[], bool]:
+    """A function that tells whether `seconds` have passed since now; with None they never do."""
+    if seconds is None:
+        return never
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() > end
+
+
+def never() -> bool:
+    """No."""
+    return False
+
+
 def nbytes(*tensors: Tensor) -> int:
     """Bytes that the elements of tensors take."""
     return sum(t.numel() * t.element_size() for t in tensors)

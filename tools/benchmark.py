@@ -238,7 +238,7 @@ def _run_kernels(options: argparse.Namespace, device: torch.device, console: Con
     for name in options.kernels:
         if name not in OPERATORS:
             raise unknown_name("operator", name, OPERATORS)
-    suite = "host" if options.host else "gpu" if device.type == "cuda" else "cpu"
+    suite = "cpu" if device.type == "cpu" else "host" if options.host else "gpu"
     cases = [case for name in options.kernels or OPERATORS for case in OPERATORS[name](suite)]
     chosen = [case for case in cases if options.cases in case.name]
     if not chosen:

@@ -21,7 +21,7 @@ from vitrail.tools._common.kernel_cases import (
     routing_attention,
     window_attention,
 )
-from vitrail.tools._common.kernel_cases.common import KernelCase, normal, parameter
+from vitrail.tools._common.kernel_cases.common import SUITES, KernelCase, normal, parameter
 from vitrail.tools.benchmark import main
 
 _QUICK = ["--device", "cpu", "--min-time", "1e-4"]
@@ -235,6 +235,22 @@ def test_block_masks_are_those_of_flex_attention() -> None:
         assert torch.equal(mask.full_kv_num_blocks, want.full_kv_num_blocks)
         assert torch.equal(mask.q_num_blocks, want.q_num_blocks)
     assert masks[-1][0].full_kv_num_blocks.min() == 4
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_suite_has_cases_of_every_operator(suite: str) -> None:
+    for name, make in OPERATORS.items():
+        found = make(suite)
+        assert {case.operator for case in found} == {name}
+        assert len({case.name for case in found}) == len(found) > 0
+        assert all(case.ours in case.implementations for case in found)
+
+
+def test_host_times(tmp_path: Path) -> None:
+    arguments = ["--kernels", "strip_gate", "--host", "--peers", "none", *_QUICK, "--json", str(tmp_path / "rows.json")]
+    assert main(arguments) == 0
+    rows = _rows(tmp_path / "rows.json")
+    assert all(row["host_time"] and row["p50_ms"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ _SHAPES = {
     "cpu": (
         NeighborhoodShape(2, 9, 8, 2, 16, kernel=3, rpb=True, tile=(3, 4)),
         NeighborhoodShape(1, 9, 10, 1, 16, kernel=3, dilation=2, stride=2),
+        NeighborhoodShape(1, 6, 7, 1, 16, kernel=3, rpb=True),
     ),
     "host": (NeighborhoodShape(8, 7, 7, 16, 32, rpb=True),),
 }
@@ -101,9 +102,13 @@ def _flex(shape: NeighborhoodShape) -> Implementation:
     """flex_attention with the block mask made in advance, on tokens that lie in the order that suits it."""
     from torch.nn.attention.flex_attention import flex_attention
 
+    reorders = shape.tile is not None or shape.dilation > 1
+
     def prepare(q: Tensor, k: Tensor, v: Tensor, *rpb: Tensor) -> tuple[Any, ...]:
-        order = _order(shape, q.device)
-        tokens = (x.flatten(1, 2)[:, order].transpose(1, 2).contiguous() for x in (q, k, v))
+        tokens = (x.flatten(1, 2) for x in (q, k, v))
+        if reorders:
+            order = _order(shape, q.device)
+            tokens = (x[:, order].transpose(1, 2).contiguous().transpose(1, 2) for x in tokens)
         return *tokens, _places(shape, q.device), neighborhood_mask(shape, q.device), *rpb
 
     def run(q: Tensor, k: Tensor, v: Tensor, places: Tensor, mask: Any, rpb: Tensor | None = None) -> Tensor:
@@ -115,13 +120,16 @@ def _flex(shape: NeighborhoodShape) -> Implementation:
             distance = (places[axis, key] - places[axis, query]) // shape.dilation
             return distance.clamp(1 - shape.kernel, shape.kernel - 1) + shape.kernel - 1
 
-        return flex_attention(q, k, v, score_mod=None if rpb is None else bias, block_mask=mask)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, N, D)
+        out = flex_attention(q, k, v, score_mod=None if rpb is None else bias, block_mask=mask).transpose(1, 2)
+        return out if reorders else out.contiguous()
 
     def finish(out: Tensor) -> Tensor:
-        rows = _order(shape, out.device).argsort()
-        return out.transpose(1, 2)[:, rows].unflatten(1, (shape.height, shape.width))
+        if reorders:
+            out = out[:, _order(shape, out.device).argsort()]
+        return out.unflatten(1, (shape.height, shape.width))
 
-    return flex(run, prepare, finish=finish, whole_job=False)
+    return flex(run, prepare, finish=finish, whole_job=not reorders)
 
 
 def _order(shape: NeighborhoodShape, device: torch.device) -> Tensor:

@@ -61,10 +61,12 @@ def test_the_summary_names_the_fastest_other(results: Path) -> None:
 def test_the_newest_figure_counts(results: Path, tmp_path: Path) -> None:
     rows = json.loads((results / "kernels.json").read_text())
     later = [{**row, "date": row["date"].replace("T", "U"), "p50_ms": 12345.0} for row in rows if row["p50_ms"]]
-    (tmp_path / "a.json").write_text(json.dumps(later))
+    skipped = [{**row, "date": "9999", "p50_ms": None, "note": "skipped: time limit"} for row in rows]
+    (tmp_path / "a.json").write_text(json.dumps([*later, *skipped]))
     (tmp_path / "b.json").write_text(json.dumps(rows))
     page = render(tmp_path)
     assert page.count("12345.000") >= len(later)
+    assert "no CUDA graph" not in page
 
 
 def test_what_has_no_figures_says_why(results: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from vitrail.tools._common.measure import (
     measure_in_turns,
     nbytes,
     never,
+    waits_for_gpu,
 )
 from vitrail.tools._common.table import Row
 
@@ -140,15 +141,16 @@ class _Bench:
     def _measure(self, kind: str) -> None:
         """Times what is right, all in turns."""
         ready: dict[str, Timed] = {}
-        pool = torch.cuda.graph_pool_handle() if self.settings.device.type == "cuda" else None
+        on_gpu = self.settings.device.type == "cuda"
+        pool = torch.cuda.graph_pool_handle() if on_gpu else None
 
         def prepare(entry: _Entry) -> None:
-            entry.figures[kind] = {}
             runs = self._runs(entry.one, kind)
-            if pool is not None:
-                entry.figures[kind]["peak_memory_bytes"] = _peak_memory(runs[0], self.settings.device)
-            on_host = self.settings.host or pool is None or entry.one.waits
-            ready[entry.name] = Timed(runs[0]) if on_host else capture_graph(runs, pool)
+            figures = entry.figures[kind] = {"peak_memory_bytes": None, "cuda_graph": False}
+            if on_gpu:
+                figures["peak_memory_bytes"] = _peak_memory(runs[0], self.settings.device)
+                figures["cuda_graph"] = not self.settings.host and not waits_for_gpu(runs[0])
+            ready[entry.name] = capture_graph(runs, pool) if figures["cuda_graph"] else Timed(runs[0])
 
         for entry in self.entries:
             if entry.correct and entry.note is None:
@@ -197,14 +199,13 @@ class _Bench:
         return [new if new.is_floating_point() else old for new, old in zip(drawn, self.inputs, strict=True)]
 
     def _row(self, entry: _Entry, kind: str) -> Row:
-        names = ("p20_ms", "p50_ms", "p80_ms", "bandwidth_share", "ours_speedup", "peak_memory_bytes")
+        names = ("p20_ms", "p50_ms", "p80_ms", "bandwidth_share", "ours_speedup", "peak_memory_bytes", "cuda_graph")
         return {
             "operator": self.case.operator,
             "case": self.case.name,
             "pass": kind,
             "implementation": entry.name,
             "whole_job": entry.one.whole_job,
-            "cuda_graph": self.settings.device.type == "cuda" and not entry.one.waits and not self.settings.host,
             "host_time": self.settings.host,
             "correct": entry.correct,
             "note": entry.note,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vitrail.tools._common.bench_tables import kernel_label
 from vitrail.tools._common.table import Row
 
 _INTRODUCTION = """\
@@ -89,9 +90,15 @@ def _section(introduction: str, rows: Sequence[Row], keys: Sequence[str], show: 
     """A chapter with one part for every machine, software and precision that was measured; "" without rows."""
     parts = [introduction] if rows else []
     for title, members in _grouped(rows, _where).items():
-        newest = {tuple(row[key] for key in keys): row for row in sorted(members, key=lambda row: row["date"])}
-        parts.append(f"### {title}\n\n{show(list(newest.values()))}")
+        measured = _grouped(members, lambda row: tuple(row[key] for key in keys))
+        newest = [max(found, key=_age) for found in measured.values()]
+        parts.append(f"### {title}\n\n{show(newest)}")
     return "\n".join(parts)
+
+
+def _age(row: Row) -> tuple[bool, str]:
+    """Order of rows that tell the same: figures count more than their absence, then the date counts."""
+    return row.get("p50_ms", row.get("images_per_s")) is not None, row["date"]
 
 
 def _grouped(rows: Iterable[Row], key: Any) -> dict[Any, list[Row]]:
@@ -160,10 +167,10 @@ def _details(rows: list[Row]) -> tuple[str, ...]:
     """A line for one implementation of a case, from the rows of both passes."""
     first = rows[0]
     passes = {row["pass"]: row for row in rows}
-    note = next((row["note"] for row in rows if row["note"]), None)
+    noted = next((row for row in rows if row["note"]), first)
     return (
         first["case"],
-        first["implementation"] + "*" * (not first["whole_job"]) + (f" ({note})" if note else ""),
+        kernel_label(noted),
         _shown(first["relative_error"], ".1e"),
         *(_shown(passes.get(kind, {}).get("p50_ms"), ".3f") for kind in _PASSES),
         " / ".join(_shown(passes.get(kind, {}).get("ours_speedup"), ".2f", "x") for kind in _PASSES),

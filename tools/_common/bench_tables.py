@@ -59,7 +59,7 @@ def show_kernels(console: Console, rows: Sequence[Row]) -> None:
         first = members[0]
         columns = _HOST_COLUMNS if first["host_time"] else _KERNEL_COLUMNS
         what = "time on the host" if first["host_time"] else f"floor {first['floor_ms']:.4f} ms"
-        print_table(console, f"{title}, {what}", columns, [{**row, "label": _kernel_label(row)} for row in members])
+        print_table(console, f"{title}, {what}", columns, [{**row, "label": kernel_label(row)} for row in members])
 
 
 def _by_pass(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -69,9 +69,11 @@ def _by_pass(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return groups
 
 
-def _kernel_label(row: Row) -> str:
-    note = f" ({row['note']})" if row["note"] else ""
-    return row["implementation"] + "*" * (not row["whole_job"]) + note
+def kernel_label(row: Row) -> str:
+    """Name of an implementation, marked * where it does a part of the job, and what there is to remark."""
+    waits = row["peak_memory_bytes"] is not None and not row["cuda_graph"] and not row["host_time"]
+    note = row["note"] or ("no CUDA graph: it waits for the GPU" if waits else None)
+    return row["implementation"] + "*" * (not row["whole_job"]) + (f" ({note})" if note else "")
 
 
 def draw_kernels(path: Path, rows: Sequence[Row]) -> None:
@@ -83,7 +85,7 @@ def draw_kernels(path: Path, rows: Sequence[Row]) -> None:
 
 def _kernel_bar(title: str, row: Row) -> Bar:
     middle, low, high = (row[key] / row["floor_ms"] for key in ("p50_ms", "p20_ms", "p80_ms"))
-    return Bar(title, _kernel_label(row), middle, low, high, f"{row['p50_ms']:.3f} ms, {row['bandwidth_share']:.0%}")
+    return Bar(title, kernel_label(row), middle, low, high, f"{row['p50_ms']:.3f} ms, {row['bandwidth_share']:.0%}")
 
 
 def model_label(row: Row) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import statistics
 import subprocess
@@ -145,22 +146,41 @@ def capture_graph(runs: Sequence[Callable[[], object]], pool: Any = None) -> Tim
         pool: Memory for what they allocate (`torch.cuda.graph_pool_handle`), so that graphs which never run at the
             same time and whose results nobody reads take the memory of the largest, not of all.
     """
+    current = torch.cuda.current_stream()
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):  # lazy initialisation may not happen inside a capture
         for _ in range(3):
             runs[0]()
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        for run in runs:
-            run()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            for run in runs:
+                run()
+    finally:
+        torch.cuda.set_stream(current)  # which a capture that fails does not do
 
     def replay(kept: Sequence[Callable[[], object]] = tuple(runs)) -> None:
         graph.replay()
 
     return Timed(replay, len(runs))
+
+
+def waits_for_gpu(run: Callable[[], object]) -> bool:
+    """Whether a call waits for the GPU, to read a number say; then it cannot become a CUDA graph."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return False
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -224,10 +244,13 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with "+changes" where files differ from it; None for an installed package."""
+    """The checkout's commit, with "+changes" where files differ from it; None for an installed package.
+
+    A copy without `.git` is told its commit by the environment variable VITRAIL_COMMIT.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("VITRAIL_COMMIT")
     try:
         commit = _git(root, "rev-parse", "--short=12", "HEAD")
         return commit + ("+changes" if _git(root, "status", "--porcelain") else "")

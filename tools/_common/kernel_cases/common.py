@@ -69,7 +69,6 @@ class Implementation:
         finish: From `run`'s output to the output of the operator.
         whole_job: False if `prepare` or `finish` do a part of the work that others are timed with.
         plain: `run` before it was compiled, where it is: its first call takes long, and only GPUs are worth that.
-        waits: Waits for the device, so that no CUDA graph can be made of it.
         forward_only: Device types on which it has no backward pass, and is checked without.
     """
 
@@ -78,7 +77,6 @@ class Implementation:
     finish: Callable[[Tensor], Tensor] = _as_computed
     whole_job: bool = True
     plain: Callable[..., Tensor] | None = None
-    waits: bool = False
     forward_only: tuple[str, ...] = ()
 
     @property

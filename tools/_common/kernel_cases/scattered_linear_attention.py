@@ -52,7 +52,7 @@ def _case(shape: _Shape) -> KernelCase:
         {
             "vitrail": Implementation(_ours, _sort),
             "vitrail packed": Implementation(_ours_packed, _sort_packed),
-            "eager": Implementation(_eager, _sort, waits=True),
+            "eager": Implementation(_eager, _sort),
             "index_add": Implementation(_index_add, _number),
             "padded windows": Implementation(_padded, _number),
             "index_add compiled": compiled(_index_add, _number),

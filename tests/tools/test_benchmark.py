@@ -19,6 +19,7 @@ from vitrail.tools._common.kernel_cases import (
     channel_attention,
     neighborhood_attention,
     routing_attention,
+    strip_gate,
     window_attention,
 )
 from vitrail.tools._common.kernel_cases.common import SUITES, KernelCase, normal, parameter
@@ -154,6 +155,62 @@ def test_a_peer_in_trouble_has_a_row_that_says_so(
     notes = {row["implementation"]: row["note"] for row in _rows(tmp_path / "rows.json")}
     assert notes["timm"] == ("out of memory" if trouble == "memory" else "failed: RuntimeError: no kernel")
     assert notes["vitrail"] is None
+
+
+def test_trouble_of_one_pass_leaves_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = bench_kernels._run_on
+
+    def fails_with_backward(one: Any, kind: str, inputs: Any) -> Any:
+        if one.plain is None and one.run is strip_gate._eager and kind != "forward":
+            raise torch.OutOfMemoryError("too large")
+        return right(one, kind, inputs)
+
+    monkeypatch.setattr(bench_kernels, "_run_on", fails_with_backward)
+    assert main(["--kernels", "strip_gate", *_QUICK, "--json", str(tmp_path / "rows.json")]) == 0
+    rows = [row for row in _rows(tmp_path / "rows.json") if row["implementation"] == "eager"]
+    assert {(row["pass"], row["note"], row["p50_ms"] is None) for row in rows} == {
+        ("forward", None, False),
+        ("forward+backward", "out of memory", True),
+    }
+
+
+def test_without_a_truth_nothing_is_timed_and_the_next_case_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*inputs: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("too large")
+
+    cases = OPERATORS["strip_gate"]("cpu")
+    cases[0] = dataclasses.replace(cases[0], reference=too_large)
+    monkeypatch.setitem(OPERATORS, "strip_gate", lambda suite: cases)
+    assert main(["--kernels", "strip_gate", *_QUICK, "--json", str(tmp_path / "rows.json")]) == 1
+    notes = {row["case"]: row["note"] for row in _rows(tmp_path / "rows.json") if row["implementation"] == "vitrail"}
+    assert notes == {cases[0].name: "not checked: the reference: out of memory", cases[1].name: None}
+
+
+@pytest.mark.gpu
+def test_kernels_are_graphs_on_a_gpu_unless_they_wait(tmp_path: Path) -> None:
+    arguments = ["--cases", "N50000", "--precision", "bf16", "--peers", "fast", "--min-time", "0.01"]
+    assert main(["--kernels", "scattered_linear_attention", *arguments, "--json", str(tmp_path / "rows.json")]) == 0
+    rows = _rows(tmp_path / "rows.json")
+    assert all(row["p50_ms"] > 0 and row["peak_memory_bytes"] > 0 for row in rows)
+    assert all(row["cuda_graph"] == (row["implementation"] != "eager") for row in rows)
+
+
+@pytest.mark.gpu
+def test_models_run_in_all_ways_on_a_gpu(tmp_path: Path) -> None:
+    sizes = ["--batch-size", "4", "--img-size", "32", "--min-time", "0.01", "--precision", "bf16", "--peers", "fast"]
+    arguments = ["--models", "biformer_n", "timm/test_resnet", *sizes, "--json", str(tmp_path / "rows.json")]
+    assert main(arguments) == 0
+    rows = _rows(tmp_path / "rows.json")
+    assert len(rows) == 8
+    assert all(row["note"] is None and row["peak_memory_bytes"] > 0 for row in rows)
+    assert {(row["model"], row["mode"], row["cuda_graph"]) for row in rows} == {
+        (model, mode, graph)
+        for model in ("biformer_n", "timm/test_resnet")
+        for mode in ("infer", "train")
+        for graph in (False, True)
+    }
 
 
 def test_what_is_cut_off_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,16 @@ class KernelSettings:
 
 @dataclass
 class _Entry:
-    """An implementation in a case: how far it differs from the truth, and why it has no figures if it has none."""
+    """An implementation in a case.
+
+    Attributes:
+        name: Its name.
+        one: What it is.
+        error: How far it is from the truth.
+        correct: Whether that is near enough; None if it was not checked.
+        note: Why it is not timed at all.
+        figures: What was measured in each pass; a "note" tells why there is nothing.
+    """
 
     name: str
     one: Implementation
@@ -130,59 +139,62 @@ class _Bench:
         inputs, device = self.inputs, self.settings.device
         if self.case.jumps:
             inputs = make_inputs(self.case, device, torch.float32, seed=0)
-        check = Check(self.case, inputs, plain=self.case.jumps or device.type == "cpu")
+        try:
+            check = Check(self.case, inputs, plain=self.case.jumps or device.type == "cpu")
+        except Exception as error:
+            for entry in self.entries:
+                entry.note = f"not checked: the reference: {_describe(error)}"
+            return
         for entry in self.entries:
             compiles = self._compiles(entry) and not check.plain
-            self._try(entry, f"{'compiling' if compiles else 'checking'} {entry.name}", check.judge)
+            verb = "compiling" if compiles else "checking"
+            entry.note = self._try(entry, f"{verb} {entry.name}", check.judge)
+            if entry.correct is False:
+                entry.note = "wrong"
+            elif entry.correct and entry.one.compiles and device.type == "cpu":
+                entry.note = "not compiled on a CPU"
 
     def _compiles(self, entry: _Entry) -> bool:
         return entry.one.compiles and self.settings.device.type == "cuda"
 
     def _measure(self, kind: str) -> None:
         """Times what is right, all in turns."""
-        ready: dict[str, Timed] = {}
-        on_gpu = self.settings.device.type == "cuda"
+        settings, on_gpu = self.settings, self.settings.device.type == "cuda"
         pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        ready: dict[str, Timed] = {}
 
         def prepare(entry: _Entry) -> None:
-            runs = self._runs(entry.one, kind)
-            figures = entry.figures[kind] = {"peak_memory_bytes": None, "cuda_graph": False}
+            runs, figures = self._runs(entry.one, kind), entry.figures[kind]
             if on_gpu:
-                figures["peak_memory_bytes"] = _peak_memory(runs[0], self.settings.device)
-                figures["cuda_graph"] = not self.settings.host and not waits_for_gpu(runs[0])
+                figures["peak_memory_bytes"] = _peak_memory(runs[0], settings.device)
+                figures["cuda_graph"] = not settings.host and not waits_for_gpu(runs[0])
             ready[entry.name] = capture_graph(runs, pool) if figures["cuda_graph"] else Timed(runs[0])
 
         for entry in self.entries:
-            if entry.correct and entry.note is None:
-                self._try(
-                    entry, f"{'compiling' if self._compiles(entry) else 'preparing'} {entry.name}, {kind}", prepare
-                )
-        ready = {entry.name: ready[entry.name] for entry in self.entries if entry.note is None and entry.correct}
+            entry.figures[kind] = {"peak_memory_bytes": None, "cuda_graph": False, "note": entry.note}
+            if entry.note is None:
+                verb = "compiling" if self._compiles(entry) else "preparing"
+                entry.figures[kind]["note"] = self._try(entry, f"{verb} {entry.name}, {kind}", prepare)
         self.report(f"measuring {kind}")
-        settings = self.settings
         measured = measure_in_turns(list(ready.values()), settings.device, settings.min_time, settings.host)
         timings = dict(zip(ready, measured, strict=True))
         floor = bytes_moved(self.inputs, kind) / self.bandwidth
         for entry in self.entries:
-            if entry.name in timings:
-                entry.figures[kind] |= _figures(timings[entry.name], timings.get(self.case.ours), floor)
+            entry.figures[kind] |= _figures(timings.get(entry.name), timings.get(self.case.ours), floor)
 
-    def _try(self, entry: _Entry, what: str, step: Callable[[_Entry], None]) -> None:
-        """Does a step for one implementation; what goes wrong becomes a remark on it, and the run goes on."""
+    def _try(self, entry: _Entry, what: str, step: Callable[[_Entry], None]) -> str | None:
+        """Does a step for one implementation; what goes wrong is returned as a note on it, and the run goes on."""
         if (entry.one.compiles or not entry.is_ours) and self.settings.late():
-            entry.note = "skipped: time limit"
-            return
+            return "skipped: time limit"
         self.report(what)
         try:
             step(entry)
-        except torch.OutOfMemoryError:
-            entry.note = "out of memory"
         except Exception as error:
-            entry.note = f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        if entry.note is not None:
-            _forget(self.settings.device, keep_compiled=True)
-        elif entry.one.compiles and self.settings.device.type == "cpu":
-            entry.note = "not compiled on a CPU"
+            note = _describe(error)
+        else:
+            return None
+        _forget(self.settings.device, keep_compiled=True)  # here the error no longer holds on to tensors
+        return note
 
     def _runs(self, one: Implementation, kind: str) -> list[Callable[[], object]]:
         """One pass as functions without arguments: on a GPU over so many inputs that none stays in the cache."""
@@ -199,7 +211,6 @@ class _Bench:
         return [new if new.is_floating_point() else old for new, old in zip(drawn, self.inputs, strict=True)]
 
     def _row(self, entry: _Entry, kind: str) -> Row:
-        names = ("p20_ms", "p50_ms", "p80_ms", "bandwidth_share", "ours_speedup", "peak_memory_bytes", "cuda_graph")
         return {
             "operator": self.case.operator,
             "case": self.case.name,
@@ -208,12 +219,10 @@ class _Bench:
             "whole_job": entry.one.whole_job,
             "host_time": self.settings.host,
             "correct": entry.correct,
-            "note": entry.note,
             "relative_error": entry.error,
             "checked_dtype": "float32" if self.case.jumps else str(self.settings.dtype).removeprefix("torch."),
             "floor_ms": bytes_moved(self.inputs, kind) / self.bandwidth * 1e3,
-            **dict.fromkeys(names),
-            **entry.figures.get(kind, {}),
+            **entry.figures[kind],
         }
 
 
@@ -260,8 +269,6 @@ class Check:
         entry.error = max(errors)
         allowed = self.allowed[:1] if forward_only else self.allowed
         entry.correct = all(error <= factor * may for error, may in zip(errors, allowed, strict=True))
-        if not entry.correct:
-            entry.note = "wrong"
 
     def errors(self, run: Callable[..., Tensor], forward_only: bool = False) -> list[float]:
         """Relative errors of the output and of every gradient."""
@@ -359,7 +366,15 @@ def _forget(device: torch.device, keep_compiled: bool = False) -> None:
         torch.cuda.empty_cache()
 
 
-def _figures(timing: Timing, ours: Timing | None, floor: float) -> Row:
+def _describe(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def _figures(timing: Timing | None, ours: Timing | None, floor: float) -> Row:
+    if timing is None:
+        return dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "bandwidth_share", "ours_speedup"))
     return {
         "p20_ms": timing.percentile(20) * 1e3,
         "p50_ms": timing.percentile(50) * 1e3,

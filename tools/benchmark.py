@@ -34,11 +34,12 @@ from rich.console import Console
 
 from vitrail.tools._common import bench_tables
 from vitrail.tools._common.bench_kernels import PEERS, KernelSettings, bench_kernels
-from vitrail.tools._common.bench_models import PRECISIONS, SUITE, Settings, Variant, bench_models, bench_suite
+from vitrail.tools._common.bench_models import SUITE, bench_models, bench_suite
 from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command, select_device, unknown_name
 from vitrail.tools._common.kernel_cases import OPERATORS
 from vitrail.tools._common.measure import after
 from vitrail.tools._common.progress import Progress
+from vitrail.tools._common.ready_models import PRECISIONS, Settings, Variant
 from vitrail.tools._common.table import Row, write_csv, write_json
 
 

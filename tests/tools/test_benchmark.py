@@ -23,6 +23,8 @@ from vitrail.tools._common.kernel_cases import (
     window_attention,
 )
 from vitrail.tools._common.kernel_cases.common import SUITES, KernelCase, normal, parameter
+from vitrail.tools._common.kernel_check import Check, make_inputs
+from vitrail.tools._common.ready_models import Settings, Variant
 from vitrail.tools.benchmark import main
 
 _QUICK = ["--device", "cpu", "--min-time", "1e-4"]
@@ -63,28 +65,28 @@ def test_models_come_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_model_in_trouble_does_not_end_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = bench_models._count_flops
+    right = bench_models.count_flops
 
     def fails_for_dinat(model: nn.Module, *rest: Any) -> int:
         if type(model).__name__ == "NAT":
             raise torch.OutOfMemoryError("too large")
         return right(model, *rest)
 
-    monkeypatch.setattr(bench_models, "_count_flops", fails_for_dinat)
-    rows = _suite(["timm/test_resnet", "dinat_n", "biformer_n"], bench_models.Variant())
+    monkeypatch.setattr(bench_models, "count_flops", fails_for_dinat)
+    rows = _suite(["timm/test_resnet", "dinat_n", "biformer_n"], Variant())
     assert [row["note"] for row in rows] == [None, "out of memory", None]
     assert [row["images_per_s"] is None for row in rows] == [False, True, False]
 
 
 def test_nothing_is_compiled_when_it_is_late() -> None:
-    rows = _suite(["timm/test_resnet"], bench_models.Variant(), bench_models.Variant(compiled=True))
+    rows = _suite(["timm/test_resnet"], Variant(), Variant(compiled=True))
     assert [(row["variant"], row["note"]) for row in rows] == [("eager", None), ("compiled", "skipped: time limit")]
 
 
-def _suite(names: list[str], *variants: bench_models.Variant) -> list[dict]:
+def _suite(names: list[str], *variants: Variant) -> list[dict]:
     """Rows of models on small images, when it is too late to compile any."""
     rows: list[dict] = []
-    settings = bench_models.Settings(
+    settings = Settings(
         device=torch.device("cpu"),
         batch_size=2,
         img_size=(32, 32),
@@ -250,8 +252,8 @@ def test_a_wrong_kernel_is_not_timed(
 def test_the_check_sees_errors_of_any_kind(image: int) -> None:
     """In the output of a checked image, and in the gradient of one that gets none."""
     case = _scaled(8)
-    inputs = bench_kernels.make_inputs(case, torch.device("cpu"), torch.float32, 0)
-    check = bench_kernels.Check(case, inputs)
+    inputs = make_inputs(case, torch.device("cpu"), torch.float32, 0)
+    check = Check(case, inputs)
     assert check.images is not None
     assert check.images.tolist() == [0, 2, 5, 7]
     assert max(check.errors(case.reference)) < 1e-6

@@ -7,12 +7,12 @@ import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitrail.tools._common.kernel_cases.common import Implementation, KernelCase
+from vitrail.tools._common.kernel_check import Check, is_leaf, leaf, make_inputs
 from vitrail.tools._common.measure import (
     Timed,
     Timing,
@@ -28,8 +28,6 @@ from vitrail.tools._common.table import Row
 
 PASSES = ("forward", "forward+backward")
 PEERS = ("none", "fast", "all")
-_CHECKED_IMAGES = 4
-_OURS_MAY, _PEERS_MAY = 2.0, 10.0  # times the error of the eager reference
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ class _Bench:
         for entry in self.entries:
             compiles = self._compiles(entry) and not check.plain
             verb = "compiling" if compiles else "checking"
-            entry.note = self._try(entry, f"{verb} {entry.name}", check.judge)
+            entry.note = self._try(entry, f"{verb} {entry.name}", functools.partial(_judge, check))
             if entry.correct is False:
                 entry.note = "wrong"
             elif entry.correct and entry.one.compiles and device.type == "cpu":
@@ -226,77 +224,8 @@ class _Bench:
         }
 
 
-class Check:
-    """Compares implementations of a case with its reference in float64: the output and every gradient.
-
-    The truth takes several times the memory and time of what it judges, so that it is computed for a few images only,
-    spread from the first to the last. The others get an incoming gradient of zero; then the gradients of what all
-    images share are those of these few as well. Nothing of the implementation that is judged is made smaller.
-    """
-
-    def __init__(self, case: KernelCase, inputs: Sequence[Tensor], plain: bool = True) -> None:
-        """Computes the truth, and how far the eager reference in the inputs' dtype is from it.
-
-        Args:
-            case: What is computed.
-            inputs: From what.
-            plain: Judge what is compiled as it was before.
-        """
-        self.case, self.inputs, self.plain = case, inputs, plain
-        self.images = None
-        if any(spec.per_image for spec in case.inputs):
-            n_images = len(inputs[0])
-            steps = torch.linspace(0, n_images - 1, min(n_images, _CHECKED_IMAGES), device=inputs[0].device)
-            self.images = steps.round().long()
-        few = [self._of_images(x, spec.per_image) for x, spec in zip(inputs, case.inputs, strict=True)]
-        generator = torch.Generator(few[0].device).manual_seed(1)
-        grad = torch.randn(few[0].shape, device=few[0].device, generator=generator)
-        self.grad = grad.to(few[0].dtype)
-        exact = [_leaf(x.double() if x.is_floating_point() else x) for x in few]
-        self.truth = _results(case.reference, exact, self.grad)
-        eager = _results(case.reference, [_leaf(x) for x in few], self.grad)
-        eps = torch.finfo(inputs[0].dtype).eps
-        self.allowed = [error + eps / 2 for error in map(_relative_error, eager, self.truth)]
-
-    def judge(self, entry: _Entry) -> None:
-        """Fills in an implementation's error and whether it is right: ours within twice the reference's error.
-
-        A peer may be less exact, as long as it computes the same: within ten times.
-        """
-        forward_only = self.inputs[0].device.type in entry.one.forward_only
-        errors = self.errors(functools.partial(entry.one.whole, plain=self.plain), forward_only)
-        factor = _OURS_MAY if entry.is_ours else _PEERS_MAY
-        entry.error = max(errors)
-        allowed = self.allowed[:1] if forward_only else self.allowed
-        entry.correct = all(error <= factor * may for error, may in zip(errors, allowed, strict=True))
-
-    def errors(self, run: Callable[..., Tensor], forward_only: bool = False) -> list[float]:
-        """Relative errors of the output and of every gradient."""
-        if forward_only:
-            with torch.no_grad():
-                out = run(*(x.detach() for x in self.inputs))
-            return [_relative_error(self._of_images(out, True), self.truth[0])]
-        grad = self.grad
-        if self.images is not None:
-            grad = grad.new_zeros(self.inputs[0].shape).index_copy(0, self.images, grad)
-        out, *gradients = _results(run, self.inputs, grad)
-        if out.shape != self.inputs[0].shape:
-            raise ValueError(f"the result has shape {tuple(out.shape)}, expected {tuple(self.inputs[0].shape)}")
-        per_image = [spec.per_image for spec, x in zip(self.case.inputs, self.inputs, strict=True) if _is_leaf(x)]
-        errors = [_relative_error(self._of_images(out, True), self.truth[0])]
-        for got, want, split in zip(gradients, self.truth[1:], per_image, strict=True):
-            if split and self.images is not None:  # what other images get counts as an error
-                want = want.new_zeros(got.shape).index_copy(0, self.images, want)
-            errors.append(_relative_error(got, want))
-        return errors
-
-    def _of_images(self, x: Tensor, per_image: bool) -> Tensor:
-        return x.detach()[self.images] if per_image and self.images is not None else x.detach()
-
-
-def make_inputs(case: KernelCase, device: torch.device, dtype: torch.dtype, seed: int) -> list[Tensor]:
-    """The inputs of a case, the same for every implementation; floating ones ask for gradients."""
-    return [spec.make(device, dtype, seed * len(case.inputs) + place) for place, spec in enumerate(case.inputs)]
+def _judge(check: Check, entry: _Entry) -> None:
+    entry.error, entry.correct = check.judge(entry.one, entry.is_ours)
 
 
 def bytes_moved(inputs: Sequence[Tensor], kind: str) -> int:
@@ -311,37 +240,14 @@ def bytes_moved(inputs: Sequence[Tensor], kind: str) -> int:
     return forward + nbytes(*inputs) + out + nbytes(*(x for x in inputs if x.is_floating_point()))
 
 
-def _results(run: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
-    """The output of `run(*inputs)` and the gradient of every floating input."""
-    out = run(*inputs)
-    leaves = [x for x in inputs if _is_leaf(x)]
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
-
-
-def _is_leaf(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
-
-
-def _leaf(x: Any, with_gradient: bool = True) -> Any:
-    """A copy that asks for gradients, if it is a floating tensor."""
-    return x.detach().clone().requires_grad_(with_gradient) if _is_leaf(x) else x
-
-
-def _relative_error(got: Tensor, want: Tensor) -> float:
-    """The difference's norm divided by the wanted norm; infinite if that is not a number."""
-    difference, norm = (got.double() - want).norm().item(), want.norm().item()
-    error = difference / norm if norm else difference
-    return math.inf if math.isnan(error) else error
-
-
 def _run_on(one: Implementation, kind: str, inputs: Sequence[Tensor]) -> Callable[[], object]:
     """A function without arguments that computes one pass of an implementation."""
     with_backward = kind == "forward+backward"
     with torch.no_grad():
-        arguments = [_leaf(x, with_backward) for x in one.prepare(*inputs)]
+        arguments = [leaf(x, with_backward) for x in one.prepare(*inputs)]
     if not with_backward:
         return lambda: one.run(*arguments)
-    leaves = [x for x in arguments if _is_leaf(x)]
+    leaves = [x for x in arguments if is_leaf(x)]
     grad = torch.randn_like(one.run(*arguments))
     return lambda: torch.autograd.grad(one.run(*arguments), leaves, grad)
 

@@ -24,6 +24,7 @@ from vitrail.tools._common.kernel_cases import (
 )
 from vitrail.tools._common.kernel_cases.common import SUITES, KernelCase, normal, parameter
 from vitrail.tools._common.kernel_check import Check, make_inputs
+from vitrail.tools._common.measure import Timed
 from vitrail.tools._common.ready_models import Settings, Variant
 from vitrail.tools.benchmark import main
 
@@ -76,6 +77,22 @@ def test_a_model_in_trouble_does_not_end_the_list(monkeypatch: pytest.MonkeyPatc
     rows = _suite(["timm/test_resnet", "dinat_n", "biformer_n"], Variant())
     assert [row["note"] for row in rows] == [None, "out of memory", None]
     assert [row["images_per_s"] is None for row in rows] == [False, True, False]
+
+
+def test_graphs_that_leave_no_memory_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, tries = bench_models._measure, []
+
+    def too_large_at_first(*arguments: Any) -> list[dict]:
+        tries.append(arguments)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("too large")
+        return right(*arguments)
+
+    monkeypatch.setattr(bench_models, "_measure", too_large_at_first)
+    monkeypatch.setattr(bench_models, "capture_graph", lambda runs, pool: Timed(runs[0]))
+    rows = _suite(["timm/test_resnet"], Variant(), Variant(graph=True))
+    assert [row["note"] for row in rows] == [None, "out of memory beside the eager model"]
+    assert [row["images_per_s"] is None for row in rows] == [False, True]
 
 
 def test_nothing_is_compiled_when_it_is_late() -> None:

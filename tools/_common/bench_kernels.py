@@ -160,6 +160,7 @@ class _Bench:
         settings, on_gpu = self.settings, self.settings.device.type == "cuda"
         pool = torch.cuda.graph_pool_handle() if on_gpu else None
         ready: dict[str, Timed] = {}
+        by_name = {entry.name: entry for entry in self.entries}
 
         def prepare(entry: _Entry) -> None:
             runs, figures = self._runs(entry.one, kind), entry.figures[kind]
@@ -174,7 +175,12 @@ class _Bench:
                 verb = "compiling" if self._compiles(entry) else "preparing"
                 entry.figures[kind]["note"] = self._try(entry, f"{verb} {entry.name}, {kind}", prepare)
         self.report(f"measuring {kind}")
-        measured = measure_in_turns(list(ready.values()), settings.device, settings.min_time, settings.host)
+        try:
+            measured = measure_in_turns(list(ready.values()), settings.device, settings.min_time, settings.host)
+        except torch.OutOfMemoryError:
+            for name in ready:
+                by_name[name].figures[kind]["note"] = "out of memory beside the others"
+            measured, ready = [], {}
         timings = dict(zip(ready, measured, strict=True))
         floor = bytes_moved(self.inputs, kind) / self.bandwidth
         for entry in self.entries:

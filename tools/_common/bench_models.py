@@ -110,16 +110,34 @@ def bench_suite(
     """
     for name in (reference, *names):
         resolve(name)
-    pool = _graph_pool(settings)
-    base = _Base(reference, _prepare(reference, settings, pool, report, late))
+    base = _Base(reference, _prepare(reference, settings, _graph_pool(settings), report, late))
+    found: list[_Candidate] = []
     for name in dict.fromkeys(names):
-        found = base.candidates if name == reference else _prepare(name, settings, pool, report, late)
+        found.clear()  # gives the last model's memory back
+        if name == reference:
+            found = base.candidates[:]
+        else:
+            found = _prepare(name, settings, _graph_pool(settings), report, late)
         report(f"measuring {name}")
-        done(_measure(found, base, settings))
+        try:
+            rows = _measure(found, base, settings)
+        except torch.OutOfMemoryError:
+            # A graph keeps the memory of all its intermediate results.
+            _drop_graphs(found, "out of memory beside the eager model")
+            rows = _measure(found, base, settings)
+        done(rows)
+
+
+def _drop_graphs(candidates: Sequence[_Candidate], note: str) -> None:
+    for candidate in candidates:
+        if candidate.variant.graph and candidate.timed is not None:
+            candidate.timed, candidate.facts["note"] = None, note
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _graph_pool(settings: Settings) -> Any:
-    """Memory that all CUDA graphs of a run share: they never run at the same time."""
+    """Memory that CUDA graphs share, which never run at the same time."""
     return torch.cuda.graph_pool_handle() if settings.device.type == "cuda" else None
 
 
@@ -132,6 +150,8 @@ def _prepare(
         variants = [variant for variant in settings.variants if variant.compiled == compiled]
         report(f"{'compiling' if compiled else 'preparing'} {name}, {_mode(settings)}")
         gc.collect()
+        if settings.device.type == "cuda":
+            torch.cuda.empty_cache()
         if compiled and late():
             facts = {**candidates[0].facts, "peak_memory_bytes": None, "note": "skipped: time limit"}
             candidates += [_Candidate({**facts, **_variant_facts(variant)}) for variant in variants]

@@ -189,7 +189,7 @@ def _blame(candidate: _Candidate, error: Exception, text: str) -> None:
     first_line = (str(error).strip().splitlines() or [""])[0]
     out_of_memory = isinstance(error, torch.OutOfMemoryError)
     candidate.facts["note"] = "out of memory" if out_of_memory else f"failed: {type(error).__name__}: {first_line}"
-    candidate.error = error
+    candidate.error = error.with_traceback(None) if out_of_memory else error  # its frames would keep the memory
     if isinstance(error, (RuntimeError, AssertionError, ValueError)) and not out_of_memory:
         candidate.error = ToolError(f"{text}: {error}")
         candidate.error.__cause__ = error

@@ -21,6 +21,8 @@ Numerics. Everything is accumulated in float32. GELU is exact; its backward reco
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,17 +30,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_MOST_PROGRAMS = 264  # that sum up the filter's gradient: two for each multiprocessor of an H100
-_PARTS = 64  # sums of programs that are read at once
+from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
+from vitrail.kernels._common.gradients import empty_gradient
+
+_MOST_WARPS = 1584  # that sum up the filter's gradient: twelve for each multiprocessor of an H100
+_PARTS = 64  # sums of programs that are added at once
 
 
 class Tile(NamedTuple):
-    """Outputs of a thread (rows, columns), channels of a thread, warps of a program."""
+    """Outputs (rows, columns) and channels of a thread, warps of a program."""
 
     rows: int
     columns: int
     channels: int
     warps: int
+
+
+_TILES = {3: Tile(4, 4, 2, 4), 5: Tile(4, 4, 2, 4), 7: Tile(4, 4, 2, 4)}
+# One warp holds one patch: nothing is exchanged when a program ends.
+_GRADIENT_TILES = {3: Tile(4, 4, 2, 1), 5: Tile(4, 4, 2, 1), 7: Tile(4, 4, 2, 1)}
 
 
 @triton.jit
@@ -76,13 +86,13 @@ def _float32(tile, PAIRS: tl.constexpr):
 @triton.jit
 def _corner(ptr, stride_b, stride_y, image, y, x, channels, PIXEL: tl.constexpr):
     """Pointers to the channels of pixel (y, x) of every patch, (PATCHES, CHANNELS)."""
-    base = image.to(tl.int64) * stride_b + y.to(tl.int64) * stride_y + x * PIXEL
+    base = image.to(tl.int64) * stride_b + y.to(tl.int64) * stride_y + x.to(tl.int64) * PIXEL
     return ptr + base[:, None] + channels
 
 
 @triton.jit
 def _load_row(
-    corner, pad_ptr, y, x, channels, exists, height, width, pads,
+    corner, pad_ptr, y, x, channels, exists, height, width, pad_bottom, pad_right,
     COUNT: tl.constexpr, PIXEL: tl.constexpr, HAS_PAD: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """COUNT pixels from (y, x) on, where `corner` points to, of every patch; a tuple of float32 tiles."""
@@ -93,8 +103,8 @@ def _load_row(
         real = (row_real & ((x + i).to(tl.uint32) < width.to(tl.uint32)))[:, None] & exists
         tile = tl.load(corner + i * PIXEL, mask=real, other=0.0)
         if HAS_PAD:
-            below = (y >= height) & (y < height + pads[0]) & (x + i >= 0) & (x + i < width + pads[1])
-            beside = (x + i >= width) & (x + i < width + pads[1]) & (y >= 0) & (y < height)
+            below = (y >= height) & (y < height + pad_bottom) & (x + i >= 0) & (x + i < width + pad_right)
+            beside = (x + i >= width) & (x + i < width + pad_right) & (y >= 0) & (y < height)
             padded = (below | beside)[:, None] & exists
             tile = tl.where(padded, tl.load(pad_ptr + channels, mask=padded, other=0.0).to(tile.dtype), tile)
         tiles = tiles + (_float32(tile, PAIRS),)
@@ -112,10 +122,20 @@ def _gelu_slope(x):
 
 
 @triton.jit(
-    do_not_specialize=["height", "width", "pads", "out_height", "out_width", "origin_y", "origin_x", "n_patches"]
+    do_not_specialize=[
+        "height",
+        "width",
+        "pad_bottom",
+        "pad_right",
+        "out_height",
+        "out_width",
+        "origin_y",
+        "origin_x",
+        "n_patches",
+    ]
 )
 def _depthwise_conv_kernel(
-    x_ptr, weight_ptr, bias_ptr, pad_ptr, other_ptr, out_ptr, x_strides, other_strides, height, width, pads,
+    x_ptr, weight_ptr, bias_ptr, pad_ptr, other_ptr, out_ptr, x_strides, other_strides, height, width, pad_bottom, pad_right,
     out_height, out_width, origin_y, origin_x, n_patches,
     DIM: tl.constexpr, PIXEL: tl.constexpr, OTHER_PIXEL: tl.constexpr, K: tl.constexpr, TURNED: tl.constexpr,
     SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, GELU: tl.constexpr, OTHER: tl.constexpr,
@@ -149,7 +169,7 @@ def _depthwise_conv_kernel(
     corner = _corner(x_ptr, x_strides[0], x_strides[1], image, y, x, channels, PIXEL)
     for row in tl.static_range(ROWS + K - 1):
         tiles = _load_row(
-            corner + row * x_strides[1].to(tl.int64), pad_ptr, y + row, x, channels, exists, height, width, pads,
+            corner + row * x_strides[1], pad_ptr, y + row, x, channels, exists, height, width, pad_bottom, pad_right,
             COLUMNS + K - 1, PIXEL, HAS_PAD, PAIRS,
         )  # fmt: skip
         updated = ()
@@ -157,11 +177,12 @@ def _depthwise_conv_kernel(
             total = sums[pixel]
             if row >= pixel // COLUMNS and row < pixel // COLUMNS + K:
                 for dx in tl.static_range(K):
-                    total += tiles[pixel % COLUMNS + dx] * weights[(row - pixel // COLUMNS) * K + dx]
+                    total = tl.fma(tiles[pixel % COLUMNS + dx], weights[(row - pixel // COLUMNS) * K + dx], total)
             updated = updated + (total,)
         sums = updated
 
-    corner = _corner(out_ptr, out_height.to(tl.int64) * out_width * DIM, out_width * DIM, image, out_y, out_x, channels, DIM)
+    stride_y = out_width.to(tl.int64) * DIM
+    corner = _corner(out_ptr, out_height * stride_y, stride_y, image, out_y, out_x, channels, DIM)
     if OTHER is not None:
         other_corner = _corner(
             other_ptr, other_strides[0], other_strides[1], image, out_y, out_x, channels, OTHER_PIXEL
@@ -170,8 +191,8 @@ def _depthwise_conv_kernel(
         others = ()
         if OTHER is not None:
             others = _load_row(
-                other_corner + row * other_strides[1].to(tl.int64), pad_ptr, out_y + row, out_x, channels, exists,
-                out_height, out_width, pads, COLUMNS, OTHER_PIXEL, False, PAIRS,
+                other_corner + row * other_strides[1], pad_ptr, out_y + row, out_x, channels, exists,
+                out_height, out_width, 0, 0, COLUMNS, OTHER_PIXEL, False, PAIRS,
             )  # fmt: skip
         for column in tl.static_range(COLUMNS):
             total = sums[row * COLUMNS + column]
@@ -182,13 +203,12 @@ def _depthwise_conv_kernel(
             if OTHER == "slope":
                 total = others[column] * _gelu_slope(total)
             inside = ((out_y + row < out_height) & (out_x + column < out_width))[:, None] & exists
-            place = corner + row * (out_width.to(tl.int64) * DIM) + column * DIM
-            tl.store(place, total.to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(corner + row * stride_y + column * DIM, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["height", "width", "pads", "n_patches", "n_parts"])
+@triton.jit(do_not_specialize=["height", "width", "pad_bottom", "pad_right", "n_patches", "n_parts"])
 def _filter_gradient_kernel(
-    x_ptr, grad_ptr, pad_ptr, parts_ptr, x_strides, grad_strides, height, width, pads, n_patches, n_parts,
+    x_ptr, grad_ptr, pad_ptr, parts_ptr, x_strides, grad_strides, height, width, pad_bottom, pad_right, n_patches, n_parts,
     DIM: tl.constexpr, PIXEL: tl.constexpr, GRAD_PIXEL: tl.constexpr, K: tl.constexpr, HAS_PAD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
@@ -206,23 +226,23 @@ def _filter_gradient_kernel(
         grads = ()
         for row in tl.static_range(ROWS):
             grads = grads + _load_row(
-                corner + row * grad_strides[1].to(tl.int64), pad_ptr, out_y + row, out_x, channels, exists,
-                height, width, pads, COLUMNS, GRAD_PIXEL, False, PAIRS,
+                corner + row * grad_strides[1], pad_ptr, out_y + row, out_x, channels, exists,
+                height, width, pad_bottom, pad_right, COLUMNS, GRAD_PIXEL, False, PAIRS,
             )  # fmt: skip
         y = out_y - K // 2
         x = out_x - K // 2
         corner = _corner(x_ptr, x_strides[0], x_strides[1], image, y, x, channels, PIXEL)
         for row in tl.static_range(ROWS + K - 1):
             tiles = _load_row(
-                corner + row * x_strides[1].to(tl.int64), pad_ptr, y + row, x, channels, exists,
-                height, width, pads, COLUMNS + K - 1, PIXEL, HAS_PAD, PAIRS,
+                corner + row * x_strides[1], pad_ptr, y + row, x, channels, exists,
+                height, width, pad_bottom, pad_right, COLUMNS + K - 1, PIXEL, HAS_PAD, PAIRS,
             )  # fmt: skip
             updated = ()
             for tap in tl.static_range(K * K + 1):
                 total = sums[tap]
                 if tap < K * K and row >= tap // K and row < tap // K + ROWS:
                     for column in tl.static_range(COLUMNS):
-                        total += tiles[column + tap % K] * grads[(row - tap // K) * COLUMNS + column]
+                        total = tl.fma(tiles[column + tap % K], grads[(row - tap // K) * COLUMNS + column], total)
                 if tap == K * K and row < ROWS:
                     for column in tl.static_range(COLUMNS):
                         total += grads[row * COLUMNS + column]
@@ -253,3 +273,151 @@ def _add_parts_kernel(
         tl.store(d_weight_ptr + channels * TAPS + tap, gradient.to(d_weight_ptr.dtype.element_ty), mask=exists)
     elif HAS_BIAS:
         tl.store(d_bias_ptr + channels, gradient.to(d_bias_ptr.dtype.element_ty), mask=exists)
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """(C, 1, K, K) -> (K * K, C): neighbouring channels side by side."""
+    return weight.flatten(1).t().contiguous()
+
+
+def _as_map(x: Tensor) -> Tensor:
+    """The kernels step through channels one by one, over pixels by a constant; other layouts are copied."""
+    stride = x.stride(2)
+    return x if x.stride(3) == 1 and stride % x.shape[3] == 0 and stride <= 4 * x.shape[3] else x.contiguous()
+
+
+def _tile_options(tile: Tile, dim: int) -> dict[str, Any]:
+    """What the kernels' tiles have in common."""
+    channels = math.gcd(dim, 64)
+    if channels < 16:  # no whole tiles: masked ones
+        channels = max(16, min(64, triton.next_power_of_2(dim)))
+    return {
+        "DIM": dim,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "CHANNELS": channels,
+        "PATCHES": max(1, 32 * tile.warps * tile.channels // channels),
+        "PAIRS": tile.channels % 2 == 0 and not TRITON_INTERPRETED,
+        "num_warps": tile.warps,
+        "num_stages": 1,
+    }
+
+
+def _n_patches(shape: Sequence[int], tile: Tile) -> int:
+    return shape[0] * math.ceil(shape[1] / tile.rows) * math.ceil(shape[2] / tile.columns)
+
+
+def _convolve(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None = None,
+    pad_value: Tensor | None = None,
+    pads: Sequence[int] = (0, 0),
+    other: Tensor | None = None,
+    role: str | None = None,
+    gelu: bool = False,
+    turned: bool = False,
+    skip: bool = False,
+    size: Sequence[int] | None = None,
+    origin: Sequence[int] = (0, 0),
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """One launch; `role` says what happens to `other`, `size` and `origin` cut another window than the map itself."""
+    x = _as_map(x)
+    batch, height, width, dim = x.shape
+    out_height, out_width = (height, width) if size is None else size
+    out = torch.empty((batch, out_height, out_width, dim), dtype=dtype or x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    kernel_size = math.isqrt(len(taps))
+    tile = _TILES[kernel_size]
+    options = _tile_options(tile, dim)
+    n_patches = _n_patches(out.shape, tile)
+    added = x if other is None else _as_map(other)
+    grid = (triton.cdiv(n_patches, options["PATCHES"]) * triton.cdiv(dim, options["CHANNELS"]),)
+    _depthwise_conv_kernel[grid](
+        x, taps, taps if bias is None else bias, x if pad_value is None else pad_value, added, out,
+        x.stride()[:2], added.stride()[:2], height, width, *pads, out_height, out_width, *origin, n_patches,
+        PIXEL=x.stride(2), OTHER_PIXEL=added.stride(2), K=kernel_size, TURNED=turned, SKIP=skip,
+        HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, GELU=gelu, OTHER=role if other is not None else None,
+        **options,
+    )  # fmt: skip
+    return out
+
+
+def _filter_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pad_value: Tensor | None, pads: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the filter and of the bias (empty if there is none)."""
+    d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    d_bias = empty_gradient(weight) if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    if x.numel() == 0:
+        return d_weight.zero_(), d_bias.zero_()
+    x, grad = _as_map(x), _as_map(grad)
+    kernel_size, dim = weight.shape[-1], x.shape[3]
+    tile = _GRADIENT_TILES[kernel_size]
+    options = _tile_options(tile, dim)
+    n_patches = _n_patches(x.shape, tile)
+    n_tiles, n_blocks = triton.cdiv(n_patches, options["PATCHES"]), triton.cdiv(dim, options["CHANNELS"])
+    most_parts = max(1, _MOST_WARPS // (tile.warps * n_blocks))
+    n_parts = triton.cdiv(n_tiles, triton.cdiv(n_tiles, most_parts))  # all with as many tiles, but for the last ones
+    taps = kernel_size**2
+    parts = torch.empty((n_parts, taps + 1, dim), dtype=torch.float32, device=x.device)
+    _filter_gradient_kernel[(n_parts * n_blocks,)](
+        x, grad, x if pad_value is None else pad_value, parts, x.stride()[:2], grad.stride()[:2],
+        x.shape[1], x.shape[2], *pads, n_patches, n_parts,
+        PIXEL=x.stride(2), GRAD_PIXEL=grad.stride(2), K=kernel_size, HAS_PAD=pad_value is not None, **options,
+    )  # fmt: skip
+    _add_parts_kernel[taps + 1, triton.cdiv(dim, 16)](
+        parts, d_weight, d_bias, n_parts, HAS_BIAS=bias is not None, DIM=dim, TAPS=taps, PARTS=_PARTS, CHANNELS=16,
+        num_warps=4,
+    )  # fmt: skip
+    return d_weight, d_bias
+
+
+def _pad_gradient(grad: Tensor, taps: Tensor, pads: Sequence[int]) -> Tensor:
+    """Gradient of what the padding holds: the map's gradient, summed over what lies below and beside the map."""
+    height, width = grad.shape[1:3]
+    reach = math.isqrt(len(taps)) // 2
+    bottom, right = min(pads[0], reach), min(pads[1], reach)
+    below = _convolve(
+        grad, taps, turned=True, size=(bottom, width + right), origin=(height, 0), dtype=torch.float32
+    )  # fmt: skip
+    beside = _convolve(grad, taps, turned=True, size=(height, right), origin=(0, width), dtype=torch.float32)
+    return below.sum((0, 1, 2)) + beside.sum((0, 1, 2))
+
+
+def depthwise_conv_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pad_value: Tensor | None,
+    residual: Tensor | None,
+    pads: Sequence[int],
+    gelu: bool,
+    skip: bool,
+) -> Tensor:
+    """Fused forward; arguments as in `depthwise_conv_reference`."""
+    if skip and gelu:  # behind GELU the input cannot be part of the filter
+        residual = x if residual is None else residual + x
+    return _convolve(x, _taps(weight), bias, pad_value, pads, residual, "add", gelu=gelu, skip=skip and not gelu)
+
+
+def depthwise_conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pad_value: Tensor | None,
+    pads: Sequence[int],
+    gelu: bool,
+    skip: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fused gradients of x, weight, bias and pad_value, empty for those that are absent."""
+    taps = _taps(weight)
+    passed = grad if skip and gelu else None
+    if gelu:
+        grad = _convolve(x, taps, bias, pad_value, pads, grad, "slope")
+    d_x = _convolve(grad, taps, other=passed, role="add", turned=True, skip=skip and not gelu)
+    d_pad = empty_gradient(x) if pad_value is None else _pad_gradient(grad, taps, pads).to(pad_value.dtype)
+    return d_x, *_filter_gradients(grad, x, weight, bias, pad_value, pads), d_pad

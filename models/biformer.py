@@ -52,8 +52,7 @@ class BiFormerBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.has_pos_embed = pos_embed
-        self.pos_embed = DepthwiseConv2d(dim, 3, device=device, dtype=dtype) if pos_embed else nn.Identity()
+        self.pos_embed = DepthwiseConv2d(dim, 3, skip=True, device=device, dtype=dtype) if pos_embed else nn.Identity()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
@@ -62,8 +61,7 @@ class BiFormerBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.has_pos_embed:
-            x = x + self.pos_embed(x)
+        x = self.pos_embed(x)
         x = x + self.drop_path1(self.attn(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 

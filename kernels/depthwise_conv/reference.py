@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrail.kernels._common.partition import pad_map
+from vitrail.kernels._common.recording import at_most
 
 
 def depthwise_conv_reference(
@@ -22,11 +23,15 @@ def depthwise_conv_reference(
 
     See `vitrail.kernels.depthwise_conv.depthwise_conv` for the arguments.
     """
-    padded = x if pad_value is None else pad_map(x.unsqueeze(3), pads, pad_value.unsqueeze(0)).flatten(3)
     # Constants also where a graph is recorded: they are sizes of a parameter.
-    dim, kernel_size = int(weight.shape[0]), int(weight.shape[2])
+    dim, reach = int(weight.shape[0]), int(weight.shape[2]) // 2
+    padded = x
+    if pad_value is not None:
+        # No more of the padding than the filter meets from inside the map.
+        pads = (at_most(pads[0], reach), at_most(pads[1], reach))
+        padded = pad_map(x.unsqueeze(3), pads, pad_value.unsqueeze(0)).flatten(3)
     # The permutations are views: the convolution sees a channels-last map and returns one.
-    y = F.conv2d(padded.permute(0, 3, 1, 2), weight, bias, padding=kernel_size // 2, groups=dim).permute(0, 2, 3, 1)
+    y = F.conv2d(padded.permute(0, 3, 1, 2), weight, bias, padding=reach, groups=dim).permute(0, 2, 3, 1)
     if pad_value is not None:
         y = y[:, : x.shape[1], : x.shape[2]]
     if gelu:

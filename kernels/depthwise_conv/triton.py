@@ -19,6 +19,8 @@ taps' sums in registers and leaves them in a workspace, and a second kernel adds
 Numerics. Everything is accumulated in float32. GELU is exact; its backward recomputes the convolution. No atomics.
 """
 
+# ruff: noqa: RUF005 -- kernels cannot unpack tuples
+
 from __future__ import annotations
 
 import math
@@ -135,8 +137,8 @@ def _gelu_slope(x):
     ]
 )
 def _depthwise_conv_kernel(
-    x_ptr, weight_ptr, bias_ptr, pad_ptr, other_ptr, out_ptr, x_strides, other_strides, height, width, pad_bottom, pad_right,
-    out_height, out_width, origin_y, origin_x, n_patches,
+    x_ptr, weight_ptr, bias_ptr, pad_ptr, other_ptr, out_ptr, x_strides, other_strides,
+    height, width, pad_bottom, pad_right, out_height, out_width, origin_y, origin_x, n_patches,
     DIM: tl.constexpr, PIXEL: tl.constexpr, OTHER_PIXEL: tl.constexpr, K: tl.constexpr, TURNED: tl.constexpr,
     SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, GELU: tl.constexpr, OTHER: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr,
@@ -208,7 +210,8 @@ def _depthwise_conv_kernel(
 
 @triton.jit(do_not_specialize=["height", "width", "pad_bottom", "pad_right", "n_patches", "n_parts"])
 def _filter_gradient_kernel(
-    x_ptr, grad_ptr, pad_ptr, parts_ptr, x_strides, grad_strides, height, width, pad_bottom, pad_right, n_patches, n_parts,
+    x_ptr, grad_ptr, pad_ptr, parts_ptr, x_strides, grad_strides,
+    height, width, pad_bottom, pad_right, n_patches, n_parts,
     DIM: tl.constexpr, PIXEL: tl.constexpr, GRAD_PIXEL: tl.constexpr, K: tl.constexpr, HAS_PAD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip

@@ -8,6 +8,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
+from vitrail.kernels._common.partition import has_padding
 from vitrail.kernels.routing_attention import region_routes, routing_attention
 from vitrail.kernels.routing_attention.reference import region_size
 from vitrail.layers._heads import head_width
@@ -68,7 +69,9 @@ class RoutingAttention(nn.Module):
             routes = region_routes(q, k, n_regions=grid, topk=self.topk, pad_q=bias[0], pad_k=bias[1])
             y = routing_attention(q, k, v, routes, n_regions=grid, pad_k=bias[1], pad_v=bias[2], scale=self.scale)
         pads = region_size(x.shape[1], x.shape[2], self.n_regions)[1]
-        return self.proj(self.lepe(v.flatten(3), y.flatten(3), bias[2].flatten(), pads))
+        # A copy: without gradients PyTorch's FLOP counter stumbles over modules that are given views of parameters.
+        pad_v = bias[2].flatten().clone() if has_padding(pads) else None
+        return self.proj(self.lepe(v.flatten(3), y.flatten(3), pad_v, pads))
 
 
 @register_notrace_module

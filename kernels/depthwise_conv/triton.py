@@ -19,7 +19,9 @@ taps' sums in registers and leaves them in a workspace, and a second kernel adds
 Numerics. Everything is accumulated in float32. GELU is exact; its backward recomputes the convolution. No atomics.
 """
 
-# ruff: noqa: RUF005 -- kernels cannot unpack tuples
+# Kernels build tuples by adding to them: they cannot unpack.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, var-annotated"
 
 from __future__ import annotations
 
@@ -34,6 +36,7 @@ from torch import Tensor
 
 from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
 from vitrail.kernels._common.gradients import empty_gradient
+from vitrail.kernels._common.launch import launch
 
 _MOST_WARPS = 1584  # that sum up the filter's gradient: twelve for each multiprocessor of an H100
 _PARTS = 64  # sums of programs that are added at once
@@ -338,7 +341,8 @@ def _convolve(
     n_patches = _n_patches(out.shape, tile)
     added = x if other is None else _as_map(other)
     grid = (triton.cdiv(n_patches, options["PATCHES"]) * triton.cdiv(dim, options["CHANNELS"]),)
-    _depthwise_conv_kernel[grid](
+    launch(
+        _depthwise_conv_kernel, grid,
         x, taps, taps if bias is None else bias, x if pad_value is None else pad_value, added, out,
         x.stride()[:2], added.stride()[:2], height, width, *pads, out_height, out_width, *origin, n_patches,
         PIXEL=x.stride(2), OTHER_PIXEL=added.stride(2), K=kernel_size, TURNED=turned, SKIP=skip,
@@ -366,14 +370,15 @@ def _filter_gradients(
     n_parts = triton.cdiv(n_tiles, triton.cdiv(n_tiles, most_parts))  # all with as many tiles, but for the last ones
     taps = kernel_size**2
     parts = torch.empty((n_parts, taps + 1, dim), dtype=torch.float32, device=x.device)
-    _filter_gradient_kernel[(n_parts * n_blocks,)](
+    launch(
+        _filter_gradient_kernel, (n_parts * n_blocks,),
         x, grad, x if pad_value is None else pad_value, parts, x.stride()[:2], grad.stride()[:2],
         x.shape[1], x.shape[2], *pads, n_patches, n_parts,
         PIXEL=x.stride(2), GRAD_PIXEL=grad.stride(2), K=kernel_size, HAS_PAD=pad_value is not None, **options,
     )  # fmt: skip
-    _add_parts_kernel[taps + 1, triton.cdiv(dim, 16)](
-        parts, d_weight, d_bias, n_parts, HAS_BIAS=bias is not None, DIM=dim, TAPS=taps, PARTS=_PARTS, CHANNELS=16,
-        num_warps=4,
+    launch(
+        _add_parts_kernel, (taps + 1, triton.cdiv(dim, 16)), parts, d_weight, d_bias, n_parts,
+        HAS_BIAS=bias is not None, DIM=dim, TAPS=taps, PARTS=_PARTS, CHANNELS=16, num_warps=4,
     )  # fmt: skip
     return d_weight, d_bias
 

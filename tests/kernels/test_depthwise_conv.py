@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from _seeds import seeds
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -274,7 +275,7 @@ def test_empty_batch_takes_no_kernel() -> None:
 
 @pytest.mark.gpu
 @_DTYPES
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", seeds(60))
 def test_fused_on_a_gpu(seed: int, dtype: torch.dtype, poison: None) -> None:
     draw = random.Random(seed)
     shape = (draw.randint(1, 4), draw.randint(1, 60), draw.randint(1, 60), draw.choice([5, 24, 32, 64, 96, 128]))

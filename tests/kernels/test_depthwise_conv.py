@@ -244,7 +244,6 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
         for table in ("_TILES", "_GRADIENT_TILES"):
             monkeypatch.setattr(triton, table, {size: triton.Tile(2, 3, 16, 1) for size in (3, 5, 7)})
-        monkeypatch.setattr(triton, "_MOST_WARPS", 2)
         monkeypatch.setattr(triton, "_PARTS", 1)
 
 
@@ -258,6 +257,17 @@ def test_fused_is_as_exact_as_eager(seed: int, dtype: torch.dtype, poison: None,
     draw = random.Random(seed)
     shape = (draw.randint(1, 2), draw.randint(1, 5), draw.randint(1, 7), draw.choice([3, 16, 20, 48]))
     _random_call(seed, dtype, shape, (3, 5, 7)[seed % 3]).check_fused(dtype)
+
+
+@needs_triton
+def test_gradient_of_the_filter_is_summed_over_programs(
+    poison: None, large_tiles: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vitrail.kernels.depthwise_conv import triton
+
+    monkeypatch.setattr(triton, "_GRADIENT_TILES", {3: triton.Tile(2, 2, 2, 1)})  # 15 patches are four tiles
+    monkeypatch.setattr(triton, "_MOST_WARPS", 3)
+    _random_call(0, torch.float32, (1, 5, 9, 16), 3).check_fused(torch.float32)
 
 
 @needs_triton

@@ -1,0 +1,433 @@
+"""Launchers: sizes of tiles, launch parameters, workspaces."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vitrail.kernels._common.gradients import empty_gradient
+from vitrail.kernels._common.launch import unit_stride
+from vitrail.kernels.neighborhood_attention.triton.backward import (
+    neighborhood_bwd_dextra_kernel,
+    neighborhood_bwd_dkdv_kernel,
+    neighborhood_bwd_dq_kernel,
+    neighborhood_bwd_drpb_kernel,
+    neighborhood_bwd_drpb_sum_kernel,
+)
+from vitrail.kernels.neighborhood_attention.triton.forward import neighborhood_fwd_kernel
+
+_Axis = tuple[int, int, bool]  # kernel, stride, causal
+
+
+class Config(NamedTuple):
+    """How a kernel is tiled and launched for channels of one size.
+
+    Attributes:
+        own: Heights and widths of tiles to choose from, those the programs work for, with warps a program.
+        others: Most tokens of the tiles they walk over.
+        stages: Of the walk's pipeline.
+    """
+
+    own: tuple[tuple[int, int, int], ...]
+    others: int
+    stages: int
+
+
+_SMALL = ((2, 8, 1), (4, 4, 1), (1, 16, 1))
+_LARGE = ((8, 8, 4),)
+# By kernel, then by the most bytes of a token's head.
+CONFIGS: dict[str, dict[int, Config]] = {
+    "fwd": {64: Config(_SMALL + _LARGE, 128, 1), 128: Config(_SMALL, 64, 1), 512: Config(_SMALL, 32, 1)},
+    "bwd_dq": {64: Config(_SMALL + _LARGE, 128, 1), 128: Config(_SMALL, 64, 1), 512: Config(_SMALL, 32, 1)},
+    "bwd_dkdv": {64: Config(_SMALL + _LARGE, 64, 1), 128: Config(_SMALL, 32, 1), 512: Config(_SMALL, 16, 1)},
+    "bwd_drpb": {64: Config(_SMALL, 64, 1), 128: Config(_SMALL, 64, 1), 512: Config(_SMALL, 32, 1)},
+    "bwd_dextra": {64: Config(_SMALL, 64, 1), 128: Config(_SMALL, 32, 1), 512: Config(_SMALL, 16, 1)},
+}
+# What reading a token costs a program, in products of one query and one key.
+LOAD_COST = 16
+# Programs a multiprocessor that share the queries of the whole batch.
+WALKERS = {"bwd_drpb": 8, "bwd_dextra": 8}
+
+
+class Tiles(NamedTuple):
+    """Sizes of a kernel's tiles.
+
+    Attributes:
+        own: Height and width of the tile that a program works for.
+        others: Height and width of the tiles that it walks over.
+        columns: Most tiles of a walk's row.
+        steps: Most tiles of a walk over one plane.
+        warps: Of a program.
+    """
+
+    own: tuple[int, int]
+    others: tuple[int, int]
+    columns: int
+    steps: int
+    warps: int
+
+
+def keys_seen(size: int, places: int, axis: _Axis) -> int:
+    """The most keys on an axis that `size` queries in a row see, the first of which stands at a multiple of `size`."""
+    kernel, stride, causal = axis
+    spread = size - 1 if causal else (stride - math.gcd(size, stride) + size - 1) // stride * stride
+    return min(kernel + spread, places)
+
+
+def queries_seeing(size: int, places: int, axis: _Axis) -> int:
+    """A bound on the queries on an axis that see any of `size` keys in a row."""
+    kernel, stride, causal = axis
+    inside = size + kernel - 1 + 2 * (stride - 1)
+    return min(inside if causal else inside + kernel, places)
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_tiles(kernel: str, head_bytes: int, places: tuple[int, int], axes: tuple[_Axis, _Axis]) -> Tiles:
+    """The tiles that do the least work on a dilation group of `places` (rows, columns)."""
+    config = config_of(kernel, head_bytes)
+    reach = queries_seeing if kernel == "bwd_dkdv" else keys_seen
+    candidates = []
+    for height, width, warps in config.own:
+        need_y, need_x = reach(height, places[0], axes[0]), reach(width, places[1], axes[1])
+        other_w = min(_power(need_x), config.others)
+        other_h = min(_power(need_y), config.others // other_w)
+        other_h = max(other_h, 16 // other_w)  # no product has fewer than 16 terms
+        columns, rows = math.ceil(need_x / other_w), math.ceil(need_y / other_h)
+        n_tiles = math.ceil(places[0] / height) * math.ceil(places[1] / width)
+        read = rows * columns * other_h * other_w
+        cost = n_tiles * (height * width + LOAD_COST) * read
+        tiles = Tiles((height, width), (other_h, other_w), columns, rows * columns, warps)
+        candidates.append((cost, tiles))
+    return min(candidates)[1]
+
+
+def config_of(kernel: str, head_bytes: int) -> Config:
+    """The configuration of a kernel for heads of so many bytes a token."""
+    return next(config for most, config in CONFIGS[kernel].items() if head_bytes <= most)
+
+
+def _power(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+class _Problem:
+    """The launch parameters that the kernels of one call share."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        rpb: Tensor | None,
+        extra_k: Tensor | None,
+        pad_k: Tensor | None,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        is_causal: Sequence[bool],
+        scale: float,
+    ) -> None:
+        lengths = q.shape[1:-2]
+        lead = 3 - len(lengths)  # axes that the call does not have
+        self.batch, self.heads, self.head_dim = q.shape[0], q.shape[-2], q.shape[-1]
+        self.head_bytes = self.head_dim * q.element_size()
+        self.lengths = (*(1,) * lead, *lengths)
+        self.dilations = (*(1,) * lead, *dilation)
+        axes = zip(kernel_size, stride, is_causal, strict=True)
+        self.axes = (*((1, 1, False),) * lead, *((int(k), int(s), bool(c)) for k, s, c in axes))
+        self.groups = tuple(map(min, self.dilations, self.lengths))
+        self.places = tuple(map(_divide_up, self.lengths, self.dilations))
+        whole = [max(n, a[0] * d) for n, a, d in zip(self.lengths, self.axes, self.dilations, strict=True)]
+        self.has_pad = pad_k is not None and tuple(whole) != self.lengths
+        self.key_places = tuple(map(_divide_up, whole, self.dilations)) if self.has_pad else self.places
+        self.n_extra = 0 if extra_k is None else extra_k.shape[1]
+        self.has_rpb = rpb is not None
+        self.scale = abs(scale) if scale else 1.0
+        self.sign = (scale > 0) - (scale < 0)
+        self.device = q.device
+
+    def tiles(self, kernel: str) -> Tiles:
+        """Sizes of the tiles of one of the kernels."""
+        others = self.places if kernel == "bwd_dkdv" else self.key_places
+        return choose_tiles(kernel, self.head_bytes, others[1:], self.axes[1:])
+
+    def slots(self, tiles: Tiles, places: tuple[int, ...]) -> tuple[int, int, int]:
+        """How many tiles there are on each axis, of all its dilation groups."""
+        sizes = (1, *tiles.own)
+        z, y, x = (g * math.ceil(n / size) for g, n, size in zip(self.groups, places, sizes, strict=True))
+        return z, y, x
+
+    def geometry(self, slots: tuple[int, int, int]) -> tuple[Any, ...]:
+        """What the kernels' index map takes."""
+        return self.dilations, self.groups, *self.lengths, *slots, self.heads
+
+    def constants(self, *tensors: Tensor) -> dict[str, Any]:
+        """Compile-time constants of every kernel; `tensors` are over (B, ..., heads, D)."""
+        # The offsets inside an image mostly fit into 32 bits, which saves one instruction in ten.
+        spans = (sum((n - 1) * abs(s) for n, s in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in tensors)
+        return {
+            "AXES": self.axes,
+            "SIGN": self.sign,
+            "HEAD_DIM": self.head_dim,
+            "OFFSET": tl.int32 if max(spans) < 2**31 else tl.int64,
+        }
+
+    def launch(self, kernel: str) -> dict[str, Any]:
+        """Keyword arguments of the Triton launch."""
+        return {
+            "num_warps": self.tiles(kernel).warps,
+            "num_stages": config_of(kernel, self.head_bytes).stages,
+        }
+
+    def by_query(self, kernel: str, *tensors: Tensor) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
+        """(grid, geometry, options) of a kernel whose programs work for tiles of queries."""
+        tiles = self.tiles(kernel)
+        slots = self.slots(tiles, self.places)
+        options = {
+            "HAS_RPB": self.has_rpb,
+            "HAS_EXTRA": self.n_extra > 0,
+            "HAS_PAD": self.has_pad,
+            # Of several planes, or with additional keys, there is more than one tile.
+            "SINGLE": tiles.steps == 1 and self.axes[0][0] == 1 and self.n_extra == 0,
+            "ONE_COLUMN": tiles.columns == 1,
+            "QUERY_H": tiles.own[0],
+            "QUERY_W": tiles.own[1],
+            "KEY_H": tiles.others[0],
+            "KEY_W": tiles.others[1],
+        }
+        grid = (self.batch * math.prod(slots) * self.heads,)
+        return grid, self.geometry(slots), {**options, **self.constants(*tensors), **self.launch(kernel)}
+
+    def splits(self, kernel: str, programs: int, most: int) -> int:
+        """In how many shares a kernel's queries are summed, of which each takes so many programs."""
+        wanted = WALKERS[kernel] * _multiprocessors(self.device)
+        return min(most, max(1, wanted // programs))
+
+
+def _divide_up(length: int, size: int) -> int:
+    return -(-length // size)
+
+
+def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Strides over (B, Z, H, W, heads) of tensors with one to three axes."""
+    found = []
+    for tensor in tensors:
+        batch, *rest = tensor.stride()[:-1]
+        found.append((batch, *(0,) * (4 - len(rest)), *rest))
+    return tuple(found)
+
+
+def _extra_strides(*tensors: Tensor | None) -> tuple[tuple[int, ...], ...]:
+    return tuple((0, 0, 0) if tensor is None else tensor.stride()[:3] for tensor in tensors)
+
+
+def neighborhood_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    pad_k: Tensor | None,
+    pad_v: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+) -> Tensor:
+    """Fused forward; arguments as in `neighborhood_attention_reference`."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    problem = _Problem(q, rpb, extra_k, pad_k, kernel_size, stride, dilation, is_causal, scale)
+    inputs = _Inputs(q, k, v, rpb, extra_k, extra_v, pad_k, pad_v)
+    grid, geometry, options = problem.by_query("fwd", inputs.q, inputs.k, inputs.v, out)
+    neighborhood_fwd_kernel[grid](
+        *inputs.tensors, out, *inputs.strides, *_strides(out), *geometry, problem.n_extra, problem.scale, **options
+    )
+    return out
+
+
+def neighborhood_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    pad_k: Tensor | None,
+    pad_v: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Fused backward: the gradients of all tensors, contiguous, empty where an optional one is absent."""
+    d_q, d_k, d_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    if q.numel() == 0:
+        return d_q, d_k, d_v, *(_zeros_or_empty(grad, t) for t in (rpb, extra_k, extra_v, pad_k, pad_v))
+    problem = _Problem(q, rpb, extra_k, pad_k, kernel_size, stride, dilation, is_causal, scale)
+    inputs = _Inputs(q, k, v, rpb, extra_k, extra_v, pad_k, pad_v)
+    (grad,) = unit_stride(grad)
+    stats = _run_dq(problem, inputs, grad, d_q)
+    d_pad_k, d_pad_v = _run_dkdv(problem, inputs, grad, stats, d_k, d_v)
+    d_rpb = empty_gradient(grad) if rpb is None else _run_drpb(problem, inputs, grad, stats, rpb)
+    d_extra_k, d_extra_v = _run_dextra(problem, inputs, grad, stats)
+    return d_q, d_k, d_v, d_rpb, d_extra_k, d_extra_v, d_pad_k, d_pad_v
+
+
+class _Inputs:
+    """The inputs as the kernels take them: channels of unit stride."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rpb: Tensor | None,
+        extra_k: Tensor | None,
+        extra_v: Tensor | None,
+        pad_k: Tensor | None,
+        pad_v: Tensor | None,
+    ) -> None:
+        self.q, self.k, self.v = unit_stride(q, k, v)
+        self.rpb, self.pad_k, self.pad_v = (None if t is None else t.contiguous() for t in (rpb, pad_k, pad_v))
+        self.extra_k, self.extra_v = (None if t is None else unit_stride(t)[0] for t in (extra_k, extra_v))
+        self.given = (extra_k, extra_v, pad_k, pad_v)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What the kernels of the queries read."""
+        return self.q, self.k, self.v, self.rpb, self.extra_k, self.extra_v, self.pad_k, self.pad_v
+
+    @property
+    def strides(self) -> tuple[tuple[int, ...], ...]:
+        """Strides of q, k, v and of the additional keys and values."""
+        return *_strides(self.q, self.k, self.v), *_extra_strides(self.extra_k, self.extra_v)
+
+
+def _run_dq(problem: _Problem, inputs: _Inputs, grad: Tensor, d_q: Tensor) -> Tensor:
+    """Fills `d_q`; returns the log-sum-exp and the softmax correction of every query, (B, heads, 2, tokens)."""
+    shape = (problem.batch, problem.heads, 2, math.prod(problem.lengths))
+    stats = torch.empty(shape, dtype=torch.float32, device=grad.device)
+    grid, geometry, options = problem.by_query("bwd_dq", grad, inputs.q, inputs.k, inputs.v, d_q)
+    neighborhood_bwd_dq_kernel[grid](
+        grad, *inputs.tensors, d_q, stats, *_strides(grad), *inputs.strides, *_strides(d_q),
+        *geometry, problem.n_extra, problem.scale, **options,
+    )  # fmt: skip
+    return stats
+
+
+def _run_dkdv(
+    problem: _Problem, inputs: _Inputs, grad: Tensor, stats: Tensor, d_k: Tensor, d_v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Fills `d_k` and `d_v`; returns the gradients of the pads."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    tiles = problem.tiles("bwd_dkdv")
+    slots = problem.slots(tiles, problem.key_places)
+    programs = problem.batch * math.prod(slots)
+    shape = (programs if problem.has_pad else 0, problem.heads, 2, problem.head_dim)
+    d_pads = torch.empty(shape, dtype=torch.float32, device=grad.device)
+    neighborhood_bwd_dkdv_kernel[(programs * problem.heads,)](
+        grad, q, k, v, inputs.rpb, inputs.pad_k, inputs.pad_v, stats, d_k, d_v, d_pads,
+        *_strides(grad, q, k, v, d_k, d_v), *problem.geometry(slots), problem.scale,
+        HAS_RPB=problem.has_rpb, HAS_PAD=problem.has_pad, ONE_COLUMN=tiles.columns == 1,
+        QUERY_H=tiles.others[0], QUERY_W=tiles.others[1], KEY_H=tiles.own[0], KEY_W=tiles.own[1],
+        **problem.constants(grad, q, k, v, d_k, d_v), **problem.launch("bwd_dkdv"),
+    )  # fmt: skip
+    _, _, pad_k, pad_v = inputs.given
+    if pad_k is None or pad_v is None or not problem.has_pad:
+        return _zeros_or_empty(grad, pad_k), _zeros_or_empty(grad, pad_v)
+    d_pad_k, d_pad_v = d_pads.sum(0).unbind(1)
+    return d_pad_k.to(pad_k.dtype).contiguous(), d_pad_v.to(pad_v.dtype).contiguous()
+
+
+def _run_drpb(problem: _Problem, inputs: _Inputs, grad: Tensor, stats: Tensor, rpb: Tensor) -> Tensor:
+    """Gradient of the bias: sums a pair of places in a tile, and of these along the distances."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    tiles = problem.tiles("bwd_drpb")
+    slots = problem.slots(tiles, problem.places)
+    boxes = [boxes_around(*sizes) for sizes in zip(tiles.own, tiles.others, problem.axes[1:], strict=True)]
+    n_boxes = (2 * problem.axes[0][0] - 1) * boxes[0].count * boxes[1].count
+    n_slots = problem.batch * math.prod(slots)
+    splits = problem.splits("bwd_drpb", tiles.steps * problem.axes[0][0] * problem.heads, n_slots)
+    constants = {
+        "AXES": problem.axes, "FIRST_Y": boxes[0].first, "FIRST_X": boxes[1].first,
+        "BOXES_Y": boxes[0].count, "BOXES_X": boxes[1].count,
+        "QUERY_H": tiles.own[0], "QUERY_W": tiles.own[1], "KEY_H": tiles.others[0], "KEY_W": tiles.others[1],
+    }  # fmt: skip
+    shape = (splits, problem.heads, n_boxes, math.prod(tiles.own), math.prod(tiles.others))
+    sums = torch.empty(shape, dtype=torch.float32, device=grad.device)
+    neighborhood_bwd_drpb_kernel[(splits * problem.heads * n_boxes,)](
+        grad, q, k, v, inputs.rpb, inputs.pad_k, inputs.pad_v, stats, sums, *_strides(grad, q, k, v),
+        *problem.geometry(slots), n_slots, splits, problem.scale, HAS_PAD=problem.has_pad,
+        **{**problem.constants(grad, q, k, v), **constants}, **problem.launch("bwd_drpb"),
+    )  # fmt: skip
+    d_rpb = torch.empty(rpb.shape, dtype=torch.float32, device=grad.device)
+    neighborhood_bwd_drpb_sum_kernel[(rpb.numel(),)](
+        sums, d_rpb, problem.heads, splits, **constants, SPLITS=32, num_warps=4
+    )
+    return d_rpb.to(rpb.dtype)
+
+
+def _run_dextra(problem: _Problem, inputs: _Inputs, grad: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the additional keys and values: sums over shares of the queries, added in their order."""
+    extra_k, extra_v, _, _ = inputs.given
+    if extra_k is None or extra_v is None or problem.n_extra == 0:
+        return _zeros_or_empty(grad, extra_k), _zeros_or_empty(grad, extra_v)
+    tiles = problem.tiles("bwd_dextra")
+    slots = problem.slots(tiles, problem.places)
+    block = 16
+    blocks = math.ceil(problem.n_extra / block)
+    programs = problem.batch * blocks * problem.heads
+    splits = problem.splits("bwd_dextra", programs, math.prod(slots))
+    shape = (splits, problem.batch, blocks, problem.heads, 2, block, problem.head_dim)
+    sums = torch.empty(shape, dtype=torch.float32, device=grad.device)
+    neighborhood_bwd_dextra_kernel[(splits * programs,)](
+        grad, inputs.q, inputs.extra_k, inputs.extra_v, stats, sums,
+        *_strides(grad, inputs.q), *_extra_strides(inputs.extra_k, inputs.extra_v),
+        *problem.geometry(slots), problem.n_extra, math.prod(slots), splits, problem.scale,
+        QUERY_H=tiles.own[0], QUERY_W=tiles.own[1], BLOCK=block,
+        **problem.constants(grad, inputs.q), **problem.launch("bwd_dextra"),
+    )  # fmt: skip
+    found = sums.sum(0).permute(3, 0, 1, 4, 2, 5).flatten(2, 3)[:, :, : problem.n_extra]  # (2, B, n, heads, D)
+    return found[0].to(extra_k.dtype).contiguous(), found[1].to(extra_v.dtype).contiguous()
+
+
+class Boxes(NamedTuple):
+    """Tiles of keys on one axis at fixed distances from a tile of queries.
+
+    Attributes:
+        first: First place of the first one, from the first query.
+        count: How many cover all distances.
+    """
+
+    first: int
+    count: int
+
+
+def boxes_around(queries: int, keys: int, axis: _Axis) -> Boxes:
+    """Boxes of `keys` around `queries` in a row, one of which starts where the window of the first query does."""
+    kernel, _, causal = axis
+    start = kernel - 1 if causal else kernel // 2
+    before = math.ceil((kernel - 1 - start) / keys)
+    behind = queries - 1 + (0 if causal else kernel - 1)
+    return Boxes(-start - before * keys, before + math.ceil((start + behind + 1) / keys))
+
+
+def _zeros_or_empty(grad: Tensor, tensor: Tensor | None) -> Tensor:
+    return empty_gradient(grad) if tensor is None else torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 1 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

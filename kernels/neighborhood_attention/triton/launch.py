@@ -62,15 +62,17 @@ class Tiles(NamedTuple):
     Attributes:
         own: Height and width of the tile that a program works for.
         others: Height and width of the tiles that it walks over.
-        columns: Most tiles of a walk's row.
-        steps: Most tiles of a walk over one plane.
+        steps: Tiles of a walk over one plane away from the borders.
+        one_column: No walk is wider than a tile.
+        single: No walk over a plane takes more than one tile.
         warps: Of a program.
     """
 
     own: tuple[int, int]
     others: tuple[int, int]
-    columns: int
     steps: int
+    one_column: bool
+    single: bool
     warps: int
 
 
@@ -82,29 +84,30 @@ def keys_seen(size: int, places: int, axis: _Axis) -> int:
 
 
 def queries_seeing(size: int, places: int, axis: _Axis) -> int:
-    """A bound on the queries on an axis that see any of `size` keys in a row."""
-    kernel, stride, causal = axis
-    inside = size + kernel - 1 + 2 * (stride - 1)
-    return min(inside if causal else inside + kernel, places)
+    """The most queries on an axis that see any of `size` keys in a row: more at the borders than elsewhere."""
+    kernel, _, causal = axis
+    return min(size + kernel - 1 if causal else size + 2 * (kernel - 1), places)
 
 
 @functools.lru_cache(maxsize=1024)
 def choose_tiles(kernel: str, head_bytes: int, places: tuple[int, int], axes: tuple[_Axis, _Axis]) -> Tiles:
     """The tiles that do the least work on a dilation group of `places` (rows, columns)."""
     config = config_of(kernel, head_bytes)
-    reach = queries_seeing if kernel == "bwd_dkdv" else keys_seen
     candidates = []
-    for height, width, warps in config.own:
-        need_y, need_x = reach(height, places[0], axes[0]), reach(width, places[1], axes[1])
-        other_w = min(_power(need_x), config.others)
-        other_h = min(_power(need_y), config.others // other_w)
-        other_h = max(other_h, 16 // other_w)  # no product has fewer than 16 terms
-        columns, rows = math.ceil(need_x / other_w), math.ceil(need_y / other_h)
-        n_tiles = math.ceil(places[0] / height) * math.ceil(places[1] / width)
-        read = rows * columns * other_h * other_w
-        cost = n_tiles * (height * width + LOAD_COST) * read
-        tiles = Tiles((height, width), (other_h, other_w), columns, rows * columns, warps)
-        candidates.append((cost, tiles))
+    for *own, warps in config.own:
+        most = [keys_seen(*sizes) for sizes in zip(own, places, axes, strict=True)]
+        usual = most
+        if kernel == "bwd_dkdv":
+            usual = [min(size + axis[0] - 1, n) for size, n, axis in zip(own, places, axes, strict=True)]
+            most = [queries_seeing(*sizes) for sizes in zip(own, places, axes, strict=True)]
+        width = min(_power(usual[1]), config.others)
+        height = min(_power(usual[0]), config.others // width)
+        height = max(height, 16 // width)  # no product has fewer than 16 terms
+        rows, columns = math.ceil(usual[0] / height), math.ceil(usual[1] / width)
+        n_tiles = math.ceil(places[0] / own[0]) * math.ceil(places[1] / own[1])
+        cost = n_tiles * (math.prod(own) + LOAD_COST) * rows * height * columns * width
+        one_column, single = most[1] <= width, most[1] <= width and most[0] <= height
+        candidates.append((cost, Tiles((own[0], own[1]), (height, width), rows * columns, one_column, single, warps)))
     return min(candidates)[1]
 
 
@@ -193,8 +196,8 @@ class _Problem:
             "HAS_EXTRA": self.n_extra > 0,
             "HAS_PAD": self.has_pad,
             # Of several planes, or with additional keys, there is more than one tile.
-            "SINGLE": tiles.steps == 1 and self.axes[0][0] == 1 and self.n_extra == 0,
-            "ONE_COLUMN": tiles.columns == 1,
+            "SINGLE": tiles.single and self.axes[0][0] == 1 and self.n_extra == 0,
+            "ONE_COLUMN": tiles.one_column,
             "QUERY_H": tiles.own[0],
             "QUERY_W": tiles.own[1],
             "KEY_H": tiles.others[0],
@@ -339,7 +342,7 @@ def _run_dkdv(
     neighborhood_bwd_dkdv_kernel[(programs * problem.heads,)](
         grad, q, k, v, inputs.rpb, inputs.pad_k, inputs.pad_v, stats, d_k, d_v, d_pads,
         *_strides(grad, q, k, v, d_k, d_v), *problem.geometry(slots), problem.scale,
-        HAS_RPB=problem.has_rpb, HAS_PAD=problem.has_pad, ONE_COLUMN=tiles.columns == 1,
+        HAS_RPB=problem.has_rpb, HAS_PAD=problem.has_pad, ONE_COLUMN=tiles.one_column,
         QUERY_H=tiles.others[0], QUERY_W=tiles.others[1], KEY_H=tiles.own[0], KEY_W=tiles.own[1],
         **problem.constants(grad, q, k, v, d_k, d_v), **problem.launch("bwd_dkdv"),
     )  # fmt: skip

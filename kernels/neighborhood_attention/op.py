@@ -1,4 +1,8 @@
-"""Registration of `vitrail::neighborhood_attention` with PyTorch."""
+"""Registration of `vitrail::neighborhood_attention` with PyTorch.
+
+The operator runs on any device: what `fused_support` accepts goes to the Triton kernels, everything else to the
+reference. It saves its inputs only; the backward recomputes the attention weights.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,11 @@ _GRADIENTS = ("d_q", "d_k", "d_v", "d_rpb", "d_extra_k", "d_extra_v", "d_pad_k",
 
 
 def fused_support(q: Tensor) -> Support:
-    """The one place that says when neighborhood attention is handed to the reference, and why."""
+    """The one place that says when neighborhood attention is handed to the reference, and why.
+
+    The kernels take every number of axes, kernel, stride, dilation and causal axis, and all optional inputs: only
+    device, dtype and head width decide.
+    """
     return triton_support(q, q.shape[-1])
 
 

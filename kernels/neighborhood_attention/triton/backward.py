@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from vitrail.kernels._common.triton import finite
+from vitrail.kernels.neighborhood_attention.triton.forward import SIZES
 from vitrail.kernels.neighborhood_attention.triton.index import locate, tile_places
 from vitrail.kernels.neighborhood_attention.triton.tiles import (
     LOG2E,
@@ -32,8 +33,6 @@ from vitrail.kernels.neighborhood_attention.triton.tiles import (
     token_numbers,
 )
 
-_SIZES = ["length_z", "length_y", "length_x", "tiles_z", "tiles_y", "tiles_x", "n_heads"]
-
 
 @triton.jit
 def _add_correction(weights, decay, correction, grad, v):
@@ -51,7 +50,7 @@ def _add_d_q(d_q, logits, row_lse, correction, grad, k, v, scale):
     return tl.dot(d_logits.to(k.dtype), k, acc=d_q, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "n_extra"])
+@triton.jit(do_not_specialize=[*SIZES, "n_extra"])
 def neighborhood_bwd_dq_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, rpb_ptr, extra_k_ptr, extra_v_ptr, pad_k_ptr, pad_v_ptr, d_q_ptr, stats_ptr,
     grad_strides, q_strides, k_strides, v_strides, extra_k_strides, extra_v_strides, d_q_strides,
@@ -152,7 +151,7 @@ def _load_queries_at(
     return grad, signed(q, SIGN), tl.load(stats), tl.load(stats + n_tokens)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def neighborhood_bwd_dkdv_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, rpb_ptr, pad_k_ptr, pad_v_ptr, stats_ptr, d_k_ptr, d_v_ptr, d_pad_ptr,
     grad_strides, q_strides, k_strides, v_strides, d_k_strides, d_v_strides,
@@ -206,7 +205,7 @@ def neighborhood_bwd_dkdv_kernel(
         tl.store(slot + HEAD_DIM, tl.sum(tl.where(is_pad, d_v, 0.0), 0))
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "n_extra", "n_slots", "n_splits"])
+@triton.jit(do_not_specialize=[*SIZES, "n_extra", "n_slots", "n_splits"])
 def neighborhood_bwd_dextra_kernel(
     grad_ptr, q_ptr, extra_k_ptr, extra_v_ptr, stats_ptr, d_extra_ptr,
     grad_strides, q_strides, extra_k_strides, extra_v_strides,
@@ -261,7 +260,7 @@ def _overlaps(place, SIZE: tl.constexpr, span):
     return (place + SIZE > first) & (place < end)
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "n_slots", "n_splits"])
+@triton.jit(do_not_specialize=[*SIZES, "n_slots", "n_splits"])
 def neighborhood_bwd_drpb_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, rpb_ptr, pad_k_ptr, pad_v_ptr, stats_ptr, sums_ptr,
     grad_strides, q_strides, k_strides, v_strides,

@@ -17,8 +17,10 @@ from vitrail.kernels.neighborhood_attention.triton.tiles import (
     store_own,
 )
 
+SIZES = ["length_z", "length_y", "length_x", "tiles_z", "tiles_y", "tiles_x", "n_heads"]
 
-@triton.jit(do_not_specialize=["length_z", "length_y", "length_x", "tiles_z", "tiles_y", "tiles_x", "n_heads", "n_extra"])
+
+@triton.jit(do_not_specialize=[*SIZES, "n_extra"])
 def neighborhood_fwd_kernel(
     q_ptr, k_ptr, v_ptr, rpb_ptr, extra_k_ptr, extra_v_ptr, pad_k_ptr, pad_v_ptr, out_ptr,
     q_strides, k_strides, v_strides, extra_k_strides, extra_v_strides, out_strides,

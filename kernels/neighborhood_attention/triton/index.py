@@ -1,6 +1,6 @@
 """Index map of the kernels: dilation groups, places, windows, and which tiles see each other.
 
-`AXES` holds (kernel, stride, causal) of the axes z, y, x; `I` names one of them. A *place* is a position inside a
+`AXES` holds (kernel, stride, causal) of the axes z, y, x; `AXIS` names one of them. A *place* is a position inside a
 dilation group. Of the places of a group, `real` have a token, `seen` take part as keys (those behind the end of an axis
 shorter than kernel x dilation only where they hold a pad), and `whole` are counted when windows are moved inwards.
 """
@@ -12,10 +12,10 @@ import triton.language as tl
 
 
 @triton.jit
-def group_lengths(length, group, dilation, AXES: tl.constexpr, I: tl.constexpr, HAS_PAD: tl.constexpr):
+def group_lengths(length, group, dilation, AXES: tl.constexpr, AXIS: tl.constexpr, HAS_PAD: tl.constexpr):
     """(real, seen, whole) of one dilation group."""
     real = tl.cdiv(length - group, dilation)
-    whole = tl.cdiv(tl.maximum(length, AXES[I][0] * dilation) - group, dilation)
+    whole = tl.cdiv(tl.maximum(length, AXES[AXIS][0] * dilation) - group, dilation)
     if HAS_PAD:
         return real, whole, whole
     else:
@@ -23,11 +23,11 @@ def group_lengths(length, group, dilation, AXES: tl.constexpr, I: tl.constexpr, 
 
 
 @triton.jit
-def first_key(place, whole, AXES: tl.constexpr, I: tl.constexpr):
+def first_key(place, whole, AXES: tl.constexpr, AXIS: tl.constexpr):
     """Place of the first key that the query at `place` sees."""
-    KERNEL: tl.constexpr = AXES[I][0]
-    STRIDE: tl.constexpr = AXES[I][1]
-    if AXES[I][2]:
+    KERNEL: tl.constexpr = AXES[AXIS][0]
+    STRIDE: tl.constexpr = AXES[AXIS][1]
+    if AXES[AXIS][2]:
         leader = tl.minimum(place // STRIDE * STRIDE + (STRIDE - 1), whole - 1)
         return tl.maximum(leader - (KERNEL - 1), 0)
     else:
@@ -36,43 +36,43 @@ def first_key(place, whole, AXES: tl.constexpr, I: tl.constexpr):
 
 
 @triton.jit
-def end_key(place, lengths, AXES: tl.constexpr, I: tl.constexpr):
+def end_key(place, lengths, AXES: tl.constexpr, AXIS: tl.constexpr):
     """Place behind the last key that the query at `place` sees."""
     _, seen, whole = lengths
-    if AXES[I][2]:
+    if AXES[AXIS][2]:
         return tl.minimum(place + 1, seen)
     else:
-        return tl.minimum(first_key(place, whole, AXES, I) + AXES[I][0], seen)
+        return tl.minimum(first_key(place, whole, AXES, AXIS) + AXES[AXIS][0], seen)
 
 
 @triton.jit
-def window(place, lengths, AXES: tl.constexpr, I: tl.constexpr):
+def window(place, lengths, AXES: tl.constexpr, AXIS: tl.constexpr):
     """(first key, number of keys) of the queries at `place`; places without a token see nothing."""
     real, _, whole = lengths
-    start = first_key(place, whole, AXES, I)
-    return start, tl.where(place < real, end_key(place, lengths, AXES, I) - start, 0)
+    start = first_key(place, whole, AXES, AXIS)
+    return start, tl.where(place < real, end_key(place, lengths, AXES, AXIS) - start, 0)
 
 
 @triton.jit
-def key_span(place, SIZE: tl.constexpr, lengths, AXES: tl.constexpr, I: tl.constexpr):
+def key_span(place, SIZE: tl.constexpr, lengths, AXES: tl.constexpr, AXIS: tl.constexpr):
     """[first, end) of the keys that the `SIZE` queries from `place` on see."""
     real, _, whole = lengths
     last = tl.minimum(place + SIZE, real) - 1
-    return first_key(place, whole, AXES, I), end_key(last, lengths, AXES, I)
+    return first_key(place, whole, AXES, AXIS), end_key(last, lengths, AXES, AXIS)
 
 
 @triton.jit
-def query_span(place, SIZE: tl.constexpr, lengths, AXES: tl.constexpr, I: tl.constexpr):
+def query_span(place, SIZE: tl.constexpr, lengths, AXES: tl.constexpr, AXIS: tl.constexpr):
     """[first, end) of the queries that see any of the `SIZE` keys from `place` on; perhaps nothing.
 
     Starts and ends of windows never decrease from one query to the next: the queries are those from the first whose
     window ends behind the first key up to the last whose window starts at or before the last key.
     """
-    KERNEL: tl.constexpr = AXES[I][0]
-    STRIDE: tl.constexpr = AXES[I][1]
+    KERNEL: tl.constexpr = AXES[AXIS][0]
+    STRIDE: tl.constexpr = AXES[AXIS][1]
     real, seen, whole = lengths
     last = tl.minimum(place + SIZE, seen) - 1
-    if AXES[I][2]:
+    if AXES[AXIS][2]:
         first = place
         sharers = (last + (KERNEL - STRIDE)) // STRIDE
     else:
@@ -98,9 +98,11 @@ def tile_places(HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _axis(slot, length, dilation, groups, SIZE: tl.constexpr, AXES: tl.constexpr, I: tl.constexpr, HAS_PAD: tl.constexpr):
+def _axis(
+    slot, length, dilation, groups, SIZE: tl.constexpr, AXES: tl.constexpr, AXIS: tl.constexpr, HAS_PAD: tl.constexpr
+):  # fmt: skip
     group = slot % groups
-    return group, slot // groups * SIZE, group_lengths(length, group, dilation, AXES, I, HAS_PAD)
+    return group, slot // groups * SIZE, group_lengths(length, group, dilation, AXES, AXIS, HAS_PAD)
 
 
 @triton.jit
@@ -141,9 +143,6 @@ def tile_offset(image, head, axes, places, dilations, strides):
 
 @triton.jit
 def place_offsets(row, column, dilations, strides, OFFSET: tl.constexpr):
-    """Element offsets of rows and columns of places from the first of their tile.
-
-    `OFFSET` is int32 where an image has so few elements: on large maps int64 costs a tenth of all instructions.
-    """
+    """Element offsets, of type `OFFSET`, of rows and columns of places from the first of their tile."""
     rows = row.to(OFFSET) * dilations[1] * strides[2]
     return rows + column.to(OFFSET) * dilations[2] * strides[3]

@@ -8,7 +8,6 @@ import math
 import random
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -365,14 +364,7 @@ def use_tiles(monkeypatch: pytest.MonkeyPatch, own: tuple[int, int], others: int
     """Makes all kernels work for tiles of this size, and walk over tiles of so many tokens."""
     config = launch.Config(((*own, 1),), others, 2)
     monkeypatch.setattr(launch, "CONFIGS", {kernel: {512: config} for kernel in launch.CONFIGS})
-    launch.choose_tiles.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def _forget_tiles() -> Iterator[None]:
-    yield
-    if HAS_TRITON:
-        launch.choose_tiles.cache_clear()
+    monkeypatch.setattr(launch, "_cached_problem", launch.Problem)
 
 
 HALF, FULL = torch.float16, torch.float32
@@ -431,7 +423,7 @@ def test_walks_over_several_tiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     use_tiles(monkeypatch, own, others)
-    monkeypatch.setattr(launch, "INT32_OFFSETS", 0)  # offsets of int64 are right as well
+    monkeypatch.setattr(launch, "INT32_BYTES", 0)  # offsets of int64 are right as well
     make_call(axes, HALF, *options).check_fused(HALF)
 
 

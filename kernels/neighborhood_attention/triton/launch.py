@@ -49,10 +49,11 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "bwd_drpb": {64: Config(_SMALL, 64, 1), 128: Config(_SMALL, 64, 1), 512: Config(_SMALL, 32, 1)},
     "bwd_dextra": {64: Config(_SMALL, 64, 1), 128: Config(_SMALL, 32, 1), 512: Config(_SMALL, 16, 1)},
 }
-INT32_OFFSETS = 2**31  # elements of an image: the offsets inside most fit, which saves one instruction in ten
+INT32_BYTES = 2**31  # of a tensor: the offsets inside most fit, which saves one instruction in ten
 # What reading a token costs a program, in products of one query and one key.
 LOAD_COST = 16
 # Programs a multiprocessor that share the queries of the whole batch.
+EXTRA_BLOCK = 16  # additional keys that a program works for
 WALKERS = {"bwd_drpb": 8, "bwd_dextra": 8}
 
 
@@ -76,6 +77,22 @@ class Tiles(NamedTuple):
     warps: int
 
 
+class Plan(NamedTuple):
+    """How one kernel is launched.
+
+    Attributes:
+        tiles: Sizes of its tiles.
+        slots: Tiles of an image and head.
+        geometry: What its index map takes.
+        options: Compile-time constants and launch options.
+    """
+
+    tiles: Tiles
+    slots: int
+    geometry: tuple[Any, ...]
+    options: dict[str, Any]
+
+
 def keys_seen(size: int, places: int, axis: _Axis) -> int:
     """The most keys on an axis that `size` queries in a row see, the first of which stands at a multiple of `size`."""
     kernel, stride, causal = axis
@@ -89,7 +106,6 @@ def queries_seeing(size: int, places: int, axis: _Axis) -> int:
     return min(size + kernel - 1 if causal else size + 2 * (kernel - 1), places)
 
 
-@functools.lru_cache(maxsize=1024)
 def choose_tiles(kernel: str, head_bytes: int, places: tuple[int, int], axes: tuple[_Axis, _Axis]) -> Tiles:
     """The tiles that do the least work on a dilation group of `places` (rows, columns)."""
     config = config_of(kernel, head_bytes)
@@ -120,95 +136,107 @@ def _power(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-class _Problem:
-    """The launch parameters that the kernels of one call share."""
+class Problem:
+    """The launch parameters of all kernels for calls of one kind; see `problem_of`."""
 
     def __init__(
         self,
-        q: Tensor,
-        rpb: Tensor | None,
-        extra_k: Tensor | None,
-        pad_k: Tensor | None,
-        kernel_size: Sequence[int],
-        stride: Sequence[int],
-        dilation: Sequence[int],
-        is_causal: Sequence[bool],
+        shape: tuple[int, ...],
+        element_size: int,
+        axes: tuple[_Axis, ...],
+        dilation: tuple[int, ...],
         scale: float,
+        has_rpb: bool,
+        n_extra: int,
+        pads: bool,
+        multiprocessors: int,
     ) -> None:
-        lengths = q.shape[1:-2]
-        lead = 3 - len(lengths)  # axes that the call does not have
-        self.batch, self.heads, self.head_dim = q.shape[0], q.shape[-2], q.shape[-1]
-        self.head_bytes = self.head_dim * q.element_size()
-        self.lengths = (*(1,) * lead, *lengths)
+        lead = 6 - len(shape)  # axes that the call does not have
+        self.batch, self.heads, self.head_dim = shape[0], shape[-2], shape[-1]
+        self.head_bytes = self.head_dim * element_size
+        self.lengths = (*(1,) * lead, *shape[1:-2])
         self.dilations = (*(1,) * lead, *dilation)
-        axes = zip(kernel_size, stride, is_causal, strict=True)
-        self.axes = (*((1, 1, False),) * lead, *((int(k), int(s), bool(c)) for k, s, c in axes))
+        self.axes = (*((1, 1, False),) * lead, *axes)
         self.groups = tuple(map(min, self.dilations, self.lengths))
         self.places = tuple(map(_divide_up, self.lengths, self.dilations))
-        whole = [max(n, a[0] * d) for n, a, d in zip(self.lengths, self.axes, self.dilations, strict=True)]
-        self.has_pad = pad_k is not None and tuple(whole) != self.lengths
+        whole = tuple(max(n, a[0] * d) for n, a, d in zip(self.lengths, self.axes, self.dilations, strict=True))
+        self.has_pad = pads and whole != self.lengths
         self.key_places = tuple(map(_divide_up, whole, self.dilations)) if self.has_pad else self.places
-        self.n_extra = 0 if extra_k is None else extra_k.shape[1]
-        self.has_rpb = rpb is not None
+        self.has_rpb, self.n_extra = has_rpb, n_extra
         self.scale = abs(scale) if scale else 1.0
         self.sign = (scale > 0) - (scale < 0)
-        self.device = q.device
+        self.multiprocessors = multiprocessors
+        self.fwd = self._by_query("fwd")
+        self.bwd_dq = self._by_query("bwd_dq")
+        self.bwd_dkdv = self._by_key()
+        self.bwd_drpb = self._by_query("bwd_drpb")
+        self.bwd_dextra = self._by_query("bwd_dextra")
 
-    def tiles(self, kernel: str) -> Tiles:
-        """Sizes of the tiles of one of the kernels."""
-        others = self.places if kernel == "bwd_dkdv" else self.key_places
-        return choose_tiles(kernel, self.head_bytes, others[1:], self.axes[1:])
-
-    def slots(self, tiles: Tiles, places: tuple[int, ...]) -> tuple[int, int, int]:
-        """How many tiles there are on each axis, of all its dilation groups."""
+    def _plan(self, kernel: str, tiles: Tiles, places: tuple[int, ...], constants: dict[str, Any]) -> Plan:
         sizes = (1, *tiles.own)
-        z, y, x = (g * math.ceil(n / size) for g, n, size in zip(self.groups, places, sizes, strict=True))
-        return z, y, x
+        slots = tuple(g * math.ceil(n / size) for g, n, size in zip(self.groups, places, sizes, strict=True))
+        stages = config_of(kernel, self.head_bytes).stages
+        common = {"AXES": self.axes, "SIGN": self.sign, "HEAD_DIM": self.head_dim}
+        launch = {"num_warps": tiles.warps, "num_stages": stages}
+        geometry = (self.dilations, self.groups, *self.lengths, *slots, self.heads)
+        return Plan(tiles, math.prod(slots), geometry, {**common, **constants, **launch})
 
-    def geometry(self, slots: tuple[int, int, int]) -> tuple[Any, ...]:
-        """What the kernels' index map takes."""
-        return self.dilations, self.groups, *self.lengths, *slots, self.heads
-
-    def constants(self, *tensors: Tensor) -> dict[str, Any]:
-        """Compile-time constants of every kernel; `tensors` are over (B, ..., heads, D)."""
-        spans = (sum((n - 1) * abs(s) for n, s in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in tensors)
-        return {
-            "AXES": self.axes,
-            "SIGN": self.sign,
-            "HEAD_DIM": self.head_dim,
-            "OFFSET": tl.int32 if max(spans) < INT32_OFFSETS else tl.int64,
-        }
-
-    def launch(self, kernel: str) -> dict[str, Any]:
-        """Keyword arguments of the Triton launch."""
-        return {
-            "num_warps": self.tiles(kernel).warps,
-            "num_stages": config_of(kernel, self.head_bytes).stages,
-        }
-
-    def by_query(self, kernel: str, *tensors: Tensor) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
-        """(grid, geometry, options) of a kernel whose programs work for tiles of queries."""
-        tiles = self.tiles(kernel)
-        slots = self.slots(tiles, self.places)
-        options = {
-            "HAS_RPB": self.has_rpb,
-            "HAS_EXTRA": self.n_extra > 0,
-            "HAS_PAD": self.has_pad,
+    def _by_query(self, kernel: str) -> Plan:
+        """Of a kernel whose programs work for tiles of queries."""
+        tiles = choose_tiles(kernel, self.head_bytes, self.key_places[1:], self.axes[1:])
+        constants = {"QUERY_H": tiles.own[0], "QUERY_W": tiles.own[1]}
+        if kernel != "bwd_dextra":
+            constants |= {"KEY_H": tiles.others[0], "KEY_W": tiles.others[1], "HAS_PAD": self.has_pad}
+        if kernel in ("fwd", "bwd_dq"):
             # Of several planes, or with additional keys, there is more than one tile.
-            "SINGLE": tiles.single and self.axes[0][0] == 1 and self.n_extra == 0,
-            "ONE_COLUMN": tiles.one_column,
-            "QUERY_H": tiles.own[0],
-            "QUERY_W": tiles.own[1],
-            "KEY_H": tiles.others[0],
-            "KEY_W": tiles.others[1],
-        }
-        grid = (self.batch * math.prod(slots) * self.heads,)
-        return grid, self.geometry(slots), {**options, **self.constants(*tensors), **self.launch(kernel)}
+            single = tiles.single and self.axes[0][0] == 1 and self.n_extra == 0
+            constants |= {"HAS_RPB": self.has_rpb, "HAS_EXTRA": self.n_extra > 0}
+            constants |= {"SINGLE": single, "ONE_COLUMN": tiles.one_column}
+        return self._plan(kernel, tiles, self.places, constants)
+
+    def _by_key(self) -> Plan:
+        tiles = choose_tiles("bwd_dkdv", self.head_bytes, self.places[1:], self.axes[1:])
+        (key_h, key_w), (query_h, query_w) = tiles.own, tiles.others
+        sizes = {"QUERY_H": query_h, "QUERY_W": query_w, "KEY_H": key_h, "KEY_W": key_w}
+        options = {"HAS_RPB": self.has_rpb, "HAS_PAD": self.has_pad, "ONE_COLUMN": tiles.one_column}
+        return self._plan("bwd_dkdv", tiles, self.key_places, {**sizes, **options})
 
     def splits(self, kernel: str, programs: int, most: int) -> int:
         """In how many shares a kernel's queries are summed, of which each takes so many programs."""
-        wanted = WALKERS[kernel] * _multiprocessors(self.device)
-        return min(most, max(1, wanted // programs))
+        return min(most, max(1, WALKERS[kernel] * self.multiprocessors // programs))
+
+
+_cached_problem = functools.lru_cache(maxsize=1024)(Problem)
+
+
+def problem_of(
+    q: Tensor,
+    rpb: Tensor | None,
+    extra_k: Tensor | None,
+    pad_k: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+) -> Problem:
+    """The launch parameters of a call; found once for calls of one kind."""
+    return _cached_problem(
+        tuple(q.shape),
+        q.element_size(),
+        tuple(zip(kernel_size, stride, is_causal, strict=True)),
+        tuple(dilation),
+        scale,
+        rpb is not None,
+        0 if extra_k is None else extra_k.shape[1],
+        pad_k is not None,
+        _multiprocessors(q.device),
+    )
+
+
+def _offset_type(*tensors: Tensor) -> tl.dtype:
+    """Type of the offsets inside an image."""
+    return tl.int32 if all(t.untyped_storage().nbytes() < INT32_BYTES for t in tensors) else tl.int64
 
 
 def _divide_up(length: int, size: int) -> int:
@@ -247,12 +275,13 @@ def neighborhood_attention_forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    problem = _Problem(q, rpb, extra_k, pad_k, kernel_size, stride, dilation, is_causal, scale)
+    problem = problem_of(q, rpb, extra_k, pad_k, kernel_size, stride, dilation, is_causal, scale)
     inputs = _Inputs(q, k, v, rpb, extra_k, extra_v, pad_k, pad_v)
-    grid, geometry, options = problem.by_query("fwd", inputs.q, inputs.k, inputs.v, out)
-    neighborhood_fwd_kernel[grid](
-        *inputs.tensors, out, *inputs.strides, *_strides(out), *geometry, problem.n_extra, problem.scale, **options
-    )
+    plan = problem.fwd
+    neighborhood_fwd_kernel[(problem.batch * plan.slots * problem.heads,)](
+        *inputs.tensors, out, *inputs.strides, *_strides(out), *plan.geometry, problem.n_extra, problem.scale,
+        **plan.options, OFFSET=_offset_type(*inputs.maps, out),
+    )  # fmt: skip
     return out
 
 
@@ -276,7 +305,7 @@ def neighborhood_attention_backward(
     d_q, d_k, d_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     if q.numel() == 0:
         return d_q, d_k, d_v, *(_zeros_or_empty(grad, t) for t in (rpb, extra_k, extra_v, pad_k, pad_v))
-    problem = _Problem(q, rpb, extra_k, pad_k, kernel_size, stride, dilation, is_causal, scale)
+    problem = problem_of(q, rpb, extra_k, pad_k, kernel_size, stride, dilation, is_causal, scale)
     inputs = _Inputs(q, k, v, rpb, extra_k, extra_v, pad_k, pad_v)
     (grad,) = unit_stride(grad)
     stats = _run_dq(problem, inputs, grad, d_q)
@@ -306,6 +335,11 @@ class _Inputs:
         self.given = (extra_k, extra_v, pad_k, pad_v)
 
     @property
+    def maps(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v."""
+        return self.q, self.k, self.v
+
+    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What the kernels of the queries read."""
         return self.q, self.k, self.v, self.rpb, self.extra_k, self.extra_v, self.pad_k, self.pad_v
@@ -313,37 +347,34 @@ class _Inputs:
     @property
     def strides(self) -> tuple[tuple[int, ...], ...]:
         """Strides of q, k, v and of the additional keys and values."""
-        return *_strides(self.q, self.k, self.v), *_extra_strides(self.extra_k, self.extra_v)
+        return *_strides(*self.maps), *_extra_strides(self.extra_k, self.extra_v)
 
 
-def _run_dq(problem: _Problem, inputs: _Inputs, grad: Tensor, d_q: Tensor) -> Tensor:
+def _run_dq(problem: Problem, inputs: _Inputs, grad: Tensor, d_q: Tensor) -> Tensor:
     """Fills `d_q`; returns the log-sum-exp and the softmax correction of every query, (B, heads, 2, tokens)."""
     shape = (problem.batch, problem.heads, 2, math.prod(problem.lengths))
     stats = torch.empty(shape, dtype=torch.float32, device=grad.device)
-    grid, geometry, options = problem.by_query("bwd_dq", grad, inputs.q, inputs.k, inputs.v, d_q)
-    neighborhood_bwd_dq_kernel[grid](
+    plan = problem.bwd_dq
+    neighborhood_bwd_dq_kernel[(problem.batch * plan.slots * problem.heads,)](
         grad, *inputs.tensors, d_q, stats, *_strides(grad), *inputs.strides, *_strides(d_q),
-        *geometry, problem.n_extra, problem.scale, **options,
+        *plan.geometry, problem.n_extra, problem.scale,
+        **plan.options, OFFSET=_offset_type(grad, *inputs.maps, d_q),
     )  # fmt: skip
     return stats
 
 
 def _run_dkdv(
-    problem: _Problem, inputs: _Inputs, grad: Tensor, stats: Tensor, d_k: Tensor, d_v: Tensor
+    problem: Problem, inputs: _Inputs, grad: Tensor, stats: Tensor, d_k: Tensor, d_v: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Fills `d_k` and `d_v`; returns the gradients of the pads."""
-    q, k, v = inputs.q, inputs.k, inputs.v
-    tiles = problem.tiles("bwd_dkdv")
-    slots = problem.slots(tiles, problem.key_places)
-    programs = problem.batch * math.prod(slots)
+    plan = problem.bwd_dkdv
+    programs = problem.batch * plan.slots
     shape = (programs if problem.has_pad else 0, problem.heads, 2, problem.head_dim)
     d_pads = torch.empty(shape, dtype=torch.float32, device=grad.device)
     neighborhood_bwd_dkdv_kernel[(programs * problem.heads,)](
-        grad, q, k, v, inputs.rpb, inputs.pad_k, inputs.pad_v, stats, d_k, d_v, d_pads,
-        *_strides(grad, q, k, v, d_k, d_v), *problem.geometry(slots), problem.scale,
-        HAS_RPB=problem.has_rpb, HAS_PAD=problem.has_pad, ONE_COLUMN=tiles.one_column,
-        QUERY_H=tiles.others[0], QUERY_W=tiles.others[1], KEY_H=tiles.own[0], KEY_W=tiles.own[1],
-        **problem.constants(grad, q, k, v, d_k, d_v), **problem.launch("bwd_dkdv"),
+        grad, *inputs.maps, inputs.rpb, inputs.pad_k, inputs.pad_v, stats, d_k, d_v, d_pads,
+        *_strides(grad, *inputs.maps, d_k, d_v), *plan.geometry, problem.scale,
+        **plan.options, OFFSET=_offset_type(grad, *inputs.maps, d_k, d_v),
     )  # fmt: skip
     _, _, pad_k, pad_v = inputs.given
     if pad_k is None or pad_v is None or not problem.has_pad:
@@ -352,53 +383,47 @@ def _run_dkdv(
     return d_pad_k.to(pad_k.dtype).contiguous(), d_pad_v.to(pad_v.dtype).contiguous()
 
 
-def _run_drpb(problem: _Problem, inputs: _Inputs, grad: Tensor, stats: Tensor, rpb: Tensor) -> Tensor:
-    """Gradient of the bias: sums a pair of places in a tile, and of these along the distances."""
-    q, k, v = inputs.q, inputs.k, inputs.v
-    tiles = problem.tiles("bwd_drpb")
-    slots = problem.slots(tiles, problem.places)
-    boxes = [boxes_around(*sizes) for sizes in zip(tiles.own, tiles.others, problem.axes[1:], strict=True)]
-    n_boxes = (2 * problem.axes[0][0] - 1) * boxes[0].count * boxes[1].count
-    n_slots = problem.batch * math.prod(slots)
+def _run_drpb(problem: Problem, inputs: _Inputs, grad: Tensor, stats: Tensor, rpb: Tensor) -> Tensor:
+    """Gradient of the bias: sums for each pair of places in a tile, and of these along the distances."""
+    plan = problem.bwd_drpb
+    tiles = plan.tiles
+    rows, columns = (boxes_around(*sizes) for sizes in zip(tiles.own, tiles.others, problem.axes[1:], strict=True))
+    boxes = {"FIRST_Y": rows.first, "FIRST_X": columns.first, "BOXES_Y": rows.count, "BOXES_X": columns.count}
+    n_boxes = (2 * problem.axes[0][0] - 1) * rows.count * columns.count
+    n_slots = problem.batch * plan.slots
+    # Away from the borders a tile of queries sees only few of the boxes: those are to fill the device.
     splits = problem.splits("bwd_drpb", tiles.steps * problem.axes[0][0] * problem.heads, n_slots)
-    constants = {
-        "AXES": problem.axes, "FIRST_Y": boxes[0].first, "FIRST_X": boxes[1].first,
-        "BOXES_Y": boxes[0].count, "BOXES_X": boxes[1].count,
-        "QUERY_H": tiles.own[0], "QUERY_W": tiles.own[1], "KEY_H": tiles.others[0], "KEY_W": tiles.others[1],
-    }  # fmt: skip
     shape = (splits, problem.heads, n_boxes, math.prod(tiles.own), math.prod(tiles.others))
     sums = torch.empty(shape, dtype=torch.float32, device=grad.device)
     neighborhood_bwd_drpb_kernel[(splits * problem.heads * n_boxes,)](
-        grad, q, k, v, inputs.rpb, inputs.pad_k, inputs.pad_v, stats, sums, *_strides(grad, q, k, v),
-        *problem.geometry(slots), n_slots, splits, problem.scale, HAS_PAD=problem.has_pad,
-        **{**problem.constants(grad, q, k, v), **constants}, **problem.launch("bwd_drpb"),
+        grad, *inputs.maps, inputs.rpb, inputs.pad_k, inputs.pad_v, stats, sums, *_strides(grad, *inputs.maps),
+        *plan.geometry, n_slots, splits, problem.scale,
+        **plan.options, **boxes, OFFSET=_offset_type(grad, *inputs.maps),
     )  # fmt: skip
     d_rpb = torch.empty(rpb.shape, dtype=torch.float32, device=grad.device)
+    shared = {name: plan.options[name] for name in ("AXES", "QUERY_H", "QUERY_W", "KEY_H", "KEY_W")}
     neighborhood_bwd_drpb_sum_kernel[(rpb.numel(),)](
-        sums, d_rpb, problem.heads, splits, **constants, SPLITS=32, num_warps=4
-    )
+        sums, d_rpb, problem.heads, splits, **shared, **boxes, SPLITS=32, num_warps=4
+    )  # fmt: skip
     return d_rpb.to(rpb.dtype)
 
 
-def _run_dextra(problem: _Problem, inputs: _Inputs, grad: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+def _run_dextra(problem: Problem, inputs: _Inputs, grad: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the additional keys and values: sums over shares of the queries, added in their order."""
     extra_k, extra_v, _, _ = inputs.given
     if extra_k is None or extra_v is None or problem.n_extra == 0:
         return _zeros_or_empty(grad, extra_k), _zeros_or_empty(grad, extra_v)
-    tiles = problem.tiles("bwd_dextra")
-    slots = problem.slots(tiles, problem.places)
-    block = 16
-    blocks = math.ceil(problem.n_extra / block)
+    plan = problem.bwd_dextra
+    blocks = math.ceil(problem.n_extra / EXTRA_BLOCK)
     programs = problem.batch * blocks * problem.heads
-    splits = problem.splits("bwd_dextra", programs, math.prod(slots))
-    shape = (splits, problem.batch, blocks, problem.heads, 2, block, problem.head_dim)
+    splits = problem.splits("bwd_dextra", programs, plan.slots)
+    shape = (splits, problem.batch, blocks, problem.heads, 2, EXTRA_BLOCK, problem.head_dim)
     sums = torch.empty(shape, dtype=torch.float32, device=grad.device)
     neighborhood_bwd_dextra_kernel[(splits * programs,)](
         grad, inputs.q, inputs.extra_k, inputs.extra_v, stats, sums,
         *_strides(grad, inputs.q), *_extra_strides(inputs.extra_k, inputs.extra_v),
-        *problem.geometry(slots), problem.n_extra, math.prod(slots), splits, problem.scale,
-        QUERY_H=tiles.own[0], QUERY_W=tiles.own[1], BLOCK=block,
-        **problem.constants(grad, inputs.q), **problem.launch("bwd_dextra"),
+        *plan.geometry, problem.n_extra, plan.slots, splits, problem.scale,
+        **plan.options, BLOCK=EXTRA_BLOCK, OFFSET=_offset_type(grad, inputs.q),
     )  # fmt: skip
     found = sums.sum(0).permute(3, 0, 1, 4, 2, 5).flatten(2, 3)[:, :, : problem.n_extra]  # (2, B, n, heads, D)
     return found[0].to(extra_k.dtype).contiguous(), found[1].to(extra_v.dtype).contiguous()

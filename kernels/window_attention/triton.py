@@ -18,9 +18,8 @@ over windows (bias, padding) go to one slot a program and are added in a fixed o
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -28,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitrail.kernels._common.gradients import empty_gradient
-from vitrail.kernels._common.launch import launch, map_strides, unit_stride
+from vitrail.kernels._common.launch import Config, launch, map_strides, multiprocessors, unit_stride
 from vitrail.kernels._common.triton import finite, load_kv
 
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -426,19 +425,6 @@ def _window_bwd_dbias_kernel(
     tl.store(d_bias_ptr + offsets, d_bias, mask=(q_tokens[:, None] < N_TOKENS) & (tokens[None, :] < N_TOKENS))
 
 
-class Config(NamedTuple):
-    """How a kernel is launched: warps a program, pipeline stages, and programs a multiprocessor where they walk."""
-
-    num_warps: int
-    num_stages: int
-    programs: int = 0
-
-    @property
-    def launch(self) -> dict[str, int]:
-        """Keyword arguments of the Triton launch."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
-
 CONFIGS = {
     "fwd": Config(4, 3, 8),
     "fwd_tiled": Config(4, 2),
@@ -484,7 +470,7 @@ class _Problem:
             "BLOCK": self.block,
             "HEAD_DIM": self.head_dim,
         }
-        self.multiprocessors = _multiprocessors(q.device)
+        self.multiprocessors = multiprocessors(q.device)
 
     def walkers(self, per_multiprocessor: int) -> int:
         """How many programs share the windows of one head, for so many programs of all heads on a multiprocessor."""
@@ -612,9 +598,3 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 def _zeros_or_empty(grad: Tensor, tensor: Tensor | None) -> Tensor:
     return empty_gradient(grad) if tensor is None else torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; 1 for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -20,7 +20,6 @@ from vitrail.kernels._common.gradients import empty_gradient
 from vitrail.kernels._common.launch import Config, launch, map_strides, multiprocessors, unit_stride
 
 _LOG2E = tl.constexpr(math.log2(math.e))
-MAX_WINDOW = 64  # tokens: what fits into one tile
 
 
 @triton.jit
@@ -41,52 +40,52 @@ def _neighbour(at):
 
 
 @triton.jit
-def _corner(ptr, y, x, exists, height, width, strides, HEAD_DIM: tl.constexpr):
-    """Rows (tokens, HEAD_DIM) of one image and head at some pixels, zeros outside the map."""
-    inside = exists & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    rows = y.to(tl.int64) * strides[1] + x.to(tl.int64) * strides[2]
-    offsets = rows[:, None] + tl.arange(0, HEAD_DIM)[None, :]
-    return tl.load(ptr + offsets, mask=inside[:, None], other=0.0)
+def _corners(ptr, at_y, at_x, exists, height, width, strides, HEAD_DIM: tl.constexpr):
+    """Rows (tokens, HEAD_DIM) of one image and head at the four pixels around some points, zeros outside the map."""
+    y, _ = _neighbour(at_y)
+    x, _ = _neighbour(at_x)
+    above, below = exists & (y >= 0) & (y < height), exists & (y >= -1) & (y < height - 1)
+    left, right = (x >= 0) & (x < width), (x >= -1) & (x < width - 1)
+    channels = tl.arange(0, HEAD_DIM)[None, :]
+    upper_left = ptr + (y.to(tl.int64) * strides[1] + x.to(tl.int64) * strides[2])[:, None] + channels
+    upper_right, lower_left = upper_left + strides[2], upper_left + strides[1]
+    return (
+        tl.load(upper_left, mask=(above & left)[:, None], other=0.0),
+        tl.load(upper_right, mask=(above & right)[:, None], other=0.0),
+        tl.load(lower_left, mask=(below & left)[:, None], other=0.0),
+        tl.load(lower_left + strides[2], mask=(below & right)[:, None], other=0.0),
+    )
 
 
 @triton.jit
 def _sample(ptr, at_y, at_x, exists, height, width, strides, HEAD_DIM: tl.constexpr):
     """Bilinear interpolation at some points, (tokens, HEAD_DIM), in the map's dtype."""
-    y, share_y = _neighbour(at_y)
-    x, share_x = _neighbour(at_x)
-    upper_left = _corner(ptr, y, x, exists, height, width, strides, HEAD_DIM)
-    upper_right = _corner(ptr, y, x + 1, exists, height, width, strides, HEAD_DIM)
-    lower_left = _corner(ptr, y + 1, x, exists, height, width, strides, HEAD_DIM)
-    lower_right = _corner(ptr, y + 1, x + 1, exists, height, width, strides, HEAD_DIM)
-    mixed = upper_left.to(tl.float32) * ((1 - share_y) * (1 - share_x))[:, None]
-    mixed += upper_right.to(tl.float32) * ((1 - share_y) * share_x)[:, None]
-    mixed += lower_left.to(tl.float32) * (share_y * (1 - share_x))[:, None]
-    mixed += lower_right.to(tl.float32) * (share_y * share_x)[:, None]
+    upper_left, upper_right, lower_left, lower_right = _corners(
+        ptr, at_y, at_x, exists, height, width, strides, HEAD_DIM
+    )
+    _, lower = _neighbour(at_y)
+    _, right = _neighbour(at_x)
+    mixed = upper_left.to(tl.float32) * ((1 - lower) * (1 - right))[:, None]
+    mixed += upper_right.to(tl.float32) * ((1 - lower) * right)[:, None]
+    mixed += lower_left.to(tl.float32) * (lower * (1 - right))[:, None]
+    mixed += lower_right.to(tl.float32) * (lower * right)[:, None]
     return mixed.to(ptr.dtype.element_ty)
 
 
 @triton.jit
-def _share_gradient(k_ptr, v_ptr, d_k, d_v, y, x, exists, height, width, k_strides, v_strides, HEAD_DIM: tl.constexpr):
-    """Gradient of the weight of each sample's neighbour at (y, x), (tokens,)."""
-    k = _corner(k_ptr, y, x, exists, height, width, k_strides, HEAD_DIM).to(tl.float32)
-    v = _corner(v_ptr, y, x, exists, height, width, v_strides, HEAD_DIM).to(tl.float32)
-    return tl.sum(k * d_k + v * d_v, 1)
-
-
-@triton.jit
-def _slopes(
-    k_ptr, v_ptr, d_k, d_v, at_y, at_x, exists, height, width, k_strides, v_strides, HEAD_DIM: tl.constexpr
-):  # fmt: skip
-    """Gradients of the samples' coordinates, (tokens,) each, from those of the sampled keys and values."""
-    y, share_y = _neighbour(at_y)
-    x, share_x = _neighbour(at_x)
-    shared = (exists, height, width, k_strides, v_strides)
-    upper_left = _share_gradient(k_ptr, v_ptr, d_k, d_v, y, x, *shared, HEAD_DIM)
-    upper_right = _share_gradient(k_ptr, v_ptr, d_k, d_v, y, x + 1, *shared, HEAD_DIM)
-    lower_left = _share_gradient(k_ptr, v_ptr, d_k, d_v, y + 1, x, *shared, HEAD_DIM)
-    lower_right = _share_gradient(k_ptr, v_ptr, d_k, d_v, y + 1, x + 1, *shared, HEAD_DIM)
-    d_y = (1 - share_x) * (lower_left - upper_left) + share_x * (lower_right - upper_right)
-    d_x = (1 - share_y) * (upper_right - upper_left) + share_y * (lower_right - lower_left)
+def _slopes(ptr, d_sampled, at_y, at_x, exists, height, width, strides, HEAD_DIM: tl.constexpr):
+    """Gradients of the samples' coordinates, (tokens,) each, from those of the samples of one map."""
+    upper_left, upper_right, lower_left, lower_right = _corners(
+        ptr, at_y, at_x, exists, height, width, strides, HEAD_DIM
+    )
+    _, lower = _neighbour(at_y)
+    _, right = _neighbour(at_x)
+    d_upper_left = tl.sum(upper_left.to(tl.float32) * d_sampled, 1)
+    d_upper_right = tl.sum(upper_right.to(tl.float32) * d_sampled, 1)
+    d_lower_left = tl.sum(lower_left.to(tl.float32) * d_sampled, 1)
+    d_lower_right = tl.sum(lower_right.to(tl.float32) * d_sampled, 1)
+    d_y = (1 - right) * (d_lower_left - d_upper_left) + right * (d_lower_right - d_upper_right)
+    d_x = (1 - lower) * (d_upper_right - d_upper_left) + lower * (d_lower_right - d_lower_left)
     return d_y, d_x
 
 
@@ -109,7 +108,8 @@ def _load_bias(ptr, head, tokens, N_TOKENS: tl.constexpr):
     """Bias tile of one head, in units of log2; keys that do not exist have minus infinity."""
     offsets = (head * N_TOKENS + tokens[:, None]) * N_TOKENS + tokens[None, :]
     inside = (tokens[:, None] < N_TOKENS) & (tokens[None, :] < N_TOKENS)
-    return tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32) * _LOG2E
+    bias = tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32) * _LOG2E
+    return tl.where(tokens[None, :] < N_TOKENS, bias, float("-inf"))
 
 
 @triton.jit
@@ -118,7 +118,8 @@ def _weights(q, k, b_bias, exists, scale, HAS_BIAS: tl.constexpr):
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
     if HAS_BIAS:
         logits += b_bias
-    logits = tl.where(exists[None, :], logits, float("-inf"))
+    else:
+        logits = tl.where(exists[None, :], logits, float("-inf"))
     weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
     return weights, tl.sum(weights, 1)
 
@@ -145,9 +146,9 @@ def _points(
 @triton.jit
 def _place(window, head, rows, columns, n_heads):
     """(image, row, column) of a window, and the index of what is predicted for it in one head."""
-    local = window % (rows * columns)
-    prediction = window.to(tl.int64) * n_heads + head
-    return window // (rows * columns), local // columns, local % columns, prediction
+    image, local = window // (rows * columns), window % (rows * columns)
+    prediction = (image.to(tl.int64) * (rows * columns) + local) * n_heads + head
+    return image, local // columns, local % columns, prediction
 
 
 @triton.jit
@@ -250,16 +251,22 @@ def _varied_window_bwd_kernel(
         samples += tl.arange(0, HEAD_DIM)[None, :]
         tl.store(samples, d_k.to(k.dtype), mask=exists[:, None])
         tl.store(samples + HEAD_DIM, d_v.to(v.dtype), mask=exists[:, None])
-        d_y, d_x = _slopes(
-            k_map, v_map, d_k, d_v, at_y, at_x, exists, height, width, k_strides, v_strides, HEAD_DIM
+        # Sums over channels want another layout than products leave, and get it from memory.
+        tl.debug_barrier()
+        d_k = tl.load(samples, mask=exists[:, None], other=0.0).to(tl.float32)
+        d_v = tl.load(samples + HEAD_DIM, mask=exists[:, None], other=0.0).to(tl.float32)
+        at_y, at_x = _points(
+            offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width, WINDOW_H, WINDOW_W, PAD_Y, PAD_X
         )
+        k_y, k_x = _slopes(k_map, d_k, at_y, at_x, exists, height, width, k_strides, HEAD_DIM)
+        v_y, v_x = _slopes(v_map, d_v, at_y, at_x, exists, height, width, v_strides, HEAD_DIM)
+        d_y, d_x = k_y + v_y, k_x + v_x
         _store_moved(d_offsets_ptr, prediction, tl.sum(d_y, 0), tl.sum(d_x, 0))
         from_middle_y = tokens // WINDOW_W - (WINDOW_H - 1) / 2
         from_middle_x = tokens % WINDOW_W - (WINDOW_W - 1) / 2
         _store_moved(d_stretch_ptr, prediction, tl.sum(d_y * from_middle_y, 0), tl.sum(d_x * from_middle_x, 0))
     if HAS_BIAS:
-        offsets = (tl.program_id(0) * N_TOKENS + tokens[:, None]) * N_TOKENS + tokens[None, :]
-        tl.store(d_bias_ptr + offsets, d_bias, mask=exists[:, None] & exists[None, :])
+        tl.store(d_bias_ptr + (tl.program_id(0) * BLOCK + tokens[:, None]) * BLOCK + tokens[None, :], d_bias)
 
 
 @triton.jit
@@ -395,7 +402,8 @@ class _Problem:
             "PAD_X": pad[1],
             "HEAD_DIM": self.head_dim,
         }
-        self.tiling = {"HAS_BIAS": bias is not None, "BLOCK": max(16, triton.next_power_of_2(self.tokens))}
+        self.block = max(16, triton.next_power_of_2(self.tokens))
+        self.tiling = {"HAS_BIAS": bias is not None, "BLOCK": self.block}
         self.multiprocessors = multiprocessors(q.device)
 
     def walkers(self, per_multiprocessor: int) -> int:
@@ -452,7 +460,7 @@ def varied_window_attention_backward(
     offsets, stretch = offsets.contiguous(), stretch.contiguous()
     walkers = problem.walkers(config.programs)
     bias_slots = torch.empty(
-        (0 if bias is None else walkers, problem.heads, problem.tokens, problem.tokens),
+        (0 if bias is None else walkers, problem.heads, problem.block, problem.block),
         dtype=torch.float32,
         device=q.device,
     )
@@ -467,7 +475,9 @@ def varied_window_attention_backward(
         **problem.constants, **problem.tiling, **config.launch,
     )  # fmt: skip
     _map_gradients(problem, d_samples, offsets, stretch, d_k, d_v)
-    d_bias = empty_gradient(grad) if bias is None else bias_slots.sum(0).to(bias.dtype)
+    d_bias = empty_gradient(grad)
+    if bias is not None:
+        d_bias = bias_slots.sum(0)[:, : problem.tokens, : problem.tokens].to(bias.dtype).contiguous()
     return d_q, d_k, d_v, d_offsets, d_stretch, d_bias
 
 

@@ -73,19 +73,20 @@ def _sample(ptr, at_y, at_x, exists, height, width, strides, HEAD_DIM: tl.conste
 
 
 @triton.jit
-def _slopes(ptr, d_sampled, at_y, at_x, exists, height, width, strides, HEAD_DIM: tl.constexpr):
-    """Gradients of the samples' coordinates, (tokens,) each, from those of the samples of one map."""
-    upper_left, upper_right, lower_left, lower_right = _corners(
-        ptr, at_y, at_x, exists, height, width, strides, HEAD_DIM
-    )
+def _slopes(
+    k_ptr, v_ptr, d_k, d_v, at_y, at_x, exists, height, width, k_strides, v_strides, HEAD_DIM: tl.constexpr
+):  # fmt: skip
+    """Gradients of the samples' coordinates, (tokens,) each, from those of the sampled keys and values."""
+    k_corners = _corners(k_ptr, at_y, at_x, exists, height, width, k_strides, HEAD_DIM)
+    v_corners = _corners(v_ptr, at_y, at_x, exists, height, width, v_strides, HEAD_DIM)
+    upper_left = tl.sum(k_corners[0].to(tl.float32) * d_k + v_corners[0].to(tl.float32) * d_v, 1)
+    upper_right = tl.sum(k_corners[1].to(tl.float32) * d_k + v_corners[1].to(tl.float32) * d_v, 1)
+    lower_left = tl.sum(k_corners[2].to(tl.float32) * d_k + v_corners[2].to(tl.float32) * d_v, 1)
+    lower_right = tl.sum(k_corners[3].to(tl.float32) * d_k + v_corners[3].to(tl.float32) * d_v, 1)
     _, lower = _neighbour(at_y)
     _, right = _neighbour(at_x)
-    d_upper_left = tl.sum(upper_left.to(tl.float32) * d_sampled, 1)
-    d_upper_right = tl.sum(upper_right.to(tl.float32) * d_sampled, 1)
-    d_lower_left = tl.sum(lower_left.to(tl.float32) * d_sampled, 1)
-    d_lower_right = tl.sum(lower_right.to(tl.float32) * d_sampled, 1)
-    d_y = (1 - right) * (d_lower_left - d_upper_left) + right * (d_lower_right - d_upper_right)
-    d_x = (1 - lower) * (d_upper_right - d_upper_left) + lower * (d_lower_right - d_lower_left)
+    d_y = (1 - right) * (lower_left - upper_left) + right * (lower_right - upper_right)
+    d_x = (1 - lower) * (upper_right - upper_left) + lower * (lower_right - lower_left)
     return d_y, d_x
 
 
@@ -162,13 +163,6 @@ def _pixels(
     return y, x, (tokens < WINDOW_H * WINDOW_W) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
 
 
-@triton.jit
-def _store_moved(ptr, prediction, vertical, horizontal):
-    """Counterpart of `_moved`."""
-    tl.store(ptr + 2 * prediction, vertical.to(ptr.dtype.element_ty))
-    tl.store(ptr + 2 * prediction + 1, horizontal.to(ptr.dtype.element_ty))
-
-
 @triton.jit(do_not_specialize=["height", "width", "rows", "columns", "n_windows"])
 def _varied_window_fwd_kernel(
     q_ptr, k_ptr, v_ptr, offsets_ptr, stretch_ptr, bias_ptr, out_ptr,
@@ -224,7 +218,7 @@ def _varied_window_bwd_kernel(
     if HAS_BIAS:
         b_bias = _load_bias(bias_ptr, head, tokens, N_TOKENS)
         d_bias = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for window in range(tl.program_id(0) // n_heads, n_windows, step):
+    for window in tl.range(tl.program_id(0) // n_heads, n_windows, step, disable_licm=True):
         image, row, column, prediction = _place(window, head, rows, columns, n_heads)
         at_y, at_x = _points(
             offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width, WINDOW_H, WINDOW_W, PAD_Y, PAD_X
@@ -242,10 +236,10 @@ def _varied_window_bwd_kernel(
         d_logits = weights * (d_weights - tl.sum(weights * d_weights, 1)[:, None])
         if HAS_BIAS:
             d_bias += d_logits
-        d_scores = (d_logits * scale).to(q.dtype)
-        d_q = tl.dot(d_scores, k, input_precision="ieee")
+        d_scores = d_logits.to(q.dtype)
+        d_q = tl.dot(d_scores, k, input_precision="ieee") * scale
         tl.store(d_q_ptr + _offsets(image, y, x, head, d_q_strides, HEAD_DIM), d_q.to(q.dtype), mask=real[:, None])
-        d_k = tl.dot(tl.trans(d_scores), q, input_precision="ieee")
+        d_k = tl.dot(tl.trans(d_scores), q, input_precision="ieee") * scale
         d_v = tl.dot(tl.trans(weights.to(v.dtype)), grad, input_precision="ieee")
         samples = d_samples_ptr + (prediction * N_TOKENS + tokens)[:, None] * (2 * HEAD_DIM)
         samples += tl.arange(0, HEAD_DIM)[None, :]
@@ -258,13 +252,14 @@ def _varied_window_bwd_kernel(
         at_y, at_x = _points(
             offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width, WINDOW_H, WINDOW_W, PAD_Y, PAD_X
         )
-        k_y, k_x = _slopes(k_map, d_k, at_y, at_x, exists, height, width, k_strides, HEAD_DIM)
-        v_y, v_x = _slopes(v_map, d_v, at_y, at_x, exists, height, width, v_strides, HEAD_DIM)
-        d_y, d_x = k_y + v_y, k_x + v_x
-        _store_moved(d_offsets_ptr, prediction, tl.sum(d_y, 0), tl.sum(d_x, 0))
+        d_y, d_x = _slopes(k_map, v_map, d_k, d_v, at_y, at_x, exists, height, width, k_strides, v_strides, HEAD_DIM)
         from_middle_y = tokens // WINDOW_W - (WINDOW_H - 1) / 2
         from_middle_x = tokens % WINDOW_W - (WINDOW_W - 1) / 2
-        _store_moved(d_stretch_ptr, prediction, tl.sum(d_y * from_middle_y, 0), tl.sum(d_x * from_middle_x, 0))
+        d_moved = tl.join(tl.join(d_y, d_x), tl.join(d_y * from_middle_y, d_x * from_middle_x))
+        d_offsets, d_stretch = tl.split(tl.sum(d_moved, 0))
+        axes = 2 * prediction + tl.arange(0, 2)
+        tl.store(d_offsets_ptr + axes, d_offsets.to(d_offsets_ptr.dtype.element_ty))
+        tl.store(d_stretch_ptr + axes, d_stretch.to(d_stretch_ptr.dtype.element_ty))
     if HAS_BIAS:
         tl.store(d_bias_ptr + (tl.program_id(0) * BLOCK + tokens[:, None]) * BLOCK + tokens[None, :], d_bias)
 

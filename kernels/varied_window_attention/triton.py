@@ -424,7 +424,8 @@ def varied_window_attention_forward(
         return out
     problem, config = _Problem(q, offsets, bias, window, pad_start), CONFIGS["fwd"]
     launch(
-        _varied_window_fwd_kernel, (problem.walkers(config.programs) * problem.heads,), q, k, v, offsets.contiguous(), stretch.contiguous(), None if bias is None else bias.contiguous(), out,
+        _varied_window_fwd_kernel, (problem.walkers(config.programs) * problem.heads,),
+        q, k, v, offsets.contiguous(), stretch.contiguous(), None if bias is None else bias.contiguous(), out,
         *map_strides(q, k, v, out), *problem.scalars, problem.n_windows, problem.heads, scale,
         **problem.constants, **problem.tiling, **config.launch,
     )  # fmt: skip
@@ -464,7 +465,8 @@ def varied_window_attention_backward(
         (problem.n_windows, problem.heads, problem.tokens, 2, problem.head_dim), dtype=q.dtype, device=q.device
     )
     launch(
-        _varied_window_bwd_kernel, (walkers * problem.heads,), grad, q, k, v, offsets, stretch, None if bias is None else bias.contiguous(),
+        _varied_window_bwd_kernel, (walkers * problem.heads,),
+        grad, q, k, v, offsets, stretch, None if bias is None else bias.contiguous(),
         d_q, d_samples, d_offsets, d_stretch, bias_slots, *map_strides(grad, q, k, v, d_q),
         *problem.scalars, problem.n_windows, problem.heads, scale,
         **problem.constants, **problem.tiling, **config.launch,
@@ -485,7 +487,8 @@ def _map_gradients(
     chunk_w = max(chunk_w, 16 // chunk_h)  # products need 16 samples
     tiles = math.ceil(problem.height / _TILE[0]) * math.ceil(problem.width / _TILE[1])
     launch(
-        _varied_window_bwd_dkdv_kernel, (problem.batch * tiles * problem.heads,), d_samples, offsets, stretch, d_k, d_v, *map_strides(d_k, d_v), *problem.scalars, problem.heads,
+        _varied_window_bwd_dkdv_kernel, (problem.batch * tiles * problem.heads,),
+        d_samples, offsets, stretch, d_k, d_v, *map_strides(d_k, d_v), *problem.scalars, problem.heads,
         TILE_H=_TILE[0], TILE_W=_TILE[1], CHUNK_H=chunk_h, CHUNK_W=chunk_w, LIST=_LIST,
         **problem.constants, **CONFIGS["bwd_dkdv"].launch,
     )  # fmt: skip

@@ -1,9 +1,50 @@
-"""Triton kernels of varied-size window attention: index map, tiling and numerics.
+"""Triton kernels of varied-size window attention: index map, tiling, numerics, roofline and what was tried.
 
 Index map. A window's token t stands at row t // ww and column t % ww of its window; the window's place minus the
-padding at the start is a pixel, and queries whose pixel lies outside the map are neither read nor written. The key
-and the value of token t come from the four pixels around a point of the map, which the window's offset and stretch
-give; pixels outside the map are zeros.
+padding at the start is a pixel. Queries whose pixel lies outside the map are neither read nor written. The key and the
+value of token t are mixed from the four pixels around a point, (centre + offset + stretch * place) along each axis;
+pixels outside the map are zeros.
+
+Tiling. A window of at most 64 tokens is one tile. In the forward and the first backward kernel a program keeps one
+head's bias in registers and walks over windows; neighbouring programs work on the heads of the same windows. They
+gather the samples' four pixels row by row, which the caches serve: a pixel has a share in about four samples.
+The first backward kernel leaves the gradients of the sampled keys and values, rounded to the inputs' dtype, in a
+workspace. The second has one tile of 8 x 8 pixels and one head a program. It tries all windows of the image, 64 at
+once, by the rectangle that their samples span, and visits those that reach the tile in raster order: the matrix of
+bilinear weights, an outer product of the shares along both axes, times the samples' gradients. So nothing is
+scattered, sorted or added atomically, any number of samples may fall on one pixel, and results do not depend on the
+schedule.
+
+Numerics. Coordinates, bilinear mixtures, logits, softmax and all sums are float32; samples, attention weights and, in
+the second backward kernel, bilinear weights are rounded to the inputs' dtype before they enter a product. float32
+inputs use full float32 products. The backward samples and attends anew, so that no result of the forward is needed.
+Where a coordinate is whole, its gradient is that from above. A window with a coordinate that is NaN gives the map no
+gradient; a NaN in a window's gradients spreads over the tiles of pixels that the window reaches.
+
+Roofline. The forward must move four maps (q, k, v, out), 154 MB at batch 64, 56 x 56 x 96 and bfloat16: 0.05 ms at
+3 TB/s. The backward must move seven, and with the workspace eleven. A window and head takes about 1,050 instructions
+of each of 128 threads in the forward, 2,300 in the first backward kernel, and 300 for each tile it reaches in the
+second: all three are bound by instructions issued and by latency rather than by bytes.
+
+What was tried, judged by code compiled for sm_90 (bfloat16, D = 32, 7 x 7):
+
+=================================================  =====================================================================
+idea                                               what came of it
+=================================================  =====================================================================
+8 warps a window in the first backward kernel      each half computes the whole 64 x 64 tile: as many registers, twice
+                                                   the instructions
+bias read anew for each window of the backward     its 32 addresses a thread take the registers that it leaves
+bias gradient stored without padding to the tile   offsets and masks stay in registers across the loop: spills
+hoisting of loop invariants in the backward        addresses in shared memory stay in registers across the loop: spills
+pixels kept in registers for the gradients of      more registers than there are; they are read again from the caches
+coordinates
+sums over channels in the products' layout         converts eight tiles; instead the samples' gradients are read back
+one sum over tokens for each of four results       three more rounds of barriers than one sum of all four
+weights of the second kernel from distances of     8,192 shares where rows and columns have 128; instead their outer
+all pixels and samples                             product
+samples sorted by pixel, then lists for pixels     not built: the sort and four gathers of every sample's gradients
+                                                   move more than the tiles' products
+=================================================  =====================================================================
 """
 
 from __future__ import annotations
@@ -23,10 +64,10 @@ _LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def _coordinate(offset, stretch, count, place, size, LENGTH: tl.constexpr, PAD: tl.constexpr):
+def _coordinate(offset, stretch, count, place, size, pad, LENGTH: tl.constexpr):
     """Where along one axis the samples at some places of a window lie, the `count`-th window along that axis."""
     middle = (LENGTH - 1) / 2
-    at = (count * LENGTH - PAD + middle) + offset + stretch * (place - middle)
+    at = (count * LENGTH - pad + middle) + offset + stretch * (place - middle)
     # Comparisons keep NaN. Beyond these bounds all is zero; without them huge predictions would overflow the index.
     at = tl.where(at < -2, -2.0, at)
     return tl.where(at > size + 1, size + 1.0, at)
@@ -133,14 +174,14 @@ def _moved(ptr, prediction):
 
 @triton.jit
 def _points(
-    offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width,
-    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
+    offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width, pad_y, pad_x,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
 ):  # fmt: skip
     """Vertical and horizontal coordinates of a window's samples in one head, (tokens,) each."""
     down, right = _moved(offsets_ptr, prediction)
     vertical, horizontal = _moved(stretch_ptr, prediction)
-    at_y = _coordinate(down, vertical, row, tokens // WINDOW_W, height, WINDOW_H, PAD_Y)
-    at_x = _coordinate(right, horizontal, column, tokens % WINDOW_W, width, WINDOW_W, PAD_X)
+    at_y = _coordinate(down, vertical, row, tokens // WINDOW_W, height, pad_y, WINDOW_H)
+    at_x = _coordinate(right, horizontal, column, tokens % WINDOW_W, width, pad_x, WINDOW_W)
     return at_y, at_x
 
 
@@ -154,20 +195,20 @@ def _place(window, head, rows, columns, n_heads):
 
 @triton.jit
 def _pixels(
-    tokens, row, column, height, width,
-    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
+    tokens, row, column, height, width, pad_y, pad_x,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
 ):  # fmt: skip
     """Where a window's queries stand, and whether that is inside the map."""
-    y = row * WINDOW_H - PAD_Y + tokens // WINDOW_W
-    x = column * WINDOW_W - PAD_X + tokens % WINDOW_W
+    y = row * WINDOW_H - pad_y + tokens // WINDOW_W
+    x = column * WINDOW_W - pad_x + tokens % WINDOW_W
     return y, x, (tokens < WINDOW_H * WINDOW_W) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
 
 
-@triton.jit(do_not_specialize=["height", "width", "rows", "columns", "n_windows"])
+@triton.jit(do_not_specialize=["height", "width", "rows", "columns", "pad_y", "pad_x", "n_windows"])
 def _varied_window_fwd_kernel(
     q_ptr, k_ptr, v_ptr, offsets_ptr, stretch_ptr, bias_ptr, out_ptr,
-    q_strides, k_strides, v_strides, out_strides, height, width, rows, columns, n_windows, n_heads, scale,
-    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
+    q_strides, k_strides, v_strides, out_strides, height, width, rows, columns, pad_y, pad_x, n_windows, n_heads, scale,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program: one head, every `step`-th window, each a single tile."""
@@ -182,9 +223,9 @@ def _varied_window_fwd_kernel(
     for window in range(tl.program_id(0) // n_heads, n_windows, step):
         image, row, column, prediction = _place(window, head, rows, columns, n_heads)
         at_y, at_x = _points(
-            offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width, WINDOW_H, WINDOW_W, PAD_Y, PAD_X
+            offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width, pad_y, pad_x, WINDOW_H, WINDOW_W
         )
-        y, x, real = _pixels(tokens, row, column, height, width, WINDOW_H, WINDOW_W, PAD_Y, PAD_X)
+        y, x, real = _pixels(tokens, row, column, height, width, pad_y, pad_x, WINDOW_H, WINDOW_W)
         q = tl.load(q_ptr + _offsets(image, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
         k = _sample(_map_of(k_ptr, image, head, k_strides), at_y, at_x, exists, height, width, k_strides, HEAD_DIM)
         v = _sample(_map_of(v_ptr, image, head, v_strides), at_y, at_x, exists, height, width, v_strides, HEAD_DIM)
@@ -197,12 +238,13 @@ def _varied_window_fwd_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["height", "width", "rows", "columns", "n_windows"])
+@triton.jit(do_not_specialize=["height", "width", "rows", "columns", "pad_y", "pad_x", "n_windows"])
 def _varied_window_bwd_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, offsets_ptr, stretch_ptr, bias_ptr,
     d_q_ptr, d_samples_ptr, d_offsets_ptr, d_stretch_ptr, d_bias_ptr,
-    grad_strides, q_strides, k_strides, v_strides, d_q_strides, height, width, rows, columns, n_windows, n_heads, scale,
-    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
+    grad_strides, q_strides, k_strides, v_strides, d_q_strides,
+    height, width, rows, columns, pad_y, pad_x, n_windows, n_heads, scale,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Gradients of everything but the maps of keys and values, for which it leaves those of the samples.
@@ -221,9 +263,9 @@ def _varied_window_bwd_kernel(
     for window in tl.range(tl.program_id(0) // n_heads, n_windows, step, disable_licm=True):
         image, row, column, prediction = _place(window, head, rows, columns, n_heads)
         at_y, at_x = _points(
-            offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width, WINDOW_H, WINDOW_W, PAD_Y, PAD_X
+            offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width, pad_y, pad_x, WINDOW_H, WINDOW_W
         )
-        y, x, real = _pixels(tokens, row, column, height, width, WINDOW_H, WINDOW_W, PAD_Y, PAD_X)
+        y, x, real = _pixels(tokens, row, column, height, width, pad_y, pad_x, WINDOW_H, WINDOW_W)
         q = tl.load(q_ptr + _offsets(image, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
         grad = tl.load(grad_ptr + _offsets(image, y, x, head, grad_strides, HEAD_DIM), mask=real[:, None], other=0.0)
         k_map = _map_of(k_ptr, image, head, k_strides)
@@ -250,7 +292,7 @@ def _varied_window_bwd_kernel(
         d_k = tl.load(samples, mask=exists[:, None], other=0.0).to(tl.float32)
         d_v = tl.load(samples + HEAD_DIM, mask=exists[:, None], other=0.0).to(tl.float32)
         at_y, at_x = _points(
-            offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width, WINDOW_H, WINDOW_W, PAD_Y, PAD_X
+            offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width, pad_y, pad_x, WINDOW_H, WINDOW_W
         )
         d_y, d_x = _slopes(k_map, v_map, d_k, d_v, at_y, at_x, exists, height, width, k_strides, v_strides, HEAD_DIM)
         from_middle_y = tokens // WINDOW_W - (WINDOW_H - 1) / 2
@@ -280,7 +322,7 @@ def _tents(at, exists, first, LENGTH: tl.constexpr):
 @triton.jit
 def _reaches(
     offsets_ptr, stretch_ptr, image, listed, head, n_heads, top, left, height, width, rows, columns,
-    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
+    pad_y, pad_x, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
     """Which of an image's listed windows have samples that a pixel of the tile has a share in."""
@@ -289,34 +331,34 @@ def _reaches(
     down, right = _moved(offsets_ptr, predictions)
     vertical, horizontal = _moved(stretch_ptr, predictions)
     row, column = listed // columns, listed % columns
-    from_y = _coordinate(down, vertical, row, 0, height, WINDOW_H, PAD_Y)
-    to_y = _coordinate(down, vertical, row, WINDOW_H - 1, height, WINDOW_H, PAD_Y)
-    from_x = _coordinate(right, horizontal, column, 0, width, WINDOW_W, PAD_X)
-    to_x = _coordinate(right, horizontal, column, WINDOW_W - 1, width, WINDOW_W, PAD_X)
+    from_y = _coordinate(down, vertical, row, 0, height, pad_y, WINDOW_H)
+    to_y = _coordinate(down, vertical, row, WINDOW_H - 1, height, pad_y, WINDOW_H)
+    from_x = _coordinate(right, horizontal, column, 0, width, pad_x, WINDOW_W)
+    to_x = _coordinate(right, horizontal, column, WINDOW_W - 1, width, pad_x, WINDOW_W)
     return known & _meets(from_y, to_y, top, TILE_H) & _meets(from_x, to_x, left, TILE_W)
 
 
 @triton.jit
 def _shares(
     offsets_ptr, stretch_ptr, prediction, row, column, y, x, top, left, height, width,
-    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
+    pad_y, pad_x, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
     """Bilinear weights of a tile's pixels in the samples at rows y and columns x of a window, (pixels, samples)."""
     down, right = _moved(offsets_ptr, prediction)
     vertical, horizontal = _moved(stretch_ptr, prediction)
-    at_y = _coordinate(down, vertical, row, y, height, WINDOW_H, PAD_Y)
-    at_x = _coordinate(right, horizontal, column, x, width, WINDOW_W, PAD_X)
+    at_y = _coordinate(down, vertical, row, y, height, pad_y, WINDOW_H)
+    at_x = _coordinate(right, horizontal, column, x, width, pad_x, WINDOW_W)
     shares_y = _tents(at_y, y < WINDOW_H, top, TILE_H)
     shares_x = _tents(at_x, x < WINDOW_W, left, TILE_W)
     return shares_y[:, None, :, None] * shares_x[None, :, None, :]
 
 
-@triton.jit(do_not_specialize=["height", "width", "rows", "columns"])
+@triton.jit(do_not_specialize=["height", "width", "rows", "columns", "pad_y", "pad_x"])
 def _varied_window_bwd_dkdv_kernel(
     d_samples_ptr, offsets_ptr, stretch_ptr, d_k_ptr, d_v_ptr, d_k_strides, d_v_strides,
-    height, width, rows, columns, n_heads,
-    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
+    height, width, rows, columns, pad_y, pad_x, n_heads,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, CHUNK_H: tl.constexpr, CHUNK_W: tl.constexpr, LIST: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -340,7 +382,7 @@ def _varied_window_bwd_dkdv_kernel(
         listed = first + tl.arange(0, LIST)
         reach = _reaches(
             offsets_ptr, stretch_ptr, image, listed, head, n_heads, top, left, height, width, rows, columns,
-            WINDOW_H, WINDOW_W, PAD_Y, PAD_X, TILE_H, TILE_W,
+            pad_y, pad_x, WINDOW_H, WINDOW_W, TILE_H, TILE_W,
         )  # fmt: skip
         local = tl.min(tl.where(reach, listed, n_local), 0)
         while local < n_local:
@@ -356,7 +398,7 @@ def _varied_window_bwd_dkdv_kernel(
                     d_values = tl.load(samples + HEAD_DIM, mask=exists[:, None], other=0.0)
                     shares = _shares(
                         offsets_ptr, stretch_ptr, prediction, local // columns, local % columns, y, x, top, left,
-                        height, width, WINDOW_H, WINDOW_W, PAD_Y, PAD_X, TILE_H, TILE_W,
+                        height, width, pad_y, pad_x, WINDOW_H, WINDOW_W, TILE_H, TILE_W,
                     )  # fmt: skip
                     shares = tl.reshape(shares, (TILE_H * TILE_W, CHUNK_H * CHUNK_W)).to(d_keys.dtype)
                     d_k = tl.dot(shares, d_keys, acc=d_k, input_precision="ieee")
@@ -373,7 +415,16 @@ def _varied_window_bwd_dkdv_kernel(
     )
 
 
-CONFIGS = {"fwd": Config(4, 2, 4), "bwd": Config(8, 1, 2), "bwd_dkdv": Config(4, 1)}
+# Heads whose channels take more than `_NARROW` bytes need more registers.
+CONFIGS = {
+    "fwd": Config(4, 2, 4),
+    "fwd_wide": Config(8, 1, 2),
+    "bwd": Config(4, 1, 2),
+    "bwd_wide": Config(8, 1, 1),
+    "bwd_dkdv": Config(4, 1),
+    "bwd_dkdv_wide": Config(8, 1),
+}
+_NARROW = 64
 _TILE = (8, 8)  # pixels whose gradients one program computes
 _CHUNK = 64  # samples that meet them at once
 _LIST = 64  # windows that are tried at once whether they reach the tile
@@ -387,19 +438,22 @@ class _Problem:
     ) -> None:
         self.batch, self.height, self.width, self.heads, self.head_dim = q.shape
         self.rows, self.columns = offsets.shape[1:3]
+        self.row_bytes = self.head_dim * q.element_size()
         self.window, self.tokens = window, window[0] * window[1]
         self.n_windows = self.batch * self.rows * self.columns
-        self.scalars = (self.height, self.width, self.rows, self.columns)
+        self.scalars = (self.height, self.width, self.rows, self.columns, *pad)
         self.constants: dict[str, Any] = {
             "WINDOW_H": window[0],
             "WINDOW_W": window[1],
-            "PAD_Y": pad[0],
-            "PAD_X": pad[1],
             "HEAD_DIM": self.head_dim,
         }
         self.block = max(16, triton.next_power_of_2(self.tokens))
         self.tiling = {"HAS_BIAS": bias is not None, "BLOCK": self.block}
         self.multiprocessors = multiprocessors(q.device)
+
+    def config(self, kernel: str) -> Config:
+        """How one of the kernels is launched."""
+        return CONFIGS[kernel if self.row_bytes <= _NARROW else f"{kernel}_wide"]
 
     def walkers(self, per_multiprocessor: int) -> int:
         """How many programs share the windows of one head, for so many programs of all heads on a multiprocessor."""
@@ -422,7 +476,8 @@ def varied_window_attention_forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    problem, config = _Problem(q, offsets, bias, window, pad_start), CONFIGS["fwd"]
+    problem = _Problem(q, offsets, bias, window, pad_start)
+    config = problem.config("fwd")
     launch(
         _varied_window_fwd_kernel, (problem.walkers(config.programs) * problem.heads,),
         q, k, v, offsets.contiguous(), stretch.contiguous(), None if bias is None else bias.contiguous(), out,
@@ -452,7 +507,8 @@ def varied_window_attention_backward(
     if q.numel() == 0:
         empty = empty_gradient(grad) if bias is None else torch.zeros_like(bias)
         return d_q, d_k, d_v, d_offsets.zero_(), d_stretch.zero_(), empty
-    problem, config = _Problem(q, offsets, bias, window, pad_start), CONFIGS["bwd"]
+    problem = _Problem(q, offsets, bias, window, pad_start)
+    config = problem.config("bwd")
     offsets, stretch = offsets.contiguous(), stretch.contiguous()
     walkers = problem.walkers(config.programs)
     bias_slots = torch.empty(
@@ -490,5 +546,5 @@ def _map_gradients(
         _varied_window_bwd_dkdv_kernel, (problem.batch * tiles * problem.heads,),
         d_samples, offsets, stretch, d_k, d_v, *map_strides(d_k, d_v), *problem.scalars, problem.heads,
         TILE_H=_TILE[0], TILE_W=_TILE[1], CHUNK_H=chunk_h, CHUNK_W=chunk_w, LIST=_LIST,
-        **problem.constants, **CONFIGS["bwd_dkdv"].launch,
+        **problem.constants, **problem.config("bwd_dkdv").launch,
     )  # fmt: skip

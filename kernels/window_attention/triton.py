@@ -19,10 +19,9 @@ over windows (bias, padding) go to one slot a program and are added in a fixed o
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -31,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitrail.kernels._common.gradients import empty_gradient
-from vitrail.kernels._common.launch import launch, map_strides, unit_stride
+from vitrail.kernels._common.launch import Config, launch, map_strides, multiprocessors, unit_stride
 from vitrail.kernels._common.triton import finite, load_kv
 
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -518,19 +517,6 @@ def _window_bwd_dbias_kernel(
     tl.store(d_bias_ptr + offsets, d_bias, mask=(q_tokens[:, None] < N_TOKENS) & (tokens[None, :] < N_TOKENS))
 
 
-class Config(NamedTuple):
-    """How a kernel is launched: warps a program, pipeline stages, and programs a multiprocessor where they walk."""
-
-    num_warps: int
-    num_stages: int
-    programs: int = 0
-
-    @property
-    def launch(self) -> dict[str, int]:
-        """Keyword arguments of the Triton launch."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
-
 CONFIGS = {
     "fwd": Config(4, 3, 8),
     "fwd_tiled": Config(4, 2),
@@ -579,7 +565,7 @@ class _Problem:
             self.constants["BLOCK"] = max(16, triton.next_power_of_2(self.tokens))
         else:
             self.constants |= self._cut()
-        self.multiprocessors = _multiprocessors(q.device)
+        self.multiprocessors = multiprocessors(q.device)
 
     def _cut(self) -> dict[str, int]:
         """A window as whole blocks and the smallest tile that holds the rest: 144 tokens are 64 + 64 + 16."""
@@ -732,9 +718,3 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 def _zeros_or_empty(grad: Tensor, tensor: Tensor | None) -> Tensor:
     return empty_gradient(grad) if tensor is None else torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; 1 for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

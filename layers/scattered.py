@@ -146,7 +146,7 @@ class PillarPooling(nn.Module):
         nn.init.normal_(self.z_embed.weight, std=0.01)
 
     def forward(self, x: SparseTensor) -> Tensor:
-        """Waits for the device once, for the number of pillars.
+        """Features and sites -> the map.
 
         Raises:
             ValueError: The grid's depth is not that of the embedding.
@@ -154,10 +154,9 @@ class PillarPooling(nn.Module):
         depth, height, width = x.sites.shape
         if depth != self.depth:
             raise ValueError(f"PillarPooling: the grid has depth {depth}; expected {self.depth}")
-        batch, z, row, column = x.sites.coords.unbind(1)
-        pillars, pillar = torch.unique((batch * height + row) * width + column, return_inverse=True)
-        pooled = self._pool(x.features, z, pillar * depth + z, len(pillars))
-        bev = pooled.new_zeros(x.sites.batch_size * height * width, pooled.shape[1]).index_copy(0, pillars, pooled)
+        keys, pillar, z = x.sites.pillars()
+        pooled = self._pool(x.features, z, pillar * depth + z, len(keys))
+        bev = pooled.new_zeros(x.sites.batch_size * height * width, pooled.shape[1]).index_copy(0, keys, pooled)
         return bev.view(x.sites.batch_size, height, width, -1).permute(0, 3, 1, 2)
 
     def _pool(self, features: Tensor, z: Tensor, slot: Tensor, n_pillars: int) -> Tensor:

@@ -17,12 +17,14 @@ from vitrail.kernels._common.dispatch import HAS_TRITON, record_choices
 from vitrail.kernels.sparse_conv import (
     NeighbourTable,
     depthwise_sparse_conv,
-    distinct_keys,
+    find_runs,
+    point_keys,
     site_coords,
     site_keys,
     sparse_conv,
     strided_sites,
     strided_table,
+    sites,
     submanifold_table,
 )
 
@@ -126,13 +128,13 @@ def test_keys_and_coordinates_are_inverse_and_sorted_alike() -> None:
     assert torch.equal(site_coords(keys, shape), coords)
 
 
-def test_distinct_keys_leave_out_what_is_not_valid() -> None:
-    keys = torch.tensor([[7, 3, 7], [0, 3, 9]])
-    valid = torch.tensor([[True, True, False], [True, True, False]])
-    assert distinct_keys(keys, valid).tolist() == [0, 3, 7]
-    assert distinct_keys(keys, ~valid).tolist() == [7, 9]
-    assert distinct_keys(keys, valid & ~valid).tolist() == []
-    assert distinct_keys(keys[:0], valid[:0]).tolist() == []
+def test_runs_leave_out_what_is_negative() -> None:
+    runs = find_runs(torch.tensor([-1, -1, 0, 3, 3, 3, 9]))
+    assert runs.keys.tolist() == [0, 3, 9]
+    assert runs.first.tolist() == [2, 3, 6]
+    assert runs.run.tolist() == [0, 1, 1, 1, 2]
+    for nothing in (torch.tensor([-1, -1]), torch.empty(0, dtype=torch.long)):
+        assert all(len(part) == 0 for part in find_runs(nothing))
 
 
 def test_large_grids_do_not_overflow() -> None:
@@ -250,6 +252,50 @@ def test_fused_takes_no_voxel_and_one(n: int) -> None:
             results.append([out, *torch.autograd.grad(out.sum(), (x, weight))])
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+@needs_triton
+@settings(max_examples=12)
+@given(shape=grids, how=strided, kernel=kernels, share=st.sampled_from([0.0, 0.05, 0.3, 1.0]))
+def test_fused_sites_and_tables_are_those_of_the_definition(
+    shape: Triple, how: tuple[Triple, Triple, Triple], kernel: Triple, share: float
+) -> None:
+    pytest.importorskip("vitrail.kernels.sparse_conv.triton_sites")
+    keys = draw_keys(shape, share).to(DEVICE)
+    results = []
+    for fused in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sites, "_is_fused", lambda _, fused=fused: fused)
+            out_keys, out_shape = strided_sites(keys, shape, *how)
+            tables = (
+                *submanifold_table(keys, shape, kernel),
+                *strided_table(keys, shape, out_keys, out_shape, *how),
+            )
+            results.append((out_keys, site_coords(keys, shape), *tables))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+@needs_triton
+def test_fused_keys_of_points_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vitrail.kernels.sparse_conv.triton_sites")
+    points = torch.rand(500, 5, device=DEVICE) * 6 - 1.5
+    for row, value in enumerate((float("nan"), float("inf"), -float("inf"), 1e30)):
+        points[row, row] = value
+        points[row + 10, 3] = value
+    points[20, :3] = torch.tensor([-1.0, 0.0, 0.5])  # the lower corner belongs to the grid
+    points[21, 1] = 3.0  # the upper one does not
+    batch = torch.arange(500, device=DEVICE) % 3
+    results = []
+    for fused in (True, False):
+        monkeypatch.setattr(sites, "_is_fused", lambda _, fused=fused: fused)
+        results.append(point_keys(points, batch, (-1.0, 0.0, 0.5), (0.5, 0.25, 0.3), (7, 12, 8)))
+    assert torch.equal(*results)
+    assert results[0][20] == 2 * 7 * 12 * 8
+    assert (results[0][[0, 1, 2, 10, 11, 12, 21]] == -1).all()
+    assert results[0][13] >= 0  # large, but finite and no coordinate
+    assert (results[0] >= 0).sum() > 50
 
 
 def test_choice_is_recorded() -> None:

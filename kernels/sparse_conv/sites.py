@@ -5,7 +5,7 @@ key, which is the lexicographic order of their coordinates, and distinct; the ro
 
 Numbers such as strides enter as Python's, not as tensors made from lists: moving those to a device waits for it.
 
-On CUDA devices the kernels of `triton_sites.py` do what is written here in PyTorch, unless VITRAIL_BACKEND says "eager".
+On CUDA devices the kernels of `triton_sites.py` do what is written here in PyTorch, unless VITRAIL_BACKEND is "eager".
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitrail.kernels._common.dispatch import HAS_TRITON, settings
+from vitrail.kernels._common.dispatch import runs_kernels
 
 Triple = tuple[int, int, int]
 
@@ -44,7 +44,7 @@ def site_keys(coords: Tensor, shape: Sequence[int]) -> Tensor:
 
 def site_coords(keys: Tensor, shape: Sequence[int]) -> Tensor:
     """Sites of keys: (...) -> (..., 4), int64, contiguous; the inverse of `site_keys`."""
-    if _is_fused(keys):
+    if runs_kernels(keys):
         from vitrail.kernels.sparse_conv.triton_sites import coords_of
 
         return coords_of(keys.flatten(), shape).view(*keys.shape, 4)
@@ -68,7 +68,7 @@ def point_keys(
     Returns:
         (P,), int64.
     """
-    if _is_fused(points) and points.dtype == torch.float32:
+    if runs_kernels(points) and points.dtype == torch.float32:
         from vitrail.kernels.sparse_conv.triton_sites import keys_of_points
 
         return keys_of_points(points.contiguous(), batch, low, voxel_size, shape)
@@ -133,7 +133,7 @@ def submanifold_table(keys: Tensor, shape: Sequence[int], kernel_size: Sequence[
     if any(size % 2 == 0 for size in kernel_size):
         raise ValueError(f"submanifold_table: kernel_size is {tuple(kernel_size)}; allowed: odd sizes")
     first = [-(size // 2) for size in kernel_size]
-    if _is_fused(keys):
+    if runs_kernels(keys):
         return _fused_table(keys, shape, keys, shape, kernel_size, (1, 1, 1), first)
     coords = site_coords(keys, shape)
     offsets = _affine(_taps(kernel_size, keys.device), (1, 1, 1), first)
@@ -187,7 +187,7 @@ def _reached_keys(
     reach: Sequence[int],
 ) -> Tensor:
     """Keys of the outputs that each input reaches, -1 where there are fewer than `reach` allows, one after another."""
-    if _is_fused(keys):
+    if runs_kernels(keys):
         from vitrail.kernels.sparse_conv.triton_sites import reached_keys
 
         return reached_keys(keys, shape, out_shape, kernel_size, stride, padding, reach)
@@ -214,16 +214,12 @@ def strided_table(
     See `strided_sites` for the arguments and for `out_keys` and `out_shape`.
     """
     first_tap = [-size for size in padding]
-    if _is_fused(keys):
+    if runs_kernels(keys):
         return _fused_table(out_keys, out_shape, keys, shape, kernel_size, stride, first_tap)
     coords = site_coords(out_keys, out_shape)
     first = _affine(coords[:, 1:], stride, first_tap)
     table = _look_up(keys, shape, coords[:, 0], first + _taps(kernel_size, keys.device)[:, None])
     return NeighbourTable(table, _transpose(table, len(keys)))
-
-
-def _is_fused(tensor: Tensor) -> bool:
-    return tensor.device.type == "cuda" and HAS_TRITON and settings.default_backend != "eager"
 
 
 def _fused_table(*arguments: Any) -> NeighbourTable:

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitrail.kernels._common.triton import bisect
+
 _ROWS = 128
 
 
@@ -26,20 +28,6 @@ def _split(keys, depth, height, width):
     rows = keys // width
     planes = rows // height
     return planes // depth, planes % depth, rows % height, keys % width
-
-
-@triton.jit
-def _first_not_below(keys_ptr, n_keys, wanted, steps):
-    """Ranks of the first keys that are not below the wanted ones; `steps` halvings leave a single candidate."""
-    low = tl.zeros(wanted.shape, tl.int32)
-    high = low + n_keys
-    for _ in range(steps):
-        middle = (low + high) // 2
-        open = low < high
-        below = open & (tl.load(keys_ptr + middle, mask=open, other=0) < wanted)
-        high = tl.where(below, high, tl.where(open, middle, high))
-        low = tl.where(below, middle + 1, low)
-    return low
 
 
 @triton.jit(
@@ -63,7 +51,7 @@ def _table_kernel(
     x = x * stride_x + first_x
     inside = exists & (z >= 0) & (z < depth) & (y >= 0) & (y < height)
     wanted = ((batch * depth + z) * height + y) * width + x
-    row = _first_not_below(keys_ptr, n_inputs, wanted, steps)
+    row = bisect(keys_ptr, n_inputs, wanted, steps, False)
     for tap_x in range(taps_x):
         met = tl.load(keys_ptr + row, mask=row < n_inputs, other=-1) == wanted
         met = met & (row < n_inputs)

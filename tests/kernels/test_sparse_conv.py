@@ -21,10 +21,10 @@ from vitrail.kernels.sparse_conv import (
     point_keys,
     site_coords,
     site_keys,
+    sites,
     sparse_conv,
     strided_sites,
     strided_table,
-    sites,
     submanifold_table,
 )
 
@@ -265,7 +265,7 @@ def test_fused_sites_and_tables_are_those_of_the_definition(
     results = []
     for fused in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sites, "_is_fused", lambda _, fused=fused: fused)
+            patch.setattr(sites, "runs_kernels", lambda _, fused=fused: fused)
             out_keys, out_shape = strided_sites(keys, shape, *how)
             tables = (
                 *submanifold_table(keys, shape, kernel),
@@ -289,7 +289,7 @@ def test_fused_keys_of_points_are_those_of_the_definition(monkeypatch: pytest.Mo
     batch = torch.arange(500, device=DEVICE) % 3
     results = []
     for fused in (True, False):
-        monkeypatch.setattr(sites, "_is_fused", lambda _, fused=fused: fused)
+        monkeypatch.setattr(sites, "runs_kernels", lambda _, fused=fused: fused)
         results.append(point_keys(points, batch, (-1.0, 0.0, 0.5), (0.5, 0.25, 0.3), (7, 12, 8)))
     assert torch.equal(*results)
     assert results[0][20] == 2 * 7 * 12 * 8

@@ -33,7 +33,7 @@ val_dataloader = dict(
     collate_fn=dict(type="collate_scans"),
     dataset=dict(type="PointDataset"),
 )
-val_evaluator = dict(type="PointAveragePrecision", iou=0.5)
+val_evaluator = dict(type="PointAveragePrecision")
 
 optim_wrapper = dict(
     type="OptimWrapper",

@@ -36,7 +36,7 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(num_workers=4, dataset=dict(**_data, ann_file="ImageSets/val.txt"))
-val_evaluator = dict(by_difficulty=True)
+val_evaluator = dict(iou=0.5, by_difficulty=True)
 
 optim_wrapper = dict(optimizer=dict(lr=3e-5))
 # One cycle: the learning rate goes up to 3e-3 and down again, the momentum from 0.95 to 0.85 and back.

@@ -27,6 +27,7 @@ _data = dict(
 )
 train_dataloader = dict(batch_size=2, num_workers=2, dataset=dict(**_data, scene=None, objects=None, repeat=20))
 val_dataloader = dict(batch_size=2, num_workers=1, dataset=_data)
+val_evaluator = dict(iou=0.5)
 
 optim_wrapper = dict(optimizer=dict(lr=3e-5, weight_decay=0.01))
 param_scheduler = [

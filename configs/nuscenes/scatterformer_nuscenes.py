@@ -66,6 +66,7 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(dataset=dict(**_data, ann_file="splits/val.txt"))
+val_evaluator = dict(iou=0.5)
 
 optim_wrapper = dict(optimizer=dict(lr=6e-4, weight_decay=0.03))
 # One cycle: the learning rate goes up to 6e-3 and down again, the momentum from 0.95 to 0.85 and back.

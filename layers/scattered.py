@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.kernels.scattered_linear_attention import scattered_linear_attention_packed
+from vitrail.kernels.sparse_conv import mixed_depthwise_conv
 from vitrail.layers._heads import head_width
 from vitrail.layers.sparse import DepthwiseSubmanifoldConv3d
 from vitrail.layers.voxels import SparseTensor, VoxelNorm, VoxelSites
@@ -97,9 +98,8 @@ class CrossWindowFeedForward(nn.Module):
 
     def forward(self, features: Tensor, sites: VoxelSites) -> Tensor:
         x = self.norm1(features)
-        near, along_x, along_y, rest = x.chunk(4, 1)
-        mixed = (self.conv(near, sites), self.conv_x(along_x, sites), self.conv_y(along_y, sites), rest)
-        x = x + torch.cat(mixed, 1)
+        convs = (self.conv, self.conv_x, self.conv_y)
+        x = mixed_depthwise_conv(x, [conv.weight for conv in convs], [conv.neighbours(sites) for conv in convs])
         return x + self.fc2(self.fc1(self.norm2(x)).relu())
 
 

@@ -18,8 +18,8 @@ _spec.loader.exec_module(_runs)
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     file = tmp_path / "scale.json"
     done = _runs.run_python(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "vitrail.tools.scale", "test_vit",
-        "--device", "cpu", "--sharded", "--batch-size", 4, "--img-size", 32, "--steps", 1, "--rounds", 2,
+        "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", 2,
+        "-m", "vitrail.tools.scale", "test_vit", "--device", "cpu", "--sharded", "--batch-size", 4, "--img-size", 32, "--steps", 1, "--rounds", 2,
         "--check-steps", 3, "--check-batch", 8, "--json", file, folder=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -29,6 +29,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         ("one process", "-", 1, 4), ("replicas", "weak", 2, 4), ("shards", "weak", 2, 4), ("replicas", "strong", 2, 2)
     ]  # fmt: skip
     assert speeds[0]["efficiency"] == 1
+    assert all(row["rounds"] == 2 for row in speeds)
     for row in speeds:
         speed = row["batch_per_process"] * row["processes"] / row["step_ms"] * 1e3
         assert row["images_per_s"] == pytest.approx(speed)
@@ -40,6 +41,8 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 def test_it_wants_torchrun(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for arguments, message in ((["test_vit"], "start it by torchrun"), (["test_vitt"], "test_vit"),
-                               (["test_vit", "--sharded", "--amp", "fp16"], "use --amp bf16")):  # fmt: skip
+                               (["test_vit", "--sharded", "--amp", "fp16"], "use --amp bf16"),
+                               (["test_vit", "--cuda-graph", "--compile"], "neither --compile nor"),
+                               (["test_vit", "--time-limit", "0"], "--time-limit is 0.0; allowed: more than 0")):  # fmt: skip
         assert main(arguments) == 2
         assert message in capsys.readouterr().err

@@ -81,6 +81,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=8, help="training steps a round (default 8)")
     add("--rounds", type=int, default=5, help="rounds of all settings (default 5)")
     add("--check-steps", type=int, default=20, help="length of the loss curves (default 20; 0 for none)")
+    add("--check-float32", action="store_true", help="loss curves in float32, too; its kernels take long to compile")
     add("--check-batch", type=int, default=64, help="images in all processes together in the curves (default 64)")
     add("--time-limit", type=float, metavar="S", help="begin no further round and no further curve after S seconds")
     add("--json", type=Path, metavar="FILE", help="write all figures, with device, versions and commit, as they come")
@@ -114,9 +115,8 @@ def _check_options(options: argparse.Namespace) -> None:
 
 def _scale(options: argparse.Namespace) -> int:
     if "WORLD_SIZE" not in os.environ:
-        raise UsageError(
-            "start it by torchrun: torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node N -m vitrail.tools.scale ..."
-        )
+        launcher = "torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node N"
+        raise UsageError(f"start it by torchrun: {launcher} -m vitrail.tools.scale ...")
     world = int(os.environ["WORLD_SIZE"])
     processes = sorted({2**i for i in range(1, world.bit_length()) if 2**i <= world} | {world})
     processes = sorted(set(options.processes or processes))
@@ -139,7 +139,7 @@ def _scale(options: argparse.Namespace) -> int:
     settings = Settings(
         device, options.batch_size, size, options.amp, tuple(processes), options.sharded, options.sync_bn,
         options.compile, options.cuda_graph, options.bucket_mb, options.steps, options.rounds, options.check_steps,
-        options.check_batch, options.time_limit,
+        options.check_batch, options.check_float32, options.time_limit,
     )  # fmt: skip
     results = Results(lambda speeds, curves: _save(options, speeds, curves))
     try:

@@ -123,8 +123,8 @@ class _UncheckedLoss:
         if not math.isfinite(value):
             iteration, epoch = self._place
             raise NonFiniteLossError(
-                f"the loss is {value} in iteration {iteration} (epoch {epoch}); the last checkpoint is from before. Try "
-                "a lower learning rate (optim_wrapper.optimizer.lr), gradient clipping "
+                f"the loss is {value} in iteration {iteration} (epoch {epoch}); the last checkpoint is from before. "
+                "Try a lower learning rate (optim_wrapper.optimizer.lr), gradient clipping "
                 "(optim_wrapper.clip_grad.max_norm=1.0), bf16 in place of fp16, or a longer warm-up"
             )
 

@@ -45,6 +45,7 @@ class Settings:
         rounds: How often all have their turn.
         check_steps: Length of the loss curves; 0 for none.
         check_batch: Images of all processes together in a step of the curves.
+        check_float32: Loss curves in float32 besides those in the precision `amp`.
         time_limit: Seconds after which no further round and no further curve begins; None for no limit.
     """
 
@@ -62,6 +63,7 @@ class Settings:
     rounds: int
     check_steps: int
     check_batch: int
+    check_float32: bool
     time_limit: float | None
 
 
@@ -238,18 +240,20 @@ class _Bench:
 
     def compare_losses(self, results: Results) -> None:
         """Loss curves on the same global batches; batch norms see all processes' images, or they would differ."""
-        for amp in dict.fromkeys([None, self.settings.amp]):
+        amp = self.settings.amp
+        for precision in (None, amp) if amp and self.settings.check_float32 else (amp,):
             expected: list[float] = []
             for job in _plan_curves(self.settings):
                 if self.time_is_up():
                     self.report("out of time for further loss curves")
                     return
-                losses = self._loss_curve(job, amp)
+                losses = self._loss_curve(job, precision)
                 expected = expected or losses
                 deviation = max(abs(a - b) / abs(a) for a, b in zip(expected, losses, strict=True))
-                row = {"precision": amp or "float32", "first": losses[0], "last": losses[-1], "deviation": deviation}
+                name = precision or "float32"
+                row = {"precision": name, "first": losses[0], "last": losses[-1], "deviation": deviation}
                 results.add_curve({**self.facts, **job.facts(), **row, "losses": losses})
-                self.report(f"{job}, {amp or 'float32'}: losses deviate by {deviation:.1e}")
+                self.report(f"{job}, {name}: losses deviate by {deviation:.1e}")
 
     def _loss_curve(self, job: _Job, amp: str | None) -> list[float]:
         """Mean loss of all processes in every step; the same list on every process, members or not."""

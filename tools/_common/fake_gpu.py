@@ -85,6 +85,13 @@ class LiveStorages(TorchDispatchMode):
             self.live[old] -= block.size
             self.live[label] += block.size
 
+    def exclude(self, tensor: Tensor) -> None:
+        """Lets the storage of a tensor count no more."""
+        key = tensor.untyped_storage()._cdata
+        label, block, reference = self._known[key]
+        self._known[key] = label, None, reference
+        self._give_back(label, block)
+
     def reserve(self, nbytes: int, label: str, moment: str) -> Callable[[], None]:
         """Takes memory that belongs to no tensor; returns what gives it back."""
         block = self._take(nbytes, label, moment)
@@ -129,7 +136,42 @@ class LiveStorages(TorchDispatchMode):
 
 
 def _workspaces(func: Any, args: Any, result: Any) -> list[int]:
+    """Bytes that an operator of PyTorch takes on a GPU besides its results, and gives back at its end.
+
+    Copies of operands in the layout that cuDNN and cuBLAS want, and the sums of FlashAttention's backward. What cuDNN's
+    convolutions ask for besides is not known without a GPU and left out.
+    """
+    if func is _aten.convolution.default:
+        return _copies(args[:2], _map_format(result))
+    if func is _aten.convolution_backward.default:
+        found = [tensor for tensor in result[:2] if tensor is not None]
+        return _copies(args[:3], _map_format(found[0])) if found else []
+    if func.overloadpacket in (_aten.mm, _aten.bmm):
+        return [_nbytes(x) for x in args[:2] if not _is_matrix(x)]
+    if func is _aten._scaled_dot_product_flash_attention_backward.default:
+        batch, heads, queries, dim = args[1].shape
+        rows = batch * heads * (-(-queries // 128) * 128)
+        return [4 * rows, 4 * rows * (-(-dim // 32) * 32)]
     return []
+
+
+def _map_format(tensor: Tensor) -> torch.memory_format:
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last and not tensor.is_contiguous() else torch.contiguous_format
+
+
+def _copies(tensors: Any, layout: torch.memory_format) -> list[int]:
+    return [_nbytes(x) for x in tensors if not x.is_contiguous(memory_format=layout)]
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    """Whether the last two dimensions are rows or columns without gaps between neighbours, as cuBLAS takes them."""
+    (rows, columns), (down, along) = tensor.shape[-2:], tensor.stride()[-2:]
+    return (along == 1 and down >= max(1, columns)) or (down == 1 and along >= max(1, rows)) or min(rows, columns) == 1
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 class FusedAttention(TorchFunctionMode):
@@ -140,7 +182,7 @@ class FusedAttention(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention and args[0].is_cuda:
             return _attend(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -225,28 +267,32 @@ class Backward:
     added in place where nothing else holds the first of them.
 
     Args:
-        accumulate: Called with every parameter and its gradient; by default it becomes, or is added to, `.grad`.
+        accumulate: Called with every parameter and its gradient, such as `accumulate` below.
     """
 
-    def __init__(self, accumulate: Callable[[Tensor, Tensor], None] | None = None) -> None:
-        self._accumulate = accumulate or _accumulate
+    def __init__(self, accumulate: Callable[[Tensor, Tensor], None]) -> None:
+        self._accumulate = accumulate
         self._waiting: dict[Any, int] = {}
         self._received: dict[Any, list[Tensor | None]] = {}
         self._ready: list[tuple[int, int, Any]] = []
         self._pushed = 0
 
-    @torch.no_grad()
-    def run(self, loss: Tensor) -> None:
-        """The backward pass of a scalar; drop every other reference to its graph to see the memory go."""
+    def run(self, losses: list[Tensor]) -> None:
+        """The backward pass of the one scalar in a list.
+
+        It is taken out: the graph goes node by node only where nothing holds on to its end, not even an argument.
+        """
+        loss = losses.pop()
         root = loss.grad_fn
         if root is None:
-            raise ValueError("the loss does not depend on any parameter")
+            raise ValueError("the loss depends on no parameter")
         self._count_dependencies(root)
-        self._received[root] = [torch.ones_like(loss)]
-        self._push(root)
-        del root, loss
-        while self._ready:
-            self._run_node(heapq.heappop(self._ready)[2])
+        with torch.no_grad():
+            self._received[root] = [torch.ones_like(loss)]
+            self._push(root)
+            del root, loss
+            while self._ready:
+                self._run_node(heapq.heappop(self._ready)[2])
 
     def _count_dependencies(self, root: Any) -> None:
         self._waiting[root] = 0
@@ -325,7 +371,8 @@ def _has_views(tensor: Tensor) -> bool:
     return torch._C._storage_Use_Count(storage._cdata) > 2  # the tensor and the Python object
 
 
-def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
+def accumulate(parameter: Tensor, gradient: Tensor) -> None:
+    """What autograd does: the gradient becomes the parameter's own, or a copy in its layout, or is added to it."""
     if parameter.grad is not None:
         parameter.grad.add_(gradient)
     elif _has_layout_of(gradient, parameter):

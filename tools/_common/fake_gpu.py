@@ -174,17 +174,32 @@ def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-class FusedAttention(TorchFunctionMode):
-    """Sends `scaled_dot_product_attention` to the kernel that PyTorch chooses on a GPU for such inputs.
+class Functions(TorchFunctionMode):
+    """Sends `scaled_dot_product_attention` to the kernel that PyTorch chooses on a GPU, and keeps hold of Python nodes.
 
     FlashAttention takes half precision without a mask, the memory-efficient kernel nearly anything else; both keep the
     log-sum-exp of the rows and no weights. PyTorch itself would look at the GPU, and without one write the weights out.
+
+    Nodes of the graph that are written in Python, as those of this package's operators, can be reached from Python only
+    as long as a node behind them lives; a view has a node that keeps nothing else.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._handles: dict[Any, Any] | None = {}
+
+    def take_handles(self) -> dict[Any, Any]:
+        """For every Python node a node that keeps it alive; there will be no more of them."""
+        handles, self._handles = self._handles or {}, None
+        return handles
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention and args[0].is_cuda:
             return _attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if self._handles is not None and isinstance(result, Tensor) and _is_python(result.grad_fn):
+            self._handles[result.grad_fn] = result.view_as(result).grad_fn
+        return result
 
 
 def _attend(
@@ -233,7 +248,7 @@ def _attend_unfused(
 
 
 @contextmanager
-def pretended_gpu(multiprocessors: int) -> Iterator[None]:
+def pretended_gpu(multiprocessors: int) -> Iterator[Functions]:
     """A block in which what asks for the GPU's properties, or launches a kernel on it, is content without one.
 
     Args:
@@ -256,8 +271,7 @@ def pretended_gpu(multiprocessors: int) -> Iterator[None]:
 
             replace(JITFunction, "run", lambda *_, **__: None)
             replace(InterpretedFunction, "run", lambda *_, **__: None)
-        stack.enter_context(FusedAttention())
-        yield
+        yield stack.enter_context(Functions())
 
 
 class Backward:
@@ -268,10 +282,11 @@ class Backward:
 
     Args:
         accumulate: Called with every parameter and its gradient, such as `accumulate` below.
+        handles: Of Python nodes, see `Functions`; emptied as they run.
     """
 
-    def __init__(self, accumulate: Callable[[Tensor, Tensor], None]) -> None:
-        self._accumulate = accumulate
+    def __init__(self, accumulate: Callable[[Tensor, Tensor], None], handles: dict[Any, Any]) -> None:
+        self._accumulate, self._handles = accumulate, handles
         self._waiting: dict[Any, int] = {}
         self._received: dict[Any, list[Tensor | None]] = {}
         self._ready: list[tuple[int, int, Any]] = []
@@ -307,7 +322,7 @@ class Backward:
 
     def _push(self, node: Any) -> None:
         self._pushed += 1
-        heapq.heappush(self._ready, (-node._sequence_nr(), self._pushed, node))
+        heapq.heappush(self._ready, (-_age(node), self._pushed, node))
 
     def _run_node(self, node: Any) -> None:
         del self._waiting[node]
@@ -318,6 +333,7 @@ class Backward:
             return
         edges = node.next_functions
         gradients = _call(node, received)
+        self._handles.pop(node, None)
         del node, received  # and what it had saved
         gradients.reverse()
         for following, position in edges:
@@ -330,30 +346,42 @@ class Backward:
             del gradient
 
     def _pass_on(self, node: Any, position: int, gradient: Tensor | None) -> None:
-        metadata = node._input_metadata
-        buffers = self._received.setdefault(node, [None] * max(len(metadata), 1))
+        """Leaves a gradient with the node that it is for, in the dtype and shape of what that node had made."""
+        made = _results_of(node)
+        received = self._received.setdefault(node, [None] * max(len(made), 1))
         if gradient is None:
             return
-        if metadata and gradient.dtype != metadata[position].dtype:
-            gradient = gradient.to(metadata[position].dtype)
-        if metadata and gradient.shape != tuple(metadata[position].shape):
-            gradient = gradient.sum_to_size(metadata[position].shape)
-        earlier = buffers[position]
-        buffers[position] = None
-        buffers[position] = gradient if earlier is None else _add(earlier, gradient)
+        if made and gradient.dtype != made[position].dtype:
+            gradient = gradient.to(made[position].dtype)
+        if made and gradient.shape != tuple(made[position].shape):
+            gradient = gradient.sum_to_size(made[position].shape)
+        earlier, received[position] = received[position], None
+        received[position] = gradient if earlier is None else _add(earlier, gradient)
+
+
+def _age(node: Any) -> float:
+    """When a node was made, in steps of PyTorch's count; of Python's functions, which do not tell, after their inputs."""
+    if not _is_python(node):
+        return node._sequence_nr()
+    inputs = [following for following, _ in node.next_functions if following is not None]
+    return max((_age(one) for one in inputs if not hasattr(one, "variable")), default=0.0) + 0.5
+
+
+def _results_of(node: Any) -> Any:
+    """Dtypes and shapes of a node's results; nothing for functions written in Python, which have one result here."""
+    return () if _is_python(node) else node._input_metadata
+
+
+def _is_python(node: Any) -> bool:
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
 def _call(node: Any, received: list[Tensor | None]) -> list[Tensor | None]:
     """The gradients for `next_functions`, in their order."""
-    if not isinstance(node, torch.autograd.function.BackwardCFunction):
+    if not _is_python(node):
         found = node(*received)
         return list(found) if isinstance(found, tuple) else [found]
-    metadata = node._input_metadata
-    filled = [
-        torch.zeros(tuple(m.shape), dtype=m.dtype, device=m.device) if gradient is None else gradient
-        for gradient, m in zip(received, metadata, strict=True)
-    ]
-    found = node.apply(*filled)
+    found = node.apply(*received)
     found = found if isinstance(found, tuple) else (found,)
     wanted = [gradient for gradient, needed in zip(found, node.needs_input_grad, strict=True) if needed]
     wanted.reverse()
@@ -362,8 +390,17 @@ def _call(node: Any, received: list[Tensor | None]) -> list[Tensor | None]:
 
 def _add(earlier: Tensor, later: Tensor) -> Tensor:
     alone = sys.getrefcount(earlier) <= 3 and not _has_views(earlier)  # the caller's name, ours, and the argument
-    dense = torch._prims_common.is_non_overlapping_and_dense_or_false(earlier)
-    return earlier.add_(later) if alone and dense else earlier + later
+    return earlier.add_(later) if alone and _is_dense(earlier) else earlier + later
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory, in whatever order of the dimensions."""
+    expected = 1
+    for stride, size in sorted(pair for pair in zip(tensor.stride(), tensor.shape, strict=True) if pair[1] > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _has_views(tensor: Tensor) -> bool:

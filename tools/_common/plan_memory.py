@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vitrail.tools._common.fake_gpu import Backward, LiveStorages, accumulate, pretended_gpu
+from vitrail.tools._common.fake_gpu import Backward, Functions, LiveStorages, accumulate, pretended_gpu
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 H100_MULTIPROCESSORS = 132
@@ -88,8 +88,8 @@ def measure_step(model: nn.Module, setting: Setting, device: torch.device | None
     """
     device = device or torch.device("cuda", 0)
     tracker = LiveStorages(device.type)
-    with pretended_gpu(H100_MULTIPROCESSORS), FakeTensorMode(allow_non_fake_inputs=True), tracker:
-        return _Step(model, setting, device, tracker).run()
+    with pretended_gpu(H100_MULTIPROCESSORS) as functions, FakeTensorMode(allow_non_fake_inputs=True), tracker:
+        return _Step(model, setting, device, tracker).run(functions)
 
 
 class _Step:
@@ -114,7 +114,7 @@ class _Step:
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
 
-    def run(self) -> StepMemory:
+    def run(self, functions: Functions) -> StepMemory:
         tracker, setting, found = self.tracker, self.setting, StepMemory()
         tracker.label = "batch"
         images = torch.empty(setting.batch, 3, *setting.size, device=self.device)
@@ -128,7 +128,7 @@ class _Step:
         found.after_forward = tracker.allocator.allocated
         tracker.label = "passing"
         gathered = tracker.reserve(gathered_bytes(self.units), "workspace", "gathered weights")
-        Backward(self._accumulate).run(losses)
+        Backward(self._accumulate, functions.take_handles()).run(losses)
         gathered()
         found.after_backward = tracker.allocator.allocated
         self.optimizer.step()

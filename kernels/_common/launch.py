@@ -1,8 +1,49 @@
-"""What launches of Triton kernels share: how tensors over (B, H, W, heads, D) are handed over."""
+"""What launches of Triton kernels share: how tensors are handed over, and that compiled code is found again quickly."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import Any
+
+import torch
 from torch import Tensor
+
+_MOST_REMEMBERED = 4096
+_compiled: dict[Hashable, Any] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Runs `kernel[grid](*arguments, **constants)` on the device of the first argument.
+
+    Triton finds a kernel's compiled code by classifying every argument of every call, which takes longer than all else
+    that a launch costs. Here the arguments themselves are the key: numbers, strides and constants by value, tensors by
+    dtype and alignment, which is all that the code may depend on.
+
+    Args:
+        kernel: A function under `triton.jit`, its compile-time parameters last.
+        grid: Numbers of programs, one to three.
+        arguments: Its other parameters, in their order; the first is a tensor.
+        constants: The compile-time parameters, and Triton's options.
+    """
+    device = arguments[0].device
+    if device.type != "cuda":  # Triton's interpreter
+        kernel[grid](*arguments, **constants)
+        return
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, *arguments, **constants)
+        return
+    described = [(x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x for x in arguments]
+    key = (id(kernel), device.index, *described, *constants.items())
+    code = _compiled.get(key)
+    if code is None:
+        if len(_compiled) >= _MOST_REMEMBERED:
+            _compiled.clear()
+        _compiled[key] = kernel[grid](*arguments, **constants)
+        return
+    whole_grid = (*grid, 1, 1)
+    n_constants = len(kernel.params) - len(arguments)
+    code[whole_grid](*arguments, *(None,) * n_constants)
 
 
 def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:

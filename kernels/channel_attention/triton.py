@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitrail.kernels._common.launch import map_strides, unit_stride
+from vitrail.kernels._common.launch import launch, map_strides, unit_stride
 from vitrail.kernels._common.triton import Chunks, place, square_offsets, token_offsets
 
 _BLOCK_BYTES = 8192  # of one tile of tokens
@@ -134,11 +134,11 @@ def channel_attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> 
     chunks = _chunks(q)
     sums = chunks.workspace(chunks.head_dim**2)
     k_strides, v_strides, q_strides, out_strides = map_strides(k, v, q, out)
-    _sums_kernel[chunks.grid](
-        k, v, None, None, sums, k_strides, v_strides, q_strides, q_strides,
-        *chunks.scalars, BACKWARD=False, **chunks.options,
+    launch(
+        _sums_kernel, chunks.grid, k, v, None, None, sums, k_strides, v_strides, q_strides, q_strides, *chunks.scalars,
+        BACKWARD=False, **chunks.options,
     )  # fmt: skip
-    _apply_kernel[chunks.grid](q, out, sums, q_strides, out_strides, *chunks.scalars, scale, **chunks.options)
+    launch(_apply_kernel, chunks.grid, q, out, sums, q_strides, out_strides, *chunks.scalars, scale, **chunks.options)
     return out
 
 
@@ -151,11 +151,12 @@ def channel_attention_backward(
     grad, q, k, v = unit_stride(grad, q, k, v)
     chunks = _chunks(q)
     sums = chunks.workspace(2 * chunks.head_dim**2)
-    _sums_kernel[chunks.grid](
-        k, v, grad, q, sums, *map_strides(k, v, grad, q), *chunks.scalars, BACKWARD=True, **chunks.options
-    )
-    _gradients_kernel[chunks.grid](
-        grad, k, v, d_q, d_k, d_v, sums, *map_strides(grad, k, v, d_q, d_k, d_v),
+    launch(
+        _sums_kernel, chunks.grid, k, v, grad, q, sums, *map_strides(k, v, grad, q), *chunks.scalars, BACKWARD=True,
+        **chunks.options,
+    )  # fmt: skip
+    launch(
+        _gradients_kernel, chunks.grid, grad, k, v, d_q, d_k, d_v, sums, *map_strides(grad, k, v, d_q, d_k, d_v),
         *chunks.scalars, scale, **chunks.options,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitrail.kernels._common.launch import map_strides, unit_stride
+from vitrail.kernels._common.launch import launch, map_strides, unit_stride
 from vitrail.kernels._common.triton import Chunks, place, relu, square_offsets, token_offsets
 
 _BLOCK_BYTES = 4096  # of one tile of tokens: at twice this the backward spills registers in float32
@@ -170,9 +170,10 @@ def linear_attention_forward(q: Tensor, k: Tensor, v: Tensor, temperature: Tenso
     q, k, v = unit_stride(q, k, v)
     chunks = _chunks(q)
     sums = _sums(k, v, chunks)
-    _linear_attention_fwd_kernel[chunks.grid](
-        q, temperature.contiguous(), out, sums, *map_strides(q, out), *chunks.scalars, floor, **chunks.options
-    )
+    launch(
+        _linear_attention_fwd_kernel, chunks.grid, q, temperature.contiguous(), out, sums, *map_strides(q, out),
+        *chunks.scalars, floor, **chunks.options,
+    )  # fmt: skip
     return out
 
 
@@ -191,20 +192,23 @@ def linear_attention_backward(
     chunks = _chunks(q)
     sums, d_sums = _sums(k, v, chunks), _workspace(chunks)
     d_temperature = chunks.workspace(1)
-    _linear_attention_bwd_dq_kernel[chunks.grid](
-        grad, q, temperature.contiguous(), d_q, sums, d_sums, d_temperature, *map_strides(grad, q, d_q),
-        *chunks.scalars, floor, **chunks.options,
+    launch(
+        _linear_attention_bwd_dq_kernel, chunks.grid, grad, q, temperature.contiguous(), d_q, sums, d_sums,
+        d_temperature, *map_strides(grad, q, d_q), *chunks.scalars, floor, **chunks.options,
     )  # fmt: skip
-    _linear_attention_bwd_dkdv_kernel[chunks.grid](
-        k, v, d_k, d_v, d_sums, *map_strides(k, v, d_k, d_v), *chunks.scalars, **chunks.options
-    )
+    launch(
+        _linear_attention_bwd_dkdv_kernel, chunks.grid, k, v, d_k, d_v, d_sums, *map_strides(k, v, d_k, d_v),
+        *chunks.scalars, **chunks.options,
+    )  # fmt: skip
     return d_temperature.sum((0, 2, 3)).to(temperature.dtype)
 
 
 def _sums(k: Tensor, v: Tensor, chunks: Chunks) -> Tensor:
     """Every chunk's sums of keys times values and of keys."""
     sums = _workspace(chunks)
-    _linear_attention_sums_kernel[chunks.grid](k, v, sums, *map_strides(k, v), *chunks.scalars, **chunks.options)
+    launch(
+        _linear_attention_sums_kernel, chunks.grid, k, v, sums, *map_strides(k, v), *chunks.scalars, **chunks.options,
+    )  # fmt: skip
     return sums
 
 

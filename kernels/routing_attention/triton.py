@@ -57,7 +57,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitrail.kernels._common.gradients import empty_gradient
-from vitrail.kernels._common.launch import map_strides, unit_stride
+from vitrail.kernels._common.launch import launch, map_strides, unit_stride
 from vitrail.kernels._common.triton import finite, load_kv
 from vitrail.kernels.routing_attention.reference import region_size
 
@@ -451,9 +451,10 @@ def routing_attention_forward(
     q, k, v = unit_stride(q, k, v)
     problem = _Problem(q, pad_k, routes, n_regions, scale)
     routes = routes.contiguous()
-    _routing_fwd_kernel[problem.grid](
-        q, k, v, _contiguous(pad_k), _contiguous(pad_v), _masks(routes) if problem.dense else routes, out,
-        *map_strides(q, k, v, out), *problem.geometry, problem.topk, problem.heads, scale, **problem.options("fwd"),
+    launch(
+        _routing_fwd_kernel, problem.grid, q, k, v, _contiguous(pad_k), _contiguous(pad_v),
+        _masks(routes) if problem.dense else routes, out, *map_strides(q, k, v, out), *problem.geometry, problem.topk,
+        problem.heads, scale, **problem.options("fwd"),
     )  # fmt: skip
     return out
 
@@ -493,16 +494,16 @@ def _run_backward(
     floats = {"dtype": torch.float32, "device": q.device}
     stats = torch.empty((problem.batch * problem.heads, 2, problem.n_ranks), **floats)
     strides = map_strides(grad, q, k, v)
-    _routing_bwd_dq_kernel[problem.grid](
-        *inputs, listed, d_q, stats, *strides, *map_strides(d_q),
+    launch(
+        _routing_bwd_dq_kernel, problem.grid, *inputs, listed, d_q, stats, *strides, *map_strides(d_q),
         *problem.geometry, problem.topk, problem.heads, problem.scale, **problem.options("bwd_dq"),
     )  # fmt: skip
     listed, bounds = (listed, None) if problem.dense else _inverse_lists(routes)
     slots = problem.programs if problem.has_pad else 0
     d_pad = torch.empty((slots, problem.heads, 2, problem.head_dim), **floats)
-    _routing_bwd_dkdv_kernel[problem.grid](
-        *inputs, listed, bounds, stats, d_k, d_v, d_pad, *strides, *map_strides(d_k, d_v),
-        *problem.geometry, problem.heads, problem.n_regions * problem.topk, problem.scale,
+    launch(
+        _routing_bwd_dkdv_kernel, problem.grid, *inputs, listed, bounds, stats, d_k, d_v, d_pad, *strides,
+        *map_strides(d_k, d_v), *problem.geometry, problem.heads, problem.n_regions * problem.topk, problem.scale,
         **problem.options("bwd_dkdv"),
     )  # fmt: skip
     return d_pad
@@ -514,7 +515,7 @@ def _inverse_lists(routes: Tensor) -> tuple[Tensor, Tensor]:
     listed = torch.empty((batch, regions * topk), dtype=torch.int32, device=routes.device)
     bounds = torch.empty((batch, regions, 2), dtype=torch.int32, device=routes.device)
     block = min(1024, max(32, triton.next_power_of_2(regions * topk)))
-    _invert_kernel[(batch * regions,)](routes, listed, bounds, regions, topk, BLOCK=block, num_warps=1)
+    launch(_invert_kernel, (batch * regions,), routes, listed, bounds, regions, topk, BLOCK=block, num_warps=1)
     return listed, bounds
 
 
@@ -522,7 +523,10 @@ def _masks(routes: Tensor) -> Tensor:
     """The routes of each region as the bits of an integer, (B, R), int64."""
     batch, regions, topk = routes.shape
     masks = torch.empty((batch, regions), dtype=torch.int64, device=routes.device)
-    _masks_kernel[(triton.cdiv(batch * regions, 128),)](routes, masks, batch * regions, topk, BLOCK=128, num_warps=4)
+    launch(
+        _masks_kernel, (triton.cdiv(batch * regions, 128),), routes, masks, batch * regions, topk, BLOCK=128,
+        num_warps=4,
+    )  # fmt: skip
     return masks
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitrail.kernels._common.launch import map_strides, unit_stride
+from vitrail.kernels._common.launch import launch, map_strides, unit_stride
 from vitrail.kernels.routing_attention.reference import region_routes_reference, region_size, routes_of_means
 from vitrail.kernels.routing_attention.triton import _offsets, _pixels
 
@@ -89,7 +89,7 @@ def region_routes_fused(
     blocks = {"BLOCK_Q": 16, "BLOCK_K": max(16, triton.next_power_of_2(regions)), "BLOCK_C": 16}
     grid = (q.shape[0] * triton.cdiv(regions, 16),)
     warps = 4 if regions <= 256 else 8
-    _rank_kernel[grid](q_means, k_means, routes, regions, q_means.shape[2], topk, **blocks, num_warps=warps)
+    launch(_rank_kernel, grid, q_means, k_means, routes, regions, q_means.shape[2], topk, **blocks, num_warps=warps)
     return routes
 
 
@@ -103,8 +103,9 @@ def _region_means(x: Tensor, pad: Tensor | None, n_regions: tuple[int, int]) -> 
     has_pad = pads != (0, 0) and pad is not None
     block = min(_BLOCK, triton.next_power_of_2(region_h * region_w))
     pad = None if pad is None else pad.contiguous()
-    _means_kernel[(batch * regions * heads,)](
-        x, pad, means, *map_strides(x), height, width, regions, n_regions[1], region_h, region_w, heads,
-        HAS_PAD=has_pad, BLOCK=block, HEAD_DIM=dim, num_warps=max(1, block * dim // 1024), num_stages=2,
+    launch(
+        _means_kernel, (batch * regions * heads,), x, pad, means, *map_strides(x), height, width, regions, n_regions[1],
+        region_h, region_w, heads, HAS_PAD=has_pad, BLOCK=block, HEAD_DIM=dim, num_warps=max(1, block * dim // 1024),
+        num_stages=2,
     )  # fmt: skip
     return means

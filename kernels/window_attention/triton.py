@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitrail.kernels._common.gradients import empty_gradient
-from vitrail.kernels._common.launch import map_strides, unit_stride
+from vitrail.kernels._common.launch import launch, map_strides, unit_stride
 from vitrail.kernels._common.triton import finite, load_kv
 
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -516,7 +516,9 @@ def window_attention_forward(
     else:
         config = CONFIGS["fwd_tiled"]
         kernel, grid = _window_fwd_tiled_kernel, problem.n_windows * problem.heads * problem.n_blocks
-    kernel[(grid,)](*tensors, *map_strides(q, k, v, out), *problem.scalars, **problem.constants, **config.launch)
+    launch(
+        kernel, (grid,), *tensors, *map_strides(q, k, v, out), *problem.scalars, **problem.constants, **config.launch,
+    )  # fmt: skip
     return out
 
 
@@ -558,8 +560,8 @@ def _backward_single_tile(
     config = CONFIGS["bwd"]
     walkers = problem.walkers(config.programs)
     bias_slots, pad_slots = _slots(problem, inputs, walkers, walkers)
-    _window_bwd_kernel[(walkers * problem.heads,)](
-        *inputs, *gradients, bias_slots, pad_slots,
+    launch(
+        _window_bwd_kernel, (walkers * problem.heads,), *inputs, *gradients, bias_slots, pad_slots,
         *map_strides(*inputs[:4], *gradients), *problem.scalars, **problem.constants, **config.launch,
     )  # fmt: skip
     return bias_slots, pad_slots
@@ -577,32 +579,19 @@ def _backward_tiled(
     grid = (problem.n_windows * problem.heads * problem.n_blocks,)
     d_q, d_k, d_v = gradients
     strides = map_strides(*inputs[:4])
-    _window_bwd_dq_kernel[grid](
-        *inputs,
-        d_q,
-        stats,
-        *strides,
-        *map_strides(d_q),
-        *problem.scalars,
-        **problem.constants,
-        **CONFIGS["bwd_dq"].launch,
-    )
-    _window_bwd_dkdv_kernel[grid](
-        *inputs,
-        d_k,
-        d_v,
-        pad_slots,
-        stats,
-        *strides,
-        *map_strides(d_k, d_v),
-        *problem.scalars,
-        **problem.constants,
-        **CONFIGS["bwd_dkdv"].launch,
-    )
+    launch(
+        _window_bwd_dq_kernel, grid, *inputs, d_q, stats, *strides, *map_strides(d_q), *problem.scalars,
+        **problem.constants, **CONFIGS["bwd_dq"].launch,
+    )  # fmt: skip
+    launch(
+        _window_bwd_dkdv_kernel, grid, *inputs, d_k, d_v, pad_slots, stats, *strides, *map_strides(d_k, d_v),
+        *problem.scalars, **problem.constants, **CONFIGS["bwd_dkdv"].launch,
+    )  # fmt: skip
     if problem.constants["HAS_BIAS"]:
-        _window_bwd_dbias_kernel[(splits * tiles,)](
-            *inputs, bias_slots, stats, *strides, *problem.scalars, **problem.constants, **CONFIGS["bwd_dbias"].launch
-        )
+        launch(
+            _window_bwd_dbias_kernel, (splits * tiles,), *inputs, bias_slots, stats, *strides, *problem.scalars,
+            **problem.constants, **CONFIGS["bwd_dbias"].launch,
+        )  # fmt: skip
     return bias_slots, pad_slots
 
 

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from _seeds import seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -162,7 +163,7 @@ def test_flops_of_the_operator_are_those_of_the_reference() -> None:
     [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
     ids=str,
 )
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", seeds(12))
 def test_fused_is_as_exact_as_eager(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("vitrail.kernels.channel_attention.triton")
     monkeypatch.setattr(triton, "_BLOCK_BYTES", 1024)  # several chunks and tiles on a small map

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from _seeds import seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -150,7 +151,7 @@ def many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
     ids=str,
 )
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", seeds(10))
 def test_fused_is_as_exact_as_eager(seed: int, dtype: torch.dtype) -> None:
     draw = random.Random(seed)
     shape = (*(draw.randint(1, high) for high in (2, 17, 17, 3)), draw.choice([16, 32]))

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from _seeds import seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -295,7 +296,7 @@ def test_flops_of_the_operator_are_those_of_the_reference(activation: str) -> No
     [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
     ids=str,
 )
-@pytest.mark.parametrize("seed", range(9))
+@pytest.mark.parametrize("seed", seeds(9))
 def test_fused_is_as_exact_as_eager(seed: int, dtype: torch.dtype) -> None:
     draw = random.Random(seed)
     shape = (*(draw.randint(1, high) for high in (2, 9, 9, 3)), draw.choice([16, 32]))

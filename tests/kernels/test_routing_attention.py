@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from _seeds import seeds
 from torch import Tensor
 
 from vitrail.kernels._common.dispatch import HAS_TRITON
@@ -308,7 +309,7 @@ def test_registration_of_the_kernels(padded: bool, kernels: None) -> None:
 
 @pytest.mark.gpu
 @_DTYPES
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", seeds(100))
 def test_fused_on_a_gpu(seed: int, dtype: torch.dtype, poison: None) -> None:
     draw = random.Random(seed)
     shape = (draw.randint(1, 4), draw.randint(1, 70), draw.randint(1, 70), draw.randint(1, 4))

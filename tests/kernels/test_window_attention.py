@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from _seeds import seeds
 from torch import Tensor
 
 from vitrail.kernels._common.dispatch import HAS_TRITON
@@ -65,7 +66,7 @@ def _run(inputs: list[Tensor], options: dict[str, Any], grad: Tensor, dtype: tor
     [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
     ids=str,
 )
-@pytest.mark.parametrize("seed", range(15))
+@pytest.mark.parametrize("seed", seeds(15))
 def test_fused_is_as_exact_as_eager(seed: int, dtype: torch.dtype) -> None:
     inputs, options, grad = _case(seed, dtype)
     truth = _run(inputs, options, grad, torch.float64, "eager")

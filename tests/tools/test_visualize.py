@@ -97,12 +97,10 @@ def test_a_query_attends_to_its_neighborhood() -> None:
 
     model, image = _model("dinat_n"), _image(128)
     for panel in draw.neighborhoods(model, image, _QUERY):
-        name = panel.title.partition(":")[0].replace(".", ".blocks.", 1)
-        name, layer = next(
-            (n, m)
-            for n, m in model.named_modules()
-            if n == f"stages.{name}.attn" and isinstance(m, NeighborhoodAttention)
-        )
+        stage, block = (int(number) - 1 for number in re.findall(r"\d+", panel.title)[:2])
+        name = f"stages.{stage}.blocks.{block}.attn"
+        layer = model.get_submodule(name)
+        assert isinstance(layer, NeighborhoodAttention)
         inputs = draw.layer_inputs(model, image, {name: layer})[name]
         weights = draw.attention_weights(layer, inputs, _QUERY).mean(0)
         assert torch.equal(_covered(panel, *weights.shape), weights > 0)
@@ -140,7 +138,10 @@ def test_class_activation_is_a_map_of_the_last_stage() -> None:
     assert panel.heat is not None
     assert panel.heat.shape == (3, 3)
     assert panel.heat.min() >= 0
-    assert re.match(r"class \d+, \d+%", panel.title)
+    assert re.fullmatch(r"class \d+, \d+ %", panel.title)
+    model.pretrained_cfg["label_names"] = tuple(f"thing {i}" for i in range(1000))
+    (panel,) = draw.class_activation(model, _image(96), _QUERY)
+    assert re.fullmatch(r"thing \d+, \d+ %", panel.title)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_a_checkpoint_is_used(photo: Path, tmp_path: Path) -> None:
         trained.head.fc.bias[1] = 50.0
     torch.save(trained.state_dict(), tmp_path / "weights.pth")
     assert main([f"l2vit_n={tmp_path / 'weights.pth'}", str(photo), "-o", str(tmp_path / "out")]) == 0
-    assert "class 1, 100%" in (tmp_path / "out.html").read_text()
+    assert "class 1, 100 %" in (tmp_path / "out.html").read_text()
 
 
 @pytest.mark.parametrize(

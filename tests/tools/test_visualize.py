@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import shutil
 import subprocess
+from collections import defaultdict
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +45,30 @@ def _covered(panel: draw.Panel, height: int, width: int) -> Tensor:
         if box.filled:
             covered |= ((y > box.top) & (y < box.bottom))[:, None] & ((x > box.left) & (x < box.right))
     return covered
+
+
+class _Page(HTMLParser):
+    """What a page holds, its structure checked on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.pictures: list[tuple[str, str]] = []
+        self.texts: dict[str, list[str]] = defaultdict(list)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "img":
+            given = dict(attrs)
+            self.pictures.append((given["src"] or "", given["alt"] or ""))
+        elif tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and data.strip():
+            self.texts[self.open[-1]].append(data)
 
 
 @pytest.fixture
@@ -172,9 +200,21 @@ def test_files(photo: Path, tmp_path: Path) -> None:
     with Image.open(tmp_path / "out.v1.png") as picture:
         assert min(picture.size) > 400
     page = (tmp_path / "out.v1.html").read_text()
-    sources = re.findall(r'src="([^"]*)"', page)
-    assert len(sources) > 10
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    read = _Page()
+    read.feed(page)
+    read.close()
+    assert read.open == []
+    assert len(read.pictures) > 10
+    for source, meaning in read.pictures:
+        assert meaning
+        kind, _, data = source.partition(",")
+        assert kind == "data:image/png;base64"
+        with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as picture:
+            picture.load()
+            assert picture.width > picture.height  # the image is 32 x 48
+    assert read.texts["h3"].count("biformer_n") == read.texts["h3"].count("rmt_n") == len(read.texts["h2"])
+    assert {"Class activation", "Routed regions", "Decay fields"} <= set(read.texts["h2"])
+    assert len(read.texts["p"]) > len(read.texts["h2"])  # each kind is explained, and what a model lacks is said
     assert not re.search(r"https?:|@import|<script|<link|url\(", page)
     assert "a &lt;photo&gt;.png" in page
     assert "<photo>" not in page

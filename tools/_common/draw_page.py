@@ -112,6 +112,7 @@ def _figure(pixels: np.ndarray, panel: Panel | None) -> str:
 
 def _paint(axes: Any, pixels: np.ndarray, panel: Panel) -> None:
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
 
     height, width = pixels.shape[:2]
     gray = pixels.mean(2, keepdims=True).repeat(3, 2)
@@ -124,7 +125,9 @@ def _paint(axes: Any, pixels: np.ndarray, panel: Panel) -> None:
         color = _PALETTE[box.color % len(_PALETTE)]
         size = (box.right - box.left, box.bottom - box.top)
         fill = {"facecolor": "#ffd24d", "alpha": 0.45} if box.filled else {"facecolor": "none"}
-        axes.add_patch(Rectangle((box.left, box.top), *size, edgecolor=color, linewidth=1.2, **fill))
+        outline = Rectangle((box.left, box.top), *size, edgecolor=color, linewidth=1.2, **fill)
+        outline.set_path_effects([withStroke(linewidth=2.2, foreground="#00000080")])  # seen on any ground
+        axes.add_patch(outline)
     if panel.query is not None:
         axes.plot(*panel.query, marker="o", color="#00ffff", markersize=8, markeredgewidth=1.2, fillstyle="none")
     # Windows that reach out of the image are shown, as far as they do not make it small.

@@ -2,7 +2,7 @@
 
 | command | does |
 |---|---|
-| `list [PATTERN]` | where the official weights of every model lie, and how to get those that want a browser |
+| `list [PATTERN]` | which weights there are of every model, where they lie, how to get those that want a browser |
 | `fetch NAME[.TAG]` | downloads and verifies them; goes on where an earlier download was cut |
 | `convert NAME FILE` | turns an official checkpoint into a safetensors file in this package's layout |
 | `verify FILE` | checks a file: structure, SHA-256, whether it fits a model; `--golden` proves a conversion |
@@ -98,7 +98,7 @@ def _source(name: str, cfg: PretrainedCfg) -> Row:
         "access": access,
         "place": place or (None if unpublished else cfg.origin_url),
         "license": cfg.license,
-        "notes": " ".join(cfg.notes or ()) or None,
+        "notes": " ".join(cfg.notes or ()) or cfg.description,
     }
 
 

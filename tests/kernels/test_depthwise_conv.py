@@ -221,7 +221,7 @@ def _random_call(seed: int, dtype: torch.dtype, shape: tuple[int, ...], size: in
         del tensors["bias"]
     if draw.random() < 0.5:
         tensors["residual"] = layout(randn(*shape))
-    options = {"pads": pads, "gelu": draw.random() < 0.4, "skip": draw.random() < 0.5}
+    options = {"pads": pads, "gelu": seed % 4 in (2, 3), "skip": seed % 4 in (1, 2)}
     return _Call(tensors, options, layout(randn(*shape)))
 
 

@@ -26,33 +26,42 @@ _Axis = tuple[int, int, bool]  # kernel, stride, causal
 
 
 class Config(NamedTuple):
-    """How a kernel is tiled and launched for channels of one size.
+    """How a kernel is tiled and launched.
 
     Attributes:
-        own: Heights and widths of tiles to choose from, those the programs work for, with warps a program.
+        own: Heights and widths of tiles to choose from, those that programs work for, and warps a program.
         others: Most tokens of the tiles they walk over.
         stages: Of the walk's pipeline.
     """
 
     own: tuple[tuple[int, int, int], ...]
     others: int
-    stages: int
+    stages: int = 1
 
 
-_SMALL = ((2, 8, 1), (4, 4, 1), (1, 16, 1))
-_LARGE = ((8, 8, 4),)
-# By kernel, then by the most bytes of a token's head.
-CONFIGS: dict[str, dict[int, Config]] = {
-    "fwd": {64: Config(_SMALL + _LARGE, 128, 1), 128: Config(_SMALL, 64, 1), 512: Config(_SMALL, 32, 1)},
-    "bwd_dq": {64: Config(_SMALL + _LARGE, 128, 1), 128: Config(_SMALL, 64, 1), 512: Config(_SMALL, 32, 1)},
-    "bwd_dkdv": {64: Config(_SMALL + _LARGE, 64, 1), 128: Config(_SMALL, 32, 1), 512: Config(_SMALL, 16, 1)},
-    "bwd_drpb": {64: Config(_SMALL, 64, 1), 128: Config(_SMALL, 64, 1), 512: Config(_SMALL, 32, 1)},
-    "bwd_dextra": {64: Config(_SMALL, 64, 1), 128: Config(_SMALL, 32, 1), 512: Config(_SMALL, 16, 1)},
+# 16 tokens are what one warp multiplies at once. float32 has no such instruction: its threads need more company.
+_WARP = ((2, 8, 1), (4, 4, 1), (1, 16, 1))
+_WARPS = ((2, 8, 4), (4, 4, 4), (1, 16, 4))
+_SHARED = (*_WARP, (8, 8, 4))
+# By bytes of a number, kernel, and the most channels of a head. None of these spills registers.
+CONFIGS: dict[int, dict[str, dict[int, Config]]] = {
+    2: {
+        "fwd": {32: Config(_SHARED, 128), 128: Config(_WARP, 32)},
+        "bwd_dq": {32: Config(_SHARED, 128), 128: Config(_WARP, 32)},
+        "bwd_dkdv": {32: Config(_SHARED, 64), 128: Config(_WARP, 32)},
+        "bwd_drpb": {32: Config(_WARP, 64), 128: Config(_WARP, 32)},
+        "bwd_dextra": {128: Config(_WARP, 32)},
+    },
+    4: {
+        "fwd": {64: Config(_WARPS, 32), 128: Config(_WARPS, 16)},
+        "bwd_dq": {128: Config(_WARPS, 32)},
+        "bwd_dkdv": {64: Config(_WARPS, 32), 128: Config(_WARPS, 16)},
+        "bwd_drpb": {128: Config(_WARPS, 32)},
+        "bwd_dextra": {128: Config(_WARPS, 32)},
+    },
 }
+LOAD_COST = 16  # what reading a token costs a program, in products of one query and one key
 INT32_BYTES = 2**31  # of a tensor: the offsets inside most fit, which saves one instruction in ten
-# What reading a token costs a program, in products of one query and one key.
-LOAD_COST = 16
-# Programs a multiprocessor that share the queries of the whole batch.
 EXTRA_BLOCK = 16  # additional keys that a program works for
 WALKERS = {"bwd_drpb": 8, "bwd_dextra": 8}
 
@@ -106,9 +115,8 @@ def queries_seeing(size: int, places: int, axis: _Axis) -> int:
     return min(size + kernel - 1 if causal else size + 2 * (kernel - 1), places)
 
 
-def choose_tiles(kernel: str, head_bytes: int, places: tuple[int, int], axes: tuple[_Axis, _Axis]) -> Tiles:
+def choose_tiles(kernel: str, config: Config, places: tuple[int, int], axes: tuple[_Axis, _Axis]) -> Tiles:
     """The tiles that do the least work on a dilation group of `places` (rows, columns)."""
-    config = config_of(kernel, head_bytes)
     candidates = []
     for *own, warps in config.own:
         most = [keys_seen(*sizes) for sizes in zip(own, places, axes, strict=True)]
@@ -125,11 +133,6 @@ def choose_tiles(kernel: str, head_bytes: int, places: tuple[int, int], axes: tu
         one_column, single = most[1] <= width, most[1] <= width and most[0] <= height
         candidates.append((cost, Tiles((own[0], own[1]), (height, width), rows * columns, one_column, single, warps)))
     return min(candidates)[1]
-
-
-def config_of(kernel: str, head_bytes: int) -> Config:
-    """The configuration of a kernel for heads of so many bytes a token."""
-    return next(config for most, config in CONFIGS[kernel].items() if head_bytes <= most)
 
 
 def _power(size: int) -> int:
@@ -153,7 +156,8 @@ class Problem:
     ) -> None:
         lead = 6 - len(shape)  # axes that the call does not have
         self.batch, self.heads, self.head_dim = shape[0], shape[-2], shape[-1]
-        self.head_bytes = self.head_dim * element_size
+        table = CONFIGS[element_size]
+        self.configs = {kernel: _of_width(table[kernel], self.head_dim) for kernel in table}
         self.lengths = (*(1,) * lead, *shape[1:-2])
         self.dilations = (*(1,) * lead, *dilation)
         self.axes = (*((1, 1, False),) * lead, *axes)
@@ -175,15 +179,14 @@ class Problem:
     def _plan(self, kernel: str, tiles: Tiles, places: tuple[int, ...], constants: dict[str, Any]) -> Plan:
         sizes = (1, *tiles.own)
         slots = tuple(g * math.ceil(n / size) for g, n, size in zip(self.groups, places, sizes, strict=True))
-        stages = config_of(kernel, self.head_bytes).stages
         common = {"AXES": self.axes, "SIGN": self.sign, "HEAD_DIM": self.head_dim}
-        launch = {"num_warps": tiles.warps, "num_stages": stages}
+        launch = {"num_warps": tiles.warps, "num_stages": self.configs[kernel].stages}
         geometry = (self.dilations, self.groups, *self.lengths, *slots, self.heads)
         return Plan(tiles, math.prod(slots), geometry, {**common, **constants, **launch})
 
     def _by_query(self, kernel: str) -> Plan:
         """Of a kernel whose programs work for tiles of queries."""
-        tiles = choose_tiles(kernel, self.head_bytes, self.key_places[1:], self.axes[1:])
+        tiles = choose_tiles(kernel, self.configs[kernel], self.key_places[1:], self.axes[1:])
         constants = {"QUERY_H": tiles.own[0], "QUERY_W": tiles.own[1]}
         if kernel != "bwd_dextra":
             constants |= {"KEY_H": tiles.others[0], "KEY_W": tiles.others[1], "HAS_PAD": self.has_pad}
@@ -195,7 +198,7 @@ class Problem:
         return self._plan(kernel, tiles, self.places, constants)
 
     def _by_key(self) -> Plan:
-        tiles = choose_tiles("bwd_dkdv", self.head_bytes, self.places[1:], self.axes[1:])
+        tiles = choose_tiles("bwd_dkdv", self.configs["bwd_dkdv"], self.places[1:], self.axes[1:])
         (key_h, key_w), (query_h, query_w) = tiles.own, tiles.others
         sizes = {"QUERY_H": query_h, "QUERY_W": query_w, "KEY_H": key_h, "KEY_W": key_w}
         options = {"HAS_RPB": self.has_rpb, "HAS_PAD": self.has_pad, "ONE_COLUMN": tiles.one_column}
@@ -237,6 +240,10 @@ def problem_of(
 def _offset_type(*tensors: Tensor) -> tl.dtype:
     """Type of the offsets inside an image."""
     return tl.int32 if all(t.untyped_storage().nbytes() < INT32_BYTES for t in tensors) else tl.int64
+
+
+def _of_width(configs: dict[int, Config], head_dim: int) -> Config:
+    return next(config for most, config in configs.items() if head_dim <= most)
 
 
 def _divide_up(length: int, size: int) -> int:

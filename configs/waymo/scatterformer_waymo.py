@@ -1,10 +1,10 @@
 """ScatterFormer on Waymo's open data set; published 75.7 mAP and 73.8 mAPH (level 2) with Waymo's own evaluation.
 
-The data must be written out in a plain layout first, for which there is no tool here: `data_root` holds for `training`
-and `validation` the folders `points` with NAME.npy, float32 (N, 5) of x, y, z, intensity, elongation in the vehicle's
-frame, and `boxes` with NAME.json, a list of {"name": "Vehicle", "box": [x, y, z, length, width, height, yaw]}, z at the
-centre. Another place: --cfg-options data_root=FOLDER. It could not be tried on real data, and the score that it shows
-is KITTI's average precision, not Waymo's.
+`python -m vitrail.tools.convert_waymo WAYMO data/waymo` writes Waymo's parquet files (version 2.0.1) out in the plain
+layout that is read here: for `training` and `validation` the folders `points` with NAME.npy, float32 (N, 5) of x, y, z,
+intensity, elongation in the vehicle's frame, and `boxes` with NAME.json, a list of {"name": "Vehicle", "box": [x, y, z,
+length, width, height, yaw]}, z at the centre. Another place: --cfg-options data_root=FOLDER. Neither could be tried on
+real data, and the score that is shown is KITTI's average precision, not Waymo's.
 
 Source of the recipe: He et al., ECCV 2024 (arXiv 2401.00912), and github.com/skyhehe123/ScatterFormer (commit a23f434);
 the numbers of sampled objects are those usual for Waymo.
@@ -25,7 +25,13 @@ model = dict(
         nms_thresholds=(0.75, 0.6, 0.55),
     ),
 )
-_data = dict(reader="plain", data_root=data_root, classes=classes, point_range=point_range)
+_data = dict(
+    reader="plain",
+    data_root=data_root,
+    classes=classes,
+    point_range=point_range,
+    squashed=(3, 4),  # intensity and elongation
+)
 train_dataloader = dict(
     dataset=dict(
         **_data,

@@ -27,7 +27,7 @@ from torch import Tensor
 from vitrail.kernels._common.launch import unit_stride
 
 _ROWS = 64  # voxels of a tile
-_TAPS = 4  # taps of a depth-wise kernel whose rows are under way at once
+_TAPS = 3  # taps of a depth-wise kernel whose rows are under way at once
 _ROWS_OF_A_PART = 4096  # outputs that one program sums up for the gradient of the weights
 _MOST_PARTS = 32
 
@@ -234,7 +234,7 @@ def depthwise_forward(features: Tensor, weight: Tensor, table: Tensor) -> Tensor
     out = torch.empty((n_outputs, dim), dtype=features.dtype, device=features.device)
     if out.numel() == 0:
         return out
-    tile = _tile(dim, 128)
+    tile = _tile(dim, 64)
     _depthwise_kernel[triton.cdiv(n_outputs, _ROWS), triton.cdiv(dim, tile)](
         features, weight.contiguous(), out, table.contiguous(), features.stride(0), n_outputs, taps, dim,
         ROWS=_ROWS, DIM=tile, TAPS=_TAPS, num_warps=4,

@@ -48,7 +48,7 @@ CONFIGS: dict[int, dict[str, dict[int, Config]]] = {
     2: {
         "fwd": {32: Config(_SHARED, 128), 128: Config(_WARP, 32)},
         "bwd_dq": {32: Config(_SHARED, 128), 128: Config(_WARP, 32)},
-        "bwd_dkdv": {32: Config(_SHARED, 64), 128: Config(_WARP, 32)},
+        "bwd_dkdv": {32: Config(_WARP, 32, 2), 128: Config(_WARP, 32)},
         "bwd_drpb": {32: Config(_WARP, 64), 128: Config(_WARP, 32)},
         "bwd_dextra": {128: Config(_WARP, 32)},
     },

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from vitrail.kernels._common.dispatch import HAS_TRITON
 from vitrail.tools._common.gpu_allocator import Block, CachingAllocator
@@ -48,6 +49,8 @@ class LiveStorages(TorchDispatchMode):
         live: Bytes of the live storages by label, blocks as the allocator rounds them.
         peak: `live` at the moment of the highest sum.
         peak_at: The operator that reached it.
+        flops: Floating-point operations so far, as `torch.utils.flop_counter` counts them. (Its own mode would hold on
+            to the graph.)
     """
 
     def __init__(self, device_type: str) -> None:
@@ -58,16 +61,20 @@ class LiveStorages(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.peak: dict[str, int] = {}
         self.peak_at = ""
+        self.flops = 0
         self._highest = -1
         self._known: dict[int, tuple[str, Block | None, Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        flops = self.flops
         if func.namespace == "vitrail" and self.device_type == "cuda":
             with self:  # what its implementation for GPUs allocates counts
                 result = func.redispatch(_CUDA_KERNELS, *args, **kwargs)
         else:
             result = func(*args, **kwargs)
+        if func.overloadpacket in flop_registry:
+            self.flops = flops + flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
         passing = [self.reserve(nbytes, "workspace", str(func)) for nbytes in _workspaces(func, args, result)]
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device.type == self.device_type:

@@ -57,6 +57,7 @@ class StepMemory:
         parts: What the peak consists of: parameters, optimizer state, gradients, batch, activations (made in the
             forward pass and still needed), passing (made in the backward pass), workspace (of cuBLAS, and of operators).
         peak_at: The operator that reached the peak.
+        flops: Floating-point operations of the step.
     """
 
     peak: int = 0
@@ -66,6 +67,7 @@ class StepMemory:
     after_backward: int = 0
     parts: dict[str, int] = field(default_factory=dict)
     peak_at: str = ""
+    flops: int = 0
 
 
 def build_model(name: str, size: tuple[int, int], checkpointing: bool = False) -> nn.Module:
@@ -134,7 +136,7 @@ class _Step:
         self.optimizer.step()
         self.optimizer.zero_grad()
         found.peak, found.reserved = tracker.allocator.peak_allocated, tracker.allocator.reserved
-        found.parts, found.peak_at = dict(tracker.peak), tracker.peak_at
+        found.parts, found.peak_at, found.flops = dict(tracker.peak), tracker.peak_at, tracker.flops
         return found
 
     def _forward(self, images: Tensor, labels: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ Tried and rejected, by the same count: Triton's own conversion from bfloat16, th
 place of two (5x5: 1808 instructions a thread in place of 1600); programs of four warps for the filter's gradient, whose
 sums meet at 155 barriers. One load per output and tap, without patches, would be 25 loads and conversions for 5x5.
 
-Compilation. Unrolled code takes seconds to compile, most of all 7x7 in patches of 4 x 4 (13 seconds of one core; 9 of
-10 parts go to Triton's pass that chooses the layout of loads). Products are `tl.fma` to keep the code small.
+Compilation. Unrolled code takes seconds to compile, most of all 7x7 in patches of 4 x 4 (13 seconds of one core; most
+of it goes to Triton's pass that chooses the layout of loads). Products are `tl.fma` to keep the code small.
 """
 
 # Kernels build tuples by adding to them: they cannot unpack.

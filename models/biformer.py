@@ -18,7 +18,7 @@ from vitrail.layers.depthwise import DepthwiseConv2d
 from vitrail.layers.routing import FullAttention, RoutingAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path
-from vitrail.models._registry import imagenet_cfg
+from vitrail.models._registry import imagenet_cfg, shipped_cfgs
 from vitrail.models._weights import build_model_with_cfg
 
 __all__ = ["BiFormer"]
@@ -267,7 +267,7 @@ default_cfgs = generate_default_cfgs(
         "biformer_s": _cfg(),
         "biformer_b": _cfg(),
         "biformer_stl": _cfg(),
-        "biformer_n": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), license="apache-2.0", notes=None),
+        **shipped_cfgs(_cfg, "biformer_n", "digits", pool_size=(2, 2), notes=None),
     }
 )
 

@@ -22,7 +22,7 @@ from vitrail.layers.depthwise import DepthwiseConv2d
 from vitrail.layers.gated_retention import GatedRetention, SwatRetention
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_stages
-from vitrail.models._registry import imagenet_cfg
+from vitrail.models._registry import imagenet_cfg, shipped_cfgs
 from vitrail.models._weights import build_model_with_cfg
 from vitrail.models.rmt import (
     ConvFeedForward,
@@ -269,8 +269,8 @@ default_cfgs = generate_default_cfgs(
     {
         "gated_swinrmt_swat": _cfg(),
         "gated_swinrmt_retention": _cfg(),
-        "gated_swinrmt_swat_n": _cfg(input_size=(3, 32, 32), pool_size=(2, 2)),
-        "gated_swinrmt_retention_n": _cfg(input_size=(3, 32, 32), pool_size=(2, 2)),
+        **shipped_cfgs(_cfg, "gated_swinrmt_swat_n", "digits", pool_size=(2, 2)),
+        **shipped_cfgs(_cfg, "gated_swinrmt_retention_n", "digits", pool_size=(2, 2)),
     }
 )
 

@@ -19,7 +19,7 @@ from vitrail.layers.depthwise import DepthwiseConv2d
 from vitrail.layers.retention import Retention, RetentionPosition
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages
-from vitrail.models._registry import imagenet_cfg
+from vitrail.models._registry import imagenet_cfg, shipped_cfgs
 from vitrail.models._weights import build_model_with_cfg
 
 __all__ = ["RMT"]
@@ -368,7 +368,7 @@ default_cfgs = generate_default_cfgs(
         "rmt_s": _cfg(),
         "rmt_b": _cfg(),
         "rmt_l": _cfg(),
-        "rmt_n": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), license="apache-2.0", notes=None),
+        **shipped_cfgs(_cfg, "rmt_n", "digits", pool_size=(2, 2), notes=None),
     }
 )
 

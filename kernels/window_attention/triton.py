@@ -19,10 +19,9 @@ over windows (bias, padding) go to one slot a program and are added in a fixed o
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -31,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitrail.kernels._common.gradients import empty_gradient
-from vitrail.kernels._common.launch import launch, map_strides, unit_stride
+from vitrail.kernels._common.launch import Config, launch, map_strides, multiprocessors, unit_stride
 from vitrail.kernels._common.triton import finite, load_kv
 
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -57,7 +56,7 @@ def _locate(
     is_token = tokens < WINDOW_H * WINDOW_W
     wraps_y = y >= padded_height - SHIFT_Y
     wraps_x = x >= padded_width - SHIFT_X
-    region = tl.where(is_token, wraps_y.to(tl.int32) * 2 + wraps_x.to(tl.int32), -1)
+    region = wraps_y.to(tl.int32) * 2 + wraps_x.to(tl.int32)
     if ROLL_FIRST:
         real = (y < height) & (x < width) & is_token
         y = (y + SHIFT_Y) % height
@@ -115,13 +114,14 @@ def _logits(
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
     if HAS_BIAS:
         logits += b_bias
-    if SHIFTED:  # a region has only tokens of the window
-        logits = tl.where(q_region[:, None] == k_region[None, :], logits, float("-inf"))
-    elif MASKS_KEYS:
-        logits = tl.where(k_exists[None, :], logits, float("-inf"))
+    if not (MASKS_KEYS or SHIFTED or HIDES_PADS):
+        return logits
+    visible = k_exists[None, :]
+    if SHIFTED:
+        visible = visible & (q_region[:, None] == k_region[None, :])
     if HIDES_PADS:
-        logits = tl.where(k_real[None, :] | (q_real[:, None] == 0), logits, float("-inf"))
-    return logits
+        visible = visible & (k_real[None, :] | (q_real[:, None] == 0))
+    return tl.where(visible, logits, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["height", "width", "n_windows"])
@@ -517,19 +517,6 @@ def _window_bwd_dbias_kernel(
     tl.store(d_bias_ptr + offsets, d_bias, mask=(q_tokens[:, None] < N_TOKENS) & (tokens[None, :] < N_TOKENS))
 
 
-class Config(NamedTuple):
-    """How a kernel is launched: warps a program, pipeline stages, and programs a multiprocessor where they walk."""
-
-    num_warps: int
-    num_stages: int
-    programs: int = 0
-
-    @property
-    def launch(self) -> dict[str, int]:
-        """Keyword arguments of the Triton launch."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
-
 CONFIGS = {
     "fwd": Config(4, 3, 8),
     "fwd_tiled": Config(4, 2),
@@ -578,7 +565,7 @@ class _Problem:
             self.constants["BLOCK"] = max(16, triton.next_power_of_2(self.tokens))
         else:
             self.constants |= self._cut()
-        self.multiprocessors = _multiprocessors(q.device)
+        self.multiprocessors = multiprocessors(q.device)
 
     def _cut(self) -> dict[str, int]:
         """A window as whole blocks and the smallest tile that holds the rest: 144 tokens are 64 + 64 + 16."""
@@ -731,9 +718,3 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 def _zeros_or_empty(grad: Tensor, tensor: Tensor | None) -> Tensor:
     return empty_gradient(grad) if tensor is None else torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; 1 for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

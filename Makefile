@@ -4,7 +4,7 @@ VENV ?= .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-models test-export test-gpu check bench clean
+.PHONY: demo test test-models test-export test-gpu check bench docs clean
 
 $(STAMP): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -14,8 +14,9 @@ $(STAMP): setup.cfg pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python -m vitrail.tools.train digits/biformer_n
 
+# A process a core; a file's tests stay together, as some share what is slow to make.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not gpu"
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not gpu"
 
 test-models: $(STAMP)
 	$(BIN)/python tests/contract/run.py
@@ -33,6 +34,13 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m vitrail.tools.benchmark davit_t --compare timm/davit_tiny
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	touch $@
 
 clean:
 	rm -rf $(VENV)

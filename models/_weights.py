@@ -1,5 +1,8 @@
 """Where pretrained weights lie, and how they come from there into a model.
 
+Some small models come with the package: their configuration's address is `package:FILE`, a file of the folder
+`weights` beside the code. Everything else is fetched.
+
 | environment variable | meaning |
 |---|---|
 | `VITRAIL_WEIGHTS_URL` | folder or http(s) address asked first; holds `NAME.TAG.safetensors` or official files |
@@ -27,10 +30,12 @@ from torch import Tensor, nn
 
 from vitrail.models._checkpoint import DamagedError, HoldsObjectsError, load_without_code
 from vitrail.models._fetch import Progress, WeightsError, fetch, file_digest, verify
+from vitrail.models._registry import PACKAGE, is_shipped
 
 __all__ = ["WRAPPERS", "WeightsError", "build_model_with_cfg", "locate", "read_checkpoint", "select_weights"]
 
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+SHIPPED = Path(__file__).parent.parent / "weights"  # what came with the package
 _HUB_FILE = "model.safetensors"
 
 
@@ -80,6 +85,8 @@ def locate(
     """
     name = f"{variant}.{cfg.tag}" if cfg.tag else variant
     url = cfg.url if isinstance(cfg.url, str) else (cfg.url or ("",))[0]
+    if is_shipped(cfg):
+        return _shipped(url.removeprefix(PACKAGE))
     cache = Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints")
     if mirrored := _from_mirror(name, url, cache, progress):
         return mirrored
@@ -116,9 +123,24 @@ def _from_mirror(name: str, url: str, cache: Path, progress: Progress | None) ->
         raise WeightsError(f"VITRAIL_WEIGHTS_URL is {place!r}; allowed: an existing folder, or an http(s) address")
     found = next((folder / file for file in candidates if (folder / file).is_file()), None)
     if found:
-        beside = found.with_name(f"{found.name}.sha256")
-        verify(found, _first_word(beside.read_text(), beside) if beside.is_file() else None)
+        verify(found, _digest_beside(found))
     return found
+
+
+def _shipped(file: str) -> Path:
+    """A file that came with the package, verified."""
+    path = SHIPPED / file
+    digest = _digest_beside(path)
+    if digest is None or not path.is_file():
+        raise WeightsError(f"{path} or its .sha256 is missing: this installation of vitrail is not complete")
+    verify(path, digest)
+    return path
+
+
+def _digest_beside(path: Path) -> str | None:
+    """The digest in the file `FILE.sha256`, or None where there is no such file."""
+    beside = path.with_name(f"{path.name}.sha256")
+    return _first_word(beside.read_text(), beside) if beside.is_file() else None
 
 
 def _from_address(place: str, file: str, cache: Path, progress: Progress | None) -> Path | None:

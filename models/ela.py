@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from vitrail.layers.strip import FORMS, EfficientLocalAttention
 from vitrail.models._checkpoint import UntrainedPartWarning, rename_keys, unwrap
-from vitrail.models._registry import imagenet_cfg
+from vitrail.models._registry import imagenet_cfg, shipped_cfgs
 from vitrail.models._weights import build_model_with_cfg
 
 __all__ = ["ElaBottleneck", "ElaMobileNetV2", "ElaResNet"]
@@ -293,7 +293,7 @@ def _default_cfgs() -> dict[str, dict[str, Any]]:
             hf_hub_id="timm/mobilenetv2_100.ra_in1k", license="apache-2.0", interpolation="bicubic"
         )
         cfgs[f"mobilenetv2_ela_{form}.untrained*"] = mobilenet_cfg()
-    return cfgs
+    return {**cfgs, **shipped_cfgs(mobilenet_cfg, "mobilenetv2_ela_b", "digits", pool_size=(1, 1))}
 
 
 default_cfgs = generate_default_cfgs(_default_cfgs())

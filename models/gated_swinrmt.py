@@ -22,7 +22,7 @@ from vitrail.layers.depthwise import DepthwiseConv2d
 from vitrail.layers.gated_retention import GatedRetention, SwatRetention
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_stages
-from vitrail.models._registry import imagenet_cfg
+from vitrail.models._registry import imagenet_cfg, shipped_cfgs
 from vitrail.models._weights import build_model_with_cfg
 from vitrail.models.rmt import (
     ConvFeedForward,
@@ -65,7 +65,7 @@ class GatedSwinRMTBlock(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.pos = DepthwiseConv2d(dim, 3, **factory)
+        self.pos = DepthwiseConv2d(dim, 3, skip=True, **factory)
         self.norm1 = nn.LayerNorm(dim, eps=_NORM_EPS, **factory)
         self.attn = attn
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **factory)
@@ -76,7 +76,7 @@ class GatedSwinRMTBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.pos(x)
+        x = self.pos(x)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), x)))
         return x + self.drop_path2(self.ls2(self.ffn(self.norm2(x))))
 
@@ -269,8 +269,8 @@ default_cfgs = generate_default_cfgs(
     {
         "gated_swinrmt_swat": _cfg(),
         "gated_swinrmt_retention": _cfg(),
-        "gated_swinrmt_swat_n": _cfg(input_size=(3, 32, 32), pool_size=(2, 2)),
-        "gated_swinrmt_retention_n": _cfg(input_size=(3, 32, 32), pool_size=(2, 2)),
+        **shipped_cfgs(_cfg, "gated_swinrmt_swat_n", "digits", pool_size=(2, 2)),
+        **shipped_cfgs(_cfg, "gated_swinrmt_retention_n", "digits", pool_size=(2, 2)),
     }
 )
 

@@ -20,7 +20,7 @@ from vitrail.layers.linear import LinearAttention, LocalConcentration
 from vitrail.layers.window import WindowAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages, pad_to_multiple
-from vitrail.models._registry import imagenet_cfg
+from vitrail.models._registry import imagenet_cfg, shipped_cfgs
 from vitrail.models._weights import build_model_with_cfg
 from vitrail.models.davit import AttentionBlock, ConvPosEnc, Downsample
 
@@ -236,7 +236,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 _RELEASE = "https://github.com/ChuanyangZheng/L2ViT/releases/download/v1.0"
 default_cfgs = generate_default_cfgs(
     {
-        "l2vit_n": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), license="apache-2.0"),
+        **shipped_cfgs(_cfg, "l2vit_n", "digits", pool_size=(2, 2)),
         "l2vit_t.in1k": _cfg(url=f"{_RELEASE}/L2ViT-Tiny-checkpoint-best-ema.pth"),
         "l2vit_s.in1k": _cfg(url=f"{_RELEASE}/L2ViT-Small-checkpoint-best-ema.pth"),
         "l2vit_b.in1k": _cfg(url=f"{_RELEASE}/L2ViT-Base-checkpoint-best-ema.pth"),

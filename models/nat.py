@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vitrail.layers.neighborhood import NeighborhoodAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages
-from vitrail.models._registry import imagenet_cfg
+from vitrail.models._registry import imagenet_cfg, shipped_cfgs
 from vitrail.models._weights import build_model_with_cfg
 from vitrail.models.vsa import PatchEmbed, PatchMerging
 
@@ -333,7 +333,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _cfg(file: str, paper: str = "2209.15001", **kwargs: Any) -> dict[str, Any]:
+def _cfg(file: str = "", paper: str = "2209.15001", **kwargs: Any) -> dict[str, Any]:
     return imagenet_cfg(
         **{
             "url": f"https://shi-labs.com/projects/{file}" if file else "",
@@ -364,7 +364,7 @@ default_cfgs = generate_default_cfgs(
         "dinat_l.shi_in22k_ft_in1k": _cfg(f"{_DINAT}/dinat_large_in22k_in1k_224.pth"),
         "dinat_l_384.shi_in22k_ft_in1k": _cfg(f"{_DINAT}/dinat_large_in22k_in1k_384.pth", **_AT_384),
         "dinat_l_k11_384.shi_in22k_ft_in1k": _cfg(f"{_DINAT}/dinat_large_in22k_in1k_384_11x11.pth", **_AT_384),
-        "dinat_n": _cfg("", input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0, license="apache-2.0"),
+        **shipped_cfgs(_cfg, "dinat_n", "digits", pool_size=(1, 1)),
         "dinats_t.shi_in1k": _cfg(f"{_DINAT}/dinat_s_tiny_in1k_224.pth", **_PATCHES),
         "dinats_s.shi_in1k": _cfg(f"{_DINAT}/dinat_s_small_in1k_224.pth", **_PATCHES),
         "dinats_b.shi_in1k": _cfg(f"{_DINAT}/dinat_s_base_in1k_224.pth", **_PATCHES),

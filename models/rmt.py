@@ -19,7 +19,7 @@ from vitrail.layers.depthwise import DepthwiseConv2d
 from vitrail.layers.retention import Retention, RetentionPosition
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages
-from vitrail.models._registry import imagenet_cfg
+from vitrail.models._registry import imagenet_cfg, shipped_cfgs
 from vitrail.models._weights import build_model_with_cfg
 
 __all__ = ["RMT"]
@@ -72,12 +72,12 @@ class ConvFeedForward(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
         self.act = nn.GELU()
-        self.dwconv = DepthwiseConv2d(hidden_dim, 3, device=device, dtype=dtype)
+        self.dwconv = DepthwiseConv2d(hidden_dim, 3, skip=True, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.fc1(x))
-        return self.fc2(x + self.dwconv(x))
+        return self.fc2(self.dwconv(x))
 
 
 class RMTBlock(nn.Module):
@@ -107,7 +107,7 @@ class RMTBlock(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.pos = DepthwiseConv2d(dim, 3, **factory)
+        self.pos = DepthwiseConv2d(dim, 3, skip=True, **factory)
         self.norm1 = nn.LayerNorm(dim, eps=_NORM_EPS, **factory)
         self.attn = Retention(dim, num_heads, decomposed, **factory)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **factory)
@@ -118,7 +118,7 @@ class RMTBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, rotation: Tensor, decay: Tensor) -> Tensor:
-        x = x + self.pos(x)
+        x = self.pos(x)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), rotation, decay)))
         return x + self.drop_path2(self.ls2(self.ffn(self.norm2(x))))
 
@@ -368,7 +368,7 @@ default_cfgs = generate_default_cfgs(
         "rmt_s": _cfg(),
         "rmt_b": _cfg(),
         "rmt_l": _cfg(),
-        "rmt_n": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), license="apache-2.0", notes=None),
+        **shipped_cfgs(_cfg, "rmt_n", "digits", pool_size=(2, 2), notes=None),
     }
 )
 

@@ -23,7 +23,7 @@ from vitrail.layers.varied_window import VariedWindowAttention
 from vitrail.layers.window import WindowAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages, pad_to_multiple
-from vitrail.models._registry import imagenet_cfg
+from vitrail.models._registry import imagenet_cfg, shipped_cfgs
 from vitrail.models._weights import build_model_with_cfg
 
 __all__ = ["VSASwin"]
@@ -103,8 +103,7 @@ class VSABlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.has_pos = pos_conv
-        self.pos = DepthwiseConv2d(dim, 7, device=device, dtype=dtype) if pos_conv else nn.Identity()
+        self.pos = DepthwiseConv2d(dim, 7, skip=True, device=device, dtype=dtype) if pos_conv else nn.Identity()
         self.norm1 = nn.LayerNorm(dim, eps=_NORM_EPS, device=device, dtype=dtype)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=_NORM_EPS, device=device, dtype=dtype)
@@ -113,8 +112,7 @@ class VSABlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.has_pos:
-            x = x + self.pos(x)
+        x = self.pos(x)
         x = x + self.drop_path1(self.attn(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
@@ -322,7 +320,7 @@ default_cfgs = generate_default_cfgs(
         "vsa_swin_t": _cfg(crop_pct=0.875, notes=_UNPUBLISHED),
         "vsa_swin_s": _cfg(crop_pct=0.875, notes=_UNPUBLISHED),
         "vsa_swin_b": _cfg(crop_pct=0.875, notes=_UNPUBLISHED),
-        "vsa_swin_n": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), license="apache-2.0"),
+        **shipped_cfgs(_cfg, "vsa_swin_n", "digits", pool_size=(2, 2)),
         "swin_t.ms_in1k": _swin_cfg("swin_tiny_patch4_window7_224.ms_in1k"),
         "swin_s.ms_in1k": _swin_cfg("swin_small_patch4_window7_224.ms_in1k"),
         "swin_b.ms_in1k": _swin_cfg("swin_base_patch4_window7_224.ms_in1k"),

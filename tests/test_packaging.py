@@ -1,8 +1,9 @@
-"""The wheel and the source distribution hold every source file once, under `vitrail/`, and no tests."""
+"""The wheel and the source distribution hold every source file once, under `vitrail/`, and no tests; wheels work."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,8 @@ FOLDERS = ("kernels", "layers", "models", "tools", "configs")
 
 
 @pytest.fixture(scope="module")
-def wheels(root_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
-    """Names in two wheels: built from a copy of the checkout, and from that copy's source distribution."""
+def wheels(root_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two wheels: built from a copy of the checkout, and from that copy's source distribution."""
     try:
         setuptools = importlib.metadata.version("setuptools")
     except importlib.metadata.PackageNotFoundError:
@@ -35,19 +36,20 @@ def wheels(root_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[lis
         archive.extractall(folder / "unpacked", filter="data")
     (unpacked,) = (folder / "unpacked").iterdir()
     _build("wheel", unpacked, folder / "from_sdist")
-    return [_names(folder / "from_checkout"), _names(folder / "from_sdist")]
+    return [next((folder / place).glob("*.whl")) for place in ("from_checkout", "from_sdist")]
 
 
 @pytest.mark.slow
-def test_wheel_holds_every_source_file_once(wheels: list[list[str]], root_dir: Path) -> None:
+def test_wheel_holds_every_source_file_once(wheels: list[Path], root_dir: Path) -> None:
     expected = {
         f"vitrail/{path.relative_to(root_dir).as_posix()}"
         for folder in FOLDERS
         for path in root_dir.glob(f"{folder}/**/*.py")
     }
     expected |= {f"vitrail/model_cards/{path.name}" for path in root_dir.glob("model_cards/*.*")}
+    expected |= {f"vitrail/weights/{path.name}" for path in root_dir.glob("weights/*.*")}
     expected |= {"vitrail/__init__.py", "vitrail/_version.py", "vitrail/py.typed"}
-    for names in wheels:
+    for names in map(_names, wheels):
         assert len(names) == len(set(names)), "a file is in the wheel twice"
         package = {name for name in names if not name.partition("/")[0].endswith(".dist-info")}
         assert expected <= package, f"missing from the wheel: {sorted(expected - package)}"
@@ -56,9 +58,26 @@ def test_wheel_holds_every_source_file_once(wheels: list[list[str]], root_dir: P
 
 
 @pytest.mark.slow
-def test_source_distribution_builds_the_same_wheel(wheels: list[list[str]]) -> None:
-    from_checkout, from_sdist = wheels
+def test_source_distribution_builds_the_same_wheel(wheels: list[Path]) -> None:
+    from_checkout, from_sdist = map(_names, wheels)
     assert sorted(from_checkout) == sorted(from_sdist)
+
+
+@pytest.mark.slow
+def test_an_unpacked_wheel_loads_the_weights_that_it_brings(wheels: list[Path], tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheels[1]) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        "import timm, vitrail\n"
+        "model = timm.create_model('biformer_n.digits', pretrained=True)\n"
+        "print(vitrail.__file__, model.num_classes, vitrail.models._weights.SHIPPED)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "VITRAIL_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == [f"{tmp_path}/vitrail/__init__.py", "10", f"{tmp_path}/vitrail/weights"]
 
 
 def _build(kind: str, source: Path, target: Path) -> None:
@@ -69,7 +88,6 @@ def _build(kind: str, source: Path, target: Path) -> None:
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
 
 
-def _names(folder: Path) -> list[str]:
-    (wheel,) = folder.glob("*.whl")
+def _names(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
         return archive.namelist()

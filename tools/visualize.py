@@ -77,22 +77,28 @@ def _visualize(options: argparse.Namespace) -> int:
 def _build(spec: str, pretrained: bool) -> nn.Module:
     name, _, checkpoint = spec.partition("=")
     torch.manual_seed(0)
-    if not checkpoint:
-        try:
-            return timm.create_model(name, pretrained=pretrained).eval()
-        except RuntimeError as error:  # timm's, for a tag without weights
-            raise UsageError(str(error)) from error
+    try:
+        model = timm.create_model(name, pretrained=pretrained and not checkpoint).eval()
+    except RuntimeError as error:  # timm's, for a tag without weights
+        raise UsageError(str(error)) from error
+    if checkpoint or not pretrained:
+        model.pretrained_cfg.pop("label_names", None)  # those of other weights
+    if checkpoint:
+        _load(model, Path(checkpoint))
+    return model
+
+
+def _load(model: nn.Module, checkpoint: Path) -> None:
+    """Gives a model weights and as many classes as they have."""
     from vitrail.models.mm.checkpoint import convert_for, load_strictly, read_weights, refuse_untrained_parts
 
-    weights = read_weights(Path(checkpoint))
-    model = timm.create_model(name)
+    weights = read_weights(checkpoint)
     with refuse_untrained_parts(f"checkpoint {checkpoint}"):
         weights = convert_for(model, weights)
     classifier = model.default_cfg["classifier"]
     if f"{classifier}.weight" in weights:
         model.reset_classifier(len(weights[f"{classifier}.weight"]))
-    load_strictly(model, weights, Path(checkpoint))
-    return model.eval()
+    load_strictly(model, weights, checkpoint)
 
 
 def _draw(name: str, model: nn.Module, path: Path, options: argparse.Namespace) -> Drawn:

@@ -2,7 +2,7 @@
 
 | command | does |
 |---|---|
-| `list [PATTERN]` | where the official weights of every model lie, and how to get those that want a browser |
+| `list [PATTERN]` | which weights there are of every model, where they lie, how to get those that want a browser |
 | `fetch NAME[.TAG]` | downloads and verifies them; goes on where an earlier download was cut |
 | `convert NAME FILE` | turns an official checkpoint into a safetensors file in this package's layout |
 | `verify FILE` | checks a file: structure, SHA-256, whether it fits a model; `--golden` proves a conversion |
@@ -30,6 +30,7 @@ from torch import Tensor
 import vitrail
 from vitrail.models import _weights
 from vitrail.models._fetch import fetch, file_digest, verify
+from vitrail.models._registry import configurations, is_shipped
 from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command, unknown_name
 from vitrail.tools._common.golden import CASES, filled_checkpoint, golden_folder
 from vitrail.tools._common.table import Column, Row, _write, print_table
@@ -85,25 +86,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sources(pattern: str = "*") -> list[Row]:
     """One row for every pretrained configuration: name, tag, access, place, licence, what to know."""
-    return [_source(name, cfg) for name in vitrail.list_models(pattern) for cfg in _configurations(name)]
-
-
-def _configurations(name: str) -> list[PretrainedCfg]:
-    default = timm.models.get_pretrained_cfg(name)
-    tags = timm.models.list_models(f"{name}.*", include_tags=True) if default else []
-    exact = [timm.models.get_pretrained_cfg(tag) for tag in tags if tag.partition(".")[0] == name]
-    return exact or ([default] if default else [])
+    return [_source(name, cfg) for name in vitrail.list_models(pattern) for cfg in configurations(name)]
 
 
 def _source(name: str, cfg: PretrainedCfg) -> Row:
     place = f"hf-hub:{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url or None
     unpublished = not place and not any("browser" in note or "by hand" in note for note in cfg.notes or ())
+    access = "included" if is_shipped(cfg) else "download" if place else "none" if unpublished else "by hand"
     return {
         "name": f"{name}.{cfg.tag}" if cfg.tag else name,
-        "access": "none" if unpublished else "download" if place else "by hand",
+        "access": access,
         "place": place or (None if unpublished else cfg.origin_url),
         "license": cfg.license,
-        "notes": " ".join(cfg.notes or ()) or None,
+        "notes": " ".join(cfg.notes or ()) or cfg.description,
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _MOST_REMEMBERED = 4096
 _compiled: dict[Hashable, Any] = {}
@@ -39,6 +40,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         arguments: Its other parameters, in their order; the first is a tensor.
         constants: The compile-time parameters, and Triton's options.
     """
+    if isinstance(arguments[0], FakeTensor):  # a run without data: what the kernel would fill is there
+        return
     device = arguments[0].device
     if device.type != "cuda":  # Triton's interpreter
         kernel[grid](*arguments, **constants)

@@ -415,7 +415,8 @@ def _varied_window_bwd_dkdv_kernel(
     )
 
 
-# Heads whose channels take more than `_NARROW` bytes need more registers.
+# Heads whose channels take more than `_NARROW` bytes need more registers. The first backward kernel reads back what it
+# wrote: loads of a later window must not be moved before, as a pipeline of several stages does.
 CONFIGS = {
     "fwd": Config(4, 2, 4),
     "fwd_wide": Config(8, 1, 2),

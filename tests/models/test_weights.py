@@ -17,6 +17,7 @@ from timm.models import PretrainedCfg
 
 import vitrail
 from vitrail.models import _fetch, _weights
+from vitrail.models._registry import configurations, is_shipped
 from vitrail.models._weights import WeightsError, convert, locate, read_checkpoint, select_weights
 
 SMALL: dict[str, Any] = {"depths": (1, 1), "dims": (16, 32), "num_heads": (1, 2)}
@@ -156,7 +157,7 @@ def test_every_entry_point_has_a_complete_configuration() -> None:
         if cfg.has_weights:
             assert cfg.license, name
             assert cfg.tag, name
-            assert cfg.origin_url, name
+            assert cfg.origin_url or is_shipped(cfg), name
             assert cfg.paper_ids, name
             assert cfg.hf_hub_id or _weights._file_name(cfg.url), name
 
@@ -204,3 +205,69 @@ def test_a_stream_of_noise_is_refused_whatever_it_spells(tmp_path: Path) -> None
         file.write_bytes(b"\x80\x02" + noise.randbytes(200))  # begins as the oldest format does
         with pytest.raises(WeightsError, match=r"damaged|holds"):
             read_checkpoint(file)
+
+
+SHIPPED = [f"{name}.{cfg.tag}" for name in vitrail.list_models() for cfg in configurations(name) if is_shipped(cfg)]
+
+
+def test_every_shipped_file_belongs_to_a_configuration_and_is_small() -> None:
+    files = sorted(_weights.SHIPPED.glob("*.safetensors"))
+    assert [file.name for file in files] == sorted(f"{name}.safetensors" for name in SHIPPED)
+    assert max(file.stat().st_size for file in files) < 6e6
+    assert sum(file.stat().st_size for file in files) < 35e6
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_file_is_what_its_digest_says_and_gives_the_accuracy_of_the_card(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    from vitrail.models.mm.runner import build_dataset
+    from vitrail.tools._common.cards import read_facts
+
+    monkeypatch.setenv("VITRAIL_OFFLINE", "1")
+    entry, _, tag = name.partition(".")
+    model = timm.create_model(name, pretrained=True).eval()
+    cfg = model.pretrained_cfg
+    assert cfg["url"] == f"package:{name}.safetensors"
+    assert "file" not in cfg
+    assert len(cfg["label_names"]) == cfg["num_classes"] == model.num_classes == 10
+    path = _weights.SHIPPED / f"{name}.safetensors"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert path.with_name(f"{path.name}.sha256").read_text() == f"{digest}  {path.name}\n"
+    stored = safetensors.torch.load_file(path)
+    assert {value.dtype for value in stored.values()} <= {torch.float16, torch.int64}
+    (told,) = (own for own in read_facts()[entry]["measured_here"] if own["weights"] == name)
+    if tag != "digits":  # other data are not at hand
+        return
+    settings = timm.data.resolve_data_config({}, model=model)
+    transform = {key: settings[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct")}
+    data = build_dataset({"source": {"type": "digits", "split": "val"}, "transform": transform})
+    assert list(data.source.classes) == list(cfg["label_names"])
+    with torch.inference_mode():
+        found = model(torch.stack([sample["images"] for sample in data])).argmax(1)
+    right = (found == torch.tensor(data.source.labels)).sum().item()
+    assert round(100 * right / len(data), 2) == told["top1"]
+
+
+def test_a_damaged_or_missing_shipped_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = SHIPPED[0]
+    content = (_weights.SHIPPED / f"{name}.safetensors").read_bytes()
+    digest = (_weights.SHIPPED / f"{name}.safetensors.sha256").read_text()
+    monkeypatch.setattr(_weights, "SHIPPED", tmp_path)
+    with pytest.raises(WeightsError, match="not complete"):
+        timm.create_model(name, pretrained=True)
+    (tmp_path / f"{name}.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(WeightsError, match="not complete"):
+        timm.create_model(name, pretrained=True)
+    (tmp_path / f"{name}.safetensors.sha256").write_text(digest)
+    with pytest.raises(WeightsError, match="SHA-256"):
+        timm.create_model(name, pretrained=True)
+
+
+def test_shipped_weights_adapt_like_any_other() -> None:
+    model = timm.create_model("biformer_n.digits", pretrained=True, num_classes=3, in_chans=1)
+    whole = timm.create_model("biformer_n", pretrained=True)
+    assert model.head.fc.weight.shape[0] == 3
+    assert torch.equal(model.stages[2].blocks[0].attn.qkv.weight, whole.stages[2].blocks[0].attn.qkv.weight)
+    assert vitrail.create_model("biformer_n").num_classes == 10

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import shutil
 import subprocess
+from collections import defaultdict
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +45,30 @@ def _covered(panel: draw.Panel, height: int, width: int) -> Tensor:
         if box.filled:
             covered |= ((y > box.top) & (y < box.bottom))[:, None] & ((x > box.left) & (x < box.right))
     return covered
+
+
+class _Page(HTMLParser):
+    """What a page holds, its structure checked on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.pictures: list[tuple[str, str]] = []
+        self.texts: dict[str, list[str]] = defaultdict(list)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "img":
+            given = dict(attrs)
+            self.pictures.append((given["src"] or "", given["alt"] or ""))
+        elif tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and data.strip():
+            self.texts[self.open[-1]].append(data)
 
 
 @pytest.fixture
@@ -97,12 +125,10 @@ def test_a_query_attends_to_its_neighborhood() -> None:
 
     model, image = _model("dinat_n"), _image(128)
     for panel in draw.neighborhoods(model, image, _QUERY):
-        name = panel.title.partition(":")[0].replace(".", ".blocks.", 1)
-        name, layer = next(
-            (n, m)
-            for n, m in model.named_modules()
-            if n == f"stages.{name}.attn" and isinstance(m, NeighborhoodAttention)
-        )
+        stage, block = (int(number) - 1 for number in re.findall(r"\d+", panel.title)[:2])
+        name = f"stages.{stage}.blocks.{block}.attn"
+        layer = model.get_submodule(name)
+        assert isinstance(layer, NeighborhoodAttention)
         inputs = draw.layer_inputs(model, image, {name: layer})[name]
         weights = draw.attention_weights(layer, inputs, _QUERY).mean(0)
         assert torch.equal(_covered(panel, *weights.shape), weights > 0)
@@ -140,7 +166,10 @@ def test_class_activation_is_a_map_of_the_last_stage() -> None:
     assert panel.heat is not None
     assert panel.heat.shape == (3, 3)
     assert panel.heat.min() >= 0
-    assert re.match(r"class \d+, \d+%", panel.title)
+    assert re.fullmatch(r"class \d+, \d+ %", panel.title)
+    model.pretrained_cfg["label_names"] = tuple(f"thing {i}" for i in range(1000))
+    (panel,) = draw.class_activation(model, _image(96), _QUERY)
+    assert re.fullmatch(r"thing \d+, \d+ %", panel.title)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +200,21 @@ def test_files(photo: Path, tmp_path: Path) -> None:
     with Image.open(tmp_path / "out.v1.png") as picture:
         assert min(picture.size) > 400
     page = (tmp_path / "out.v1.html").read_text()
-    sources = re.findall(r'src="([^"]*)"', page)
-    assert len(sources) > 10
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    read = _Page()
+    read.feed(page)
+    read.close()
+    assert read.open == []
+    assert len(read.pictures) > 10
+    for source, meaning in read.pictures:
+        assert meaning
+        kind, _, data = source.partition(",")
+        assert kind == "data:image/png;base64"
+        with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as picture:
+            picture.load()
+            assert picture.width > picture.height  # the image is 32 x 48
+    assert read.texts["h3"].count("biformer_n") == read.texts["h3"].count("rmt_n") == len(read.texts["h2"])
+    assert {"Class activation", "Routed regions", "Decay fields"} <= set(read.texts["h2"])
+    assert len(read.texts["p"]) > len(read.texts["h2"])  # each kind is explained, and what a model lacks is said
     assert not re.search(r"https?:|@import|<script|<link|url\(", page)
     assert "a &lt;photo&gt;.png" in page
     assert "<photo>" not in page
@@ -185,7 +226,7 @@ def test_a_checkpoint_is_used(photo: Path, tmp_path: Path) -> None:
         trained.head.fc.bias[1] = 50.0
     torch.save(trained.state_dict(), tmp_path / "weights.pth")
     assert main([f"l2vit_n={tmp_path / 'weights.pth'}", str(photo), "-o", str(tmp_path / "out")]) == 0
-    assert "class 1, 100%" in (tmp_path / "out.html").read_text()
+    assert "class 1, 100 %" in (tmp_path / "out.html").read_text()
 
 
 @pytest.mark.parametrize(

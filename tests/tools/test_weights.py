@@ -35,6 +35,8 @@ def test_list_has_every_model_and_says_how_to_get_its_weights(capsys: pytest.Cap
     assert rows["biformer_b"]["access"] == "by hand"
     assert "OneDrive" in rows["biformer_b"]["notes"]
     assert rows["vsa_swin_t"]["access"] == "none"
+    assert rows["biformer_n.digits"]["access"] == rows["mobilenetv2_ela_b.digits"]["access"] == "included"
+    assert rows["biformer_n.digits"]["notes"] == "trained on scikit-learn's handwritten digits"
     assert main(["list", "rmt_*"]) == 0
     assert "Baidu" in capsys.readouterr().out
     assert main(["list", "--json", "rmt_*"]) == 0

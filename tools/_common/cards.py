@@ -17,6 +17,9 @@ from timm.models import PretrainedCfg
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitrail
+from vitrail.models._fetch import file_digest
+from vitrail.models._registry import configurations, is_shipped
+from vitrail.models._weights import locate
 
 FOLDER = Path(vitrail.__file__).parent / "model_cards"
 Facts = dict[str, Any]
@@ -93,7 +96,7 @@ def _results(facts: Facts, cfg: PretrainedCfg) -> list[Facts]:
         result = _result("ImageNet-1k", "imagenet-1k", published, "as the paper says")
         results.append({**result, "source": {"name": "Reported by the paper, not measured here", "url": _paper(cfg)}})
     for own in facts.get("measured_here", []):
-        results.append(_result(own["dataset"], "digits", own, "measured by this project"))
+        results.append(_result(own["dataset"], own.get("type", "digits"), own, "measured by this project"))
     return results
 
 
@@ -152,6 +155,8 @@ def _weights(name: str, facts: Facts, cfg: PretrainedCfg) -> str:
     """Where the weights are; a text of the facts adds to it, or replaces it where there is nothing to download."""
     said = facts.get("weights", "").strip()
     by_hand = any("browser" in note or "by hand" in note for note in cfg.notes or ())
+    if shipped := [one for one in configurations(name) if is_shipped(one)]:
+        return "\n\n".join(filter(None, [*(_shipped_weights(name, one) for one in shipped), said]))
     if cfg.has_weights and cfg.tag and not cfg.tag.startswith("start"):
         place = (
             f"[{cfg.hf_hub_id}](https://huggingface.co/{cfg.hf_hub_id}), as timm hosts them"
@@ -170,6 +175,17 @@ def _weights(name: str, facts: Facts, cfg: PretrainedCfg) -> str:
     )
     text = said or " ".join(cfg.notes or ()) or "None are public."
     return f"{text}\n\n{convert}" if by_hand else text
+
+
+def _shipped_weights(name: str, cfg: PretrainedCfg) -> str:
+    path = locate(name, cfg)
+    return (
+        f"`{name}.{cfg.tag}`, weights of this project in the package, {cfg.description} and stored in float16 "
+        f"({path.stat().st_size / 1e6:.1f} MB, {cfg.license}):\n"
+        f'`timm.create_model("{name}.{cfg.tag}", pretrained=True)` verifies and loads them; no network is needed. '
+        "SHA-256:\n"
+        f"`{file_digest(path)}`"
+    )
 
 
 def _own_results(facts: Facts) -> str:
@@ -214,6 +230,8 @@ def _shown(value: float | None) -> str:
 
 def _access(name: str) -> str:
     cfg = timm.models.get_pretrained_cfg(name)
+    if any(map(is_shipped, configurations(name))):
+        return "included"
     if cfg.has_weights:
         return "start" if (cfg.tag or "").startswith("start") else "download"
     return "by hand" if any("browser" in note or "by hand" in note for note in cfg.notes or ()) else "none"

@@ -6,6 +6,7 @@ derivative of the attention's result by the value at that place, which for atten
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -64,22 +65,15 @@ def all_panels(model: nn.Module, image: Tensor, query: tuple[float, float]) -> d
         image: (1, C, H, W), normalised.
         query: Place (x, y) in fractions of the image.
     """
-    kinds: dict[str, Callable[[nn.Module, Tensor, tuple[float, float]], list[Panel]]] = {
-        "class activation": class_activation,
-        "routed regions": routed_regions,
-        "learned windows": learned_windows,
-        "neighborhoods": neighborhoods,
-        "decay fields": decay_fields,
-        "strip gates": strip_gates,
-        "attention of the query": query_attention,
-        "effective receptive fields": receptive_fields,
-    }
-    drawn = {kind: draw(model, image, query) for kind, draw in kinds.items()}
+    drawn = {kind: draw(model, image, query) for kind, draw in KINDS.items()}
     return {kind: panels for kind, panels in drawn.items() if panels}
 
 
 def class_activation(model: nn.Module, image: Tensor, query: tuple[float, float]) -> list[Panel]:
-    """Grad-CAM (arXiv 1610.02391) of the most likely class on the last map."""
+    """Grad-CAM of the most likely class: where the last map speaks for it.
+
+    Source: arXiv 1610.02391. The class has its name where the model's configuration tells it (`label_names`).
+    """
     logits, maps = _with_maps(model, image)
     if logits.dim() != 2 or logits.shape[1] < 1 or not maps:
         return []
@@ -88,11 +82,16 @@ def class_activation(model: nn.Module, image: Tensor, query: tuple[float, float]
     (gradient,) = torch.autograd.grad(logits[0, best], last)
     heat = (gradient.mean((2, 3), keepdim=True) * last).sum(1)[0].relu()
     chance = logits[0].softmax(0)[best].item()
-    return [Panel(f"class {best}, {chance:.0%}", heat.detach())]
+    names = getattr(model, "pretrained_cfg", {}).get("label_names") or ()
+    title = names[best] if len(names) == logits.shape[1] else f"class {best}"
+    return [Panel(f"{title}, {100 * chance:.0f} %", heat.detach())]
 
 
 def receptive_fields(model: nn.Module, image: Tensor, query: tuple[float, float]) -> list[Panel]:
-    """How much every pixel moves the centre of each stage's map: square root of the summed absolute gradients."""
+    """How much each pixel moves the centre of a stage's map; the share is that of pixels above 5 % of the largest.
+
+    Shown is the square root of the absolute gradients, summed over the colours.
+    """
     image = image.clone().requires_grad_()
     _, maps = _with_maps(model, image)
     panels = []
@@ -101,12 +100,12 @@ def receptive_fields(model: nn.Module, image: Tensor, query: tuple[float, float]
         (gradient,) = torch.autograd.grad(centre, image, retain_graph=True)
         heat = gradient[0].abs().sum(0)
         share = (heat > 0.05 * heat.max()).float().mean().item()
-        panels.append(Panel(f"stage {index + 1}: {share:.0%} of pixels above 5 %", heat.sqrt()))
+        panels.append(Panel(f"stage {index + 1}: {100 * share:.2g} % of the image", heat.sqrt()))
     return panels
 
 
 def query_attention(model: nn.Module, image: Tensor, query: tuple[float, float]) -> list[Panel]:
-    """Weights of the query in the last spatial attention of every stage, averaged over the heads."""
+    """Weights of the query (circle) in the last spatial attention of every stage, averaged over the heads."""
     panels = []
     for name, layer in _last_of_stages(model, _is_spatial_attention).items():
         inputs = layer_inputs(model, image, {name: layer})[name]
@@ -134,7 +133,7 @@ def attention_weights(layer: nn.Module, inputs: tuple[Any, ...], query: tuple[fl
     handles = [layer.qkv.register_forward_hook(keep_qkv), layer.proj.register_forward_pre_hook(keep_result)]
     for name in _CONVOLUTIONS:  # they add values, too, but are no attention
         if hasattr(layer, name):
-            handles.append(getattr(layer, name).register_forward_hook(lambda _m, _i, output: output.detach()))
+            handles.append(getattr(layer, name).register_forward_pre_hook(_without_gradient_of_values))
     try:
         with torch.enable_grad():
             layer(*inputs)
@@ -149,8 +148,14 @@ def attention_weights(layer: nn.Module, inputs: tuple[Any, ...], query: tuple[fl
     return values.mean(-1).reshape(height, width, layer.num_heads).permute(2, 0, 1)
 
 
+def _without_gradient_of_values(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """For a convolution that is given values and what to add to them."""
+    values, *added = given
+    return values.detach(), *added
+
+
 def routed_regions(model: nn.Module, image: Tensor, query: tuple[float, float]) -> list[Panel]:
-    """The regions to which the query's region is routed in the last routed block of every stage, first in front."""
+    """The regions (yellow) to which that of the query (red) is routed in the last routed block of every stage."""
     panels = []
     for name, layer in _last_of_stages(model, lambda m: isinstance(m, RoutingAttention)).items():
         (x,) = layer_inputs(model, image, {name: layer})[name]
@@ -173,7 +178,7 @@ def routed_regions(model: nn.Module, image: Tensor, query: tuple[float, float]) 
 
 
 def learned_windows(model: nn.Module, image: Tensor, query: tuple[float, float]) -> list[Panel]:
-    """The window of the query and what each head reads in its place, in the last block of every stage."""
+    """The query's window (white) and those that its heads read instead (colours), in the last block of every stage."""
     panels = []
     for name, layer in _last_of_stages(model, lambda m: isinstance(m, VariedWindowAttention)).items():
         (x,) = layer_inputs(model, image, {name: layer})[name]
@@ -185,16 +190,17 @@ def learned_windows(model: nn.Module, image: Tensor, query: tuple[float, float])
         down, right = (row + top) // tall, (column + left) // wide
         centre_y, centre_x = (down + 0.5) * tall - top, (right + 0.5) * wide - left
         boxes = [_around(centre_x, centre_y, wide, tall, width, height, 0)]
-        for head in range(min(layer.num_heads, _MOST_HEADS)):
+        shown = min(layer.num_heads, _MOST_HEADS)
+        for head in range(shown):
             move, factor = offsets[0, down, right, head].tolist(), stretch[0, down, right, head].tolist()
             y, x_centre = centre_y + move[0], centre_x + move[1]
             boxes.append(_around(x_centre, y, wide * factor[1], tall * factor[0], width, height, head + 1))
-        panels.append(Panel(f"{_short(name)}: {layer.num_heads} heads", None, boxes, query))
+        panels.append(Panel(f"{_short(name)}: {shown} of {layer.num_heads} heads", None, boxes, query))
     return panels
 
 
 def neighborhoods(model: nn.Module, image: Tensor, query: tuple[float, float]) -> list[Panel]:
-    """The tokens that the query sees in the last two neighborhood blocks of every stage (plain and dilated)."""
+    """The tokens (yellow) that the query (circle) sees in the last two neighborhood blocks of every stage."""
     try:
         from vitrail.kernels.neighborhood_attention.reference import axis_neighborhood
         from vitrail.layers.neighborhood import NeighborhoodAttention
@@ -222,7 +228,7 @@ def neighborhoods(model: nn.Module, image: Tensor, query: tuple[float, float]) -
 
 
 def decay_fields(model: nn.Module, image: Tensor, query: tuple[float, float]) -> list[Panel]:
-    """The decay around the query of the first, the middle and the last head in the last block of every stage of RMT.
+    """The decay around the query (circle) of the first, middle and last head, in the last block of every stage.
 
     Decomposed stages have the same field as full ones: the distances along rows and columns add up.
     """
@@ -234,12 +240,12 @@ def decay_fields(model: nn.Module, image: Tensor, query: tuple[float, float]) ->
         distance = manhattan_distance((height, width), decay)[row * width + column].view(height, width)
         for head in sorted({0, layer.num_heads // 2, layer.num_heads - 1}):
             heat = (decay[head] * distance).exp()
-            panels.append(Panel(f"{_short(name)} head {head + 1}: {decay[head].exp():.3f} a token", heat, query=query))
+            panels.append(Panel(f"{_short(name)}, head {head + 1}: {decay[head].exp():.3f}", heat, query=query))
     return panels
 
 
 def strip_gates(model: nn.Module, image: Tensor, query: tuple[float, float]) -> list[Panel]:
-    """The product of both strips in the last ELA layer of every stage, of the channel in which it varies most.
+    """The product of both strips in the last layer of every stage, of the channel in which it varies most.
 
     The normalisation before the gates makes the mean over the channels nearly flat.
     """
@@ -251,7 +257,7 @@ def strip_gates(model: nn.Module, image: Tensor, query: tuple[float, float]) -> 
         all_gates = rows[:, :, None] * columns[:, None]
         channel = int(all_gates.flatten(1).std(1).argmax())
         gates = all_gates[channel]
-        title = f"{_short(name)} channel {channel}: {gates.min():.2f} to {gates.max():.2f}"
+        title = f"{_short(name)}, channel {channel}: {gates.min():.2f} to {gates.max():.2f}"
         panels.append(Panel(title, gates))
     return panels
 
@@ -315,4 +321,21 @@ def _clipped(left: int, top: int, wide: int, tall: int, width: int, height: int,
 
 
 def _short(name: str) -> str:
-    return name.removeprefix("stages.").replace(".blocks.", ".").removesuffix(".attn").removesuffix(".se")
+    """A layer's place for people: stage and block, counted from 1, where the name has them."""
+    found = re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name)
+    if found is None:
+        return name.removesuffix(".attn").removesuffix(".se")
+    return f"stage {int(found[1]) + 1}, block {int(found[2]) + 1}"
+
+
+# What there is to draw; the first line of each docstring explains the picture to its viewer.
+KINDS: dict[str, Callable[[nn.Module, Tensor, tuple[float, float]], list[Panel]]] = {
+    "class activation": class_activation,
+    "routed regions": routed_regions,
+    "learned windows": learned_windows,
+    "neighborhoods": neighborhoods,
+    "decay fields": decay_fields,
+    "strip gates": strip_gates,
+    "attention of the query": query_attention,
+    "effective receptive fields": receptive_fields,
+}

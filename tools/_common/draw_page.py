@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vitrail.tools._common.draw import Panel, upsampled
+from vitrail.tools._common.draw import KINDS, Panel, upsampled
 
 _PALETTE = ("#ffffff", "#ff4d4d", "#4dc3ff", "#ffd24d", "#6be675", "#d98cff", "#ff9f40", "#40e0d0", "#ff80bf")
 _PANELS_IN_ROW = 6
@@ -23,9 +23,9 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-
 .model { min-width: 14rem; flex: 1; } .model h3 { font-size: 1rem; margin: .4rem 0; }
 .panels { display: flex; flex-wrap: wrap; gap: .6rem; }
 figure { margin: 0; width: 200px; } figure img { width: 100%; border-radius: 4px; display: block; }
-figcaption { font-size: .8rem; color: #444; } .none { color: #777; font-size: .85rem; }
+figcaption, p { font-size: .85rem; color: #444; } p { margin: .2rem 0; } .none { color: #777; }
 @media (prefers-color-scheme: dark) {
-  body { background: #161616; color: #eee; } figcaption, .none { color: #aaa; } h2 { border-color: #444; } }
+  body { background: #161616; color: #eee; } figcaption, p, .none { color: #aaa; } h2 { border-color: #444; } }
 """
 
 
@@ -56,8 +56,9 @@ def write_png(path: Path, drawn: Sequence[Drawn]) -> None:
         for start in range(0, len(panels), _PANELS_IN_ROW)
     ]
     columns = 1 + max((len(panels) for _, _, panels in rows), default=0)
-    figure = Figure(figsize=(2.3 * columns, 2.55 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), columns, squeeze=False)
+    heights = [2.3 * one.pixels.shape[0] / one.pixels.shape[1] + 0.35 for one, _, _ in rows]  # inches, with the titles
+    figure = Figure(figsize=(2.3 * columns, sum(heights)), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for axes, (one, kind, panels) in zip(grid, rows, strict=True):
         for place in axes:
             place.set_axis_off()
@@ -77,7 +78,8 @@ def write_html(path: Path, drawn: Sequence[Drawn], title: str) -> None:
         parts.append(f"<h1>{html.escape(image_name)}</h1><div class=panels>{_figure(of_image[0].pixels, None)}</div>")
         for kind in dict.fromkeys(kind for one in of_image for kind in one.panels):
             models = "".join(_model_cell(one, kind) for one in of_image)
-            parts.append(f"<h2>{html.escape(kind.capitalize())}</h2><div class=side>{models}</div>")
+            meaning = html.escape((KINDS[kind].__doc__ or "").partition("\n")[0])
+            parts.append(f"<h2>{html.escape(kind.capitalize())}</h2><p>{meaning}</p><div class=side>{models}</div>")
     head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(title)}</title>"
     page = (
         f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>"
@@ -110,20 +112,24 @@ def _figure(pixels: np.ndarray, panel: Panel | None) -> str:
 
 def _paint(axes: Any, pixels: np.ndarray, panel: Panel) -> None:
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
 
     height, width = pixels.shape[:2]
     gray = pixels.mean(2, keepdims=True).repeat(3, 2)
     axes.imshow(pixels if panel.heat is None else 0.35 + 0.65 * gray, extent=(0, 1, 1, 0), aspect=height / width)
     if panel.heat is not None:
         heat = upsampled(panel.heat, height, width).numpy()
-        axes.imshow(heat, cmap="inferno", alpha=0.25 + 0.6 * heat, extent=(0, 1, 1, 0), aspect=height / width)
+        # Where there is nothing the photo stays as it is; a little heat is visible already.
+        axes.imshow(heat, cmap="inferno", alpha=0.85 * heat**0.5, extent=(0, 1, 1, 0), aspect=height / width)
     for box in panel.boxes:
         color = _PALETTE[box.color % len(_PALETTE)]
         size = (box.right - box.left, box.bottom - box.top)
         fill = {"facecolor": "#ffd24d", "alpha": 0.45} if box.filled else {"facecolor": "none"}
-        axes.add_patch(Rectangle((box.left, box.top), *size, edgecolor=color, linewidth=1.2, **fill))
+        outline = Rectangle((box.left, box.top), *size, edgecolor=color, linewidth=1.2, **fill)
+        outline.set_path_effects([withStroke(linewidth=2.2, foreground="#00000080")])  # seen on any ground
+        axes.add_patch(outline)
     if panel.query is not None:
-        axes.plot(*panel.query, marker="x", color="#00ffff", markersize=6, markeredgewidth=1.6)
+        axes.plot(*panel.query, marker="o", color="#00ffff", markersize=8, markeredgewidth=1.2, fillstyle="none")
     # Windows that reach out of the image are shown, as far as they do not make it small.
     axes.set_xlim(*_limits([edge for box in panel.boxes for edge in (box.left, box.right)]))
     axes.set_ylim(*reversed(_limits([edge for box in panel.boxes for edge in (box.top, box.bottom)])))

@@ -1,0 +1,9 @@
+"""L2ViT-N on CIFAR-10, 32 pixels: data_root holds torchvision's `cifar-10-batches-py`.
+
+Source of the recipe: our own, after the regularisation that small-image training of vision transformers commonly
+uses. Its accuracy has not been measured.
+"""
+
+_base_ = "_cifar10.py"
+
+model = dict(backbone=dict(name="l2vit_n"))

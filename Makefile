@@ -14,8 +14,9 @@ $(STAMP): setup.cfg pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python -m vitrail.tools.train digits/biformer_n
 
+# A process a core; a file's tests stay together, as some share what is slow to make.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not gpu"
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not gpu"
 
 test-models: $(STAMP)
 	$(BIN)/python tests/contract/run.py

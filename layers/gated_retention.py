@@ -256,7 +256,7 @@ class SwatRetention(_WindowRetention):
         gate = F.silu(self.gate(h))
         if self.gates_value:
             v = v * gate.view(v.shape)
-        y = self._normalised(q, k, v) + self.lce(v.flatten(3))
+        y = self.lce(v.flatten(3), self._normalised(q, k, v))
         if self.output_norm == "after_lce":
             y = self.norm(y)
         if not self.gates_value:
@@ -362,7 +362,7 @@ class GatedRetention(_WindowRetention):
         gate = self.gate(x if self.gate_reads_block else h).sigmoid()
         q, k, v = self._project(self._pad(h))
         decay = manhattan_decay(self.num_heads, self.initial_value, self.heads_range, q)
-        y = self._attend(q, k, v, decay).flatten(3) + self.lce(v.flatten(3))
+        y = self.lce(v.flatten(3), self._attend(q, k, v, decay).flatten(3))
         y = y[:, :height, :width]
         if self.gates_heads:
             y = y.unflatten(3, [self.num_heads, self.head_dim]) * gate[..., None]

@@ -79,12 +79,11 @@ class LocalConcentration(nn.Module):
 
     def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.conv1 = DepthwiseConv2d(dim, 7, device=device, dtype=dtype)
-        self.act = nn.GELU()
+        self.conv1 = DepthwiseConv2d(dim, 7, gelu=True, device=device, dtype=dtype)
         self.bn = nn.BatchNorm2d(dim, device=device, dtype=dtype)
         self.conv2 = DepthwiseConv2d(dim, 7, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.conv1(x))
+        x = self.conv1(x)
         # The permutations are views of one channels-last map.
         return self.conv2(self.bn(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))

@@ -134,7 +134,7 @@ class Retention(nn.Module):
             )
         else:
             y = (decomposed_retention if self.decomposed else retention)(q, k, v, decay, scale=self.scale)
-        return self.proj(y.flatten(3) + self.lepe(v.flatten(3)))
+        return self.proj(self.lepe(v.flatten(3), y.flatten(3)))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, decomposed={self.decomposed}"

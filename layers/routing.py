@@ -8,8 +8,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
-from vitrail.kernels._common.partition import pad_map
-from vitrail.kernels._common.recording import at_most
+from vitrail.kernels._common.partition import has_padding
 from vitrail.kernels.routing_attention import region_routes, routing_attention
 from vitrail.kernels.routing_attention.reference import region_size
 from vitrail.layers._heads import head_width
@@ -69,14 +68,10 @@ class RoutingAttention(nn.Module):
             grid = self.n_regions
             routes = region_routes(q, k, n_regions=grid, topk=self.topk, pad_q=bias[0], pad_k=bias[1])
             y = routing_attention(q, k, v, routes, n_regions=grid, pad_k=bias[1], pad_v=bias[2], scale=self.scale)
-        bottom, right = region_size(x.shape[1], x.shape[2], self.n_regions)[1]
-        # No more of the padding than the 5x5 filter reaches from inside the map; a region grid can pad far beyond.
-        if torch.jit.is_scripting():
-            pads = (min(bottom, 2), min(right, 2))
-        else:
-            pads = (at_most(bottom, 2), at_most(right, 2))
-        position = self.lepe(pad_map(v, pads, bias[2]).flatten(3))[:, : x.shape[1], : x.shape[2]]
-        return self.proj(y.flatten(3) + position)
+        pads = region_size(x.shape[1], x.shape[2], self.n_regions)[1]
+        # A copy: without gradients PyTorch's FLOP counter stumbles over modules that are given views of parameters.
+        pad_v = bias[2].flatten().clone() if has_padding(pads) else None
+        return self.proj(self.lepe(v.flatten(3), y.flatten(3), pad_v, pads))
 
 
 @register_notrace_module
@@ -115,4 +110,4 @@ class FullAttention(nn.Module):
         qkv = self.qkv(x).view(batch, height * width, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, D)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, height, width, dim)
-        return self.proj(y + self.lepe(x))
+        return self.proj(self.lepe(x, y))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.kernels.scattered_linear_attention import scattered_linear_attention_packed
+from vitrail.kernels.sparse_conv import mixed_depthwise_conv
 from vitrail.layers._heads import head_width
 from vitrail.layers.sparse import DepthwiseSubmanifoldConv3d
 from vitrail.layers.voxels import SparseTensor, VoxelNorm, VoxelSites
@@ -97,9 +98,8 @@ class CrossWindowFeedForward(nn.Module):
 
     def forward(self, features: Tensor, sites: VoxelSites) -> Tensor:
         x = self.norm1(features)
-        near, along_x, along_y, rest = x.chunk(4, 1)
-        mixed = (self.conv(near, sites), self.conv_x(along_x, sites), self.conv_y(along_y, sites), rest)
-        x = x + torch.cat(mixed, 1)
+        convs = (self.conv, self.conv_x, self.conv_y)
+        x = mixed_depthwise_conv(x, [conv.weight for conv in convs], [conv.neighbours(sites) for conv in convs])
         return x + self.fc2(self.fc1(self.norm2(x)).relu())
 
 
@@ -146,7 +146,7 @@ class PillarPooling(nn.Module):
         nn.init.normal_(self.z_embed.weight, std=0.01)
 
     def forward(self, x: SparseTensor) -> Tensor:
-        """Waits for the device once, for the number of pillars.
+        """Features and sites -> the map.
 
         Raises:
             ValueError: The grid's depth is not that of the embedding.
@@ -154,10 +154,9 @@ class PillarPooling(nn.Module):
         depth, height, width = x.sites.shape
         if depth != self.depth:
             raise ValueError(f"PillarPooling: the grid has depth {depth}; expected {self.depth}")
-        batch, z, row, column = x.sites.coords.unbind(1)
-        pillars, pillar = torch.unique((batch * height + row) * width + column, return_inverse=True)
-        pooled = self._pool(x.features, z, pillar * depth + z, len(pillars))
-        bev = pooled.new_zeros(x.sites.batch_size * height * width, pooled.shape[1]).index_copy(0, pillars, pooled)
+        keys, pillar, z = x.sites.pillars()
+        pooled = self._pool(x.features, z, pillar * depth + z, len(keys))
+        bev = pooled.new_zeros(x.sites.batch_size * height * width, pooled.shape[1]).index_copy(0, keys, pooled)
         return bev.view(x.sites.batch_size, height, width, -1).permute(0, 3, 1, 2)
 
     def _pool(self, features: Tensor, z: Tensor, slot: Tensor, n_pillars: int) -> Tensor:

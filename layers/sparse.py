@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vitrail.kernels.sparse_conv import depthwise_sparse_conv, sparse_conv
+from vitrail.kernels.sparse_conv import NeighbourTable, depthwise_sparse_conv, sparse_conv
 from vitrail.layers.voxels import SparseTensor, Triple, VoxelSites
 
 
@@ -114,7 +114,11 @@ class DepthwiseSubmanifoldConv3d(nn.Module):
         nn.init.normal_(self.weight)
 
     def forward(self, features: Tensor, sites: VoxelSites) -> Tensor:
-        return depthwise_sparse_conv(features, self.weight, sites.neighbours(self.kernel_size))
+        return depthwise_sparse_conv(features, self.weight, self.neighbours(sites))
+
+    def neighbours(self, sites: VoxelSites) -> NeighbourTable:
+        """Which sites its taps meet."""
+        return sites.neighbours(self.kernel_size)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[-1]}, kernel_size={self.kernel_size}"

@@ -14,7 +14,8 @@ from vitrail.kernels._common.checks import without_autocast
 from vitrail.kernels.scattered_linear_attention import Windows, sort_windows
 from vitrail.kernels.sparse_conv import (
     NeighbourTable,
-    distinct_keys,
+    find_runs,
+    point_keys,
     site_coords,
     site_keys,
     strided_sites,
@@ -25,11 +26,26 @@ from vitrail.kernels.sparse_conv import (
 Triple = tuple[int, int, int]
 
 
+class Pillars(NamedTuple):
+    """Columns of full height that hold voxels.
+
+    Attributes:
+        keys: `(batch * H + y) * W + x` of every pillar, sorted, (P,), int64.
+        pillar: Pillar of each voxel, (N,), int64.
+        z: Height of each voxel, (N,), int64.
+    """
+
+    keys: Tensor
+    pillar: Tensor
+    z: Tensor
+
+
 @dataclass(eq=False)
 class VoxelSites:
     """Occupied sites of a batch of grids, sorted by (batch, z, y, x), with what layers on the same sites share.
 
-    Neighbour tables and windows are made when they are first asked for and kept.
+    Neighbour tables, windows, pillars and coarser sites are made when they are first asked for and kept. The last two
+    wait for the device, for their number.
 
     Attributes:
         keys: Sorted distinct keys (`vitrail.kernels.sparse_conv.site_keys`), (N,), int64.
@@ -42,6 +58,10 @@ class VoxelSites:
     batch_size: int
     _tables: dict[Triple, NeighbourTable] = field(default_factory=dict, init=False, repr=False)
     _windows: dict[int, Windows] = field(default_factory=dict, init=False, repr=False)
+    _strided: dict[tuple[Triple, ...], tuple[VoxelSites, NeighbourTable]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    _pillars: Pillars | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -67,9 +87,20 @@ class VoxelSites:
 
     def strided(self, kernel_size: Triple, stride: Triple, padding: Triple) -> tuple[VoxelSites, NeighbourTable]:
         """Sites that a strided convolution reaches from here, and which of these sites each of them sees."""
-        keys, shape = strided_sites(self.keys, self.shape, kernel_size, stride, padding)
-        table = strided_table(self.keys, self.shape, keys, shape, kernel_size, stride, padding)
-        return VoxelSites(keys, shape, self.batch_size), table
+        how = (kernel_size, stride, padding)
+        if how not in self._strided:
+            keys, shape = strided_sites(self.keys, self.shape, *how)
+            table = strided_table(self.keys, self.shape, keys, shape, *how)
+            self._strided[how] = VoxelSites(keys, shape, self.batch_size), table
+        return self._strided[how]
+
+    def pillars(self) -> Pillars:
+        """The (y, x) with voxels, and where each voxel stands in them."""
+        if self._pillars is None:
+            batch, z, y, x = self.coords.unbind(1)
+            keys, pillar = torch.unique((batch * self.shape[1] + y) * self.shape[2] + x, return_inverse=True)
+            self._pillars = Pillars(keys, pillar, z)
+        return self._pillars
 
 
 @dataclass(eq=False)
@@ -181,8 +212,8 @@ def voxelize(points: Sequence[Tensor], grid: VoxelGrid) -> PointVoxels:
     """Finds the voxel of every point; none is dropped for being one of many (dynamic voxelisation).
 
     Points outside of the grid are left out, and so are those with a NaN or infinite value, which would spread through
-    sums and normalisations. Points given twice count twice. Waits for the device twice, for the numbers of points and
-    of voxels.
+    sums and normalisations. Points given twice count twice. Waits for the device once, for the numbers of points and of
+    voxels.
 
     Args:
         points: One (P_i, F) tensor a scan, floating point, with (x, y, z) first; it may be empty.
@@ -196,19 +227,11 @@ def voxelize(points: Sequence[Tensor], grid: VoxelGrid) -> PointVoxels:
         raise ValueError(f"points has shapes {shapes}; expected at least one scan, (P, F) each, F the same and >= 3")
     merged, shape = torch.cat(list(points)), grid.shape
     batch = torch.cat([torch.full((len(p),), i, device=p.device) for i, p in enumerate(points)])
-    axes = zip(merged[:, :3].unbind(1), grid.low, grid.voxel_size, strict=True)
-    place = [((axis - low) / size).floor() for axis, low, size in axes]
-    inside = merged.isfinite().all(1)
-    for axis, size in zip(place, shape[::-1], strict=True):
-        # Compared as floats: what does not fit into an integer is outside of the grid.
-        inside = inside & (axis >= 0) & (axis < size)
-    kept = inside.nonzero().flatten()
-    x, y, z = (axis[kept].long() for axis in place)
-    sorted_keys, order = site_keys(torch.stack((batch[kept], z, y, x), 1), shape).sort(stable=True)
-    keys = distinct_keys(sorted_keys, sorted_keys >= 0)
-    counts = torch.searchsorted(sorted_keys, keys, right=True) - torch.searchsorted(sorted_keys, keys)
-    voxel = torch.searchsorted(keys, sorted_keys)
-    return PointVoxels(merged[kept[order]], voxel, counts, VoxelSites(keys, shape, len(points)))
+    keys, order = point_keys(merged, batch, grid.low, grid.voxel_size, shape).sort(stable=True)
+    voxels = find_runs(keys)
+    kept = order[len(order) - len(voxels.run) :]  # what lies in no voxel comes first
+    ends = torch.cat((voxels.first[1:], voxels.first.new_full((min(1, len(voxels.first)),), len(keys))))
+    return PointVoxels(merged[kept], voxels.run, ends - voxels.first, VoxelSites(voxels.keys, shape, len(points)))
 
 
 def reduce_points(x: Tensor, counts: Tensor, how: str) -> Tensor:

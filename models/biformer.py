@@ -52,8 +52,7 @@ class BiFormerBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.has_pos_embed = pos_embed
-        self.pos_embed = DepthwiseConv2d(dim, 3, device=device, dtype=dtype) if pos_embed else nn.Identity()
+        self.pos_embed = DepthwiseConv2d(dim, 3, skip=True, device=device, dtype=dtype) if pos_embed else nn.Identity()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
@@ -62,8 +61,7 @@ class BiFormerBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.has_pos_embed:
-            x = x + self.pos_embed(x)
+        x = self.pos_embed(x)
         x = x + self.drop_path1(self.attn(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
@@ -122,7 +120,7 @@ class BiFormer(HierarchicalBackbone):
         self.stem = (
             _PatchStem(in_chans, dims[0], **factory)
             if swin_layout
-            else _conv_stem(in_chans, dims[0], stem_stride, **factory)
+            else _ConvStem(in_chans, dims[0], stem_stride, **factory)
         )
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         stages = []
@@ -155,15 +153,24 @@ class BiFormer(HierarchicalBackbone):
                 module.reset_parameters()
 
 
-def _conv_stem(in_chans: int, dim: int, stride: int, **factory: Any) -> nn.Sequential:
+class _ConvStem(nn.Sequential):
     """Two 3x3 convolutions; at stride 2 the second keeps the size."""
-    return nn.Sequential(
-        nn.Conv2d(in_chans, dim // 2, 3, 2, 1, **factory),
-        nn.BatchNorm2d(dim // 2, **factory),
-        nn.GELU(),
-        nn.Conv2d(dim // 2, dim, 3, stride // 2, 1, **factory),
-        nn.BatchNorm2d(dim, **factory),
-    )
+
+    def __init__(self, in_chans: int, dim: int, stride: int, **factory: Any) -> None:
+        super().__init__(
+            nn.Conv2d(in_chans, dim // 2, 3, 2, 1, **factory),
+            nn.BatchNorm2d(dim // 2, **factory),
+            nn.GELU(),
+            nn.Conv2d(dim // 2, dim, 3, stride // 2, 1, **factory),
+            nn.BatchNorm2d(dim, **factory),
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        # A channels-last image makes every later map channels-last: the turn to (B, H, W, C) is then a view.
+        x = input.contiguous(memory_format=torch.channels_last)
+        for module in self:
+            x = module(x)
+        return x
 
 
 def _conv_merge(dim_in: int, dim_out: int, **factory: Any) -> nn.Sequential:

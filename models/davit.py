@@ -80,10 +80,10 @@ class ConvPosEnc(nn.Module):
 
     def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.proj = DepthwiseConv2d(dim, 3, device=device, dtype=dtype)
+        self.proj = DepthwiseConv2d(dim, 3, skip=True, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.proj(x)
+        return self.proj(x)
 
 
 class AttentionBlock(nn.Module):

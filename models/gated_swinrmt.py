@@ -65,7 +65,7 @@ class GatedSwinRMTBlock(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.pos = DepthwiseConv2d(dim, 3, **factory)
+        self.pos = DepthwiseConv2d(dim, 3, skip=True, **factory)
         self.norm1 = nn.LayerNorm(dim, eps=_NORM_EPS, **factory)
         self.attn = attn
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **factory)
@@ -76,7 +76,7 @@ class GatedSwinRMTBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.pos(x)
+        x = self.pos(x)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), x)))
         return x + self.drop_path2(self.ls2(self.ffn(self.norm2(x))))
 

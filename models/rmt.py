@@ -72,12 +72,12 @@ class ConvFeedForward(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
         self.act = nn.GELU()
-        self.dwconv = DepthwiseConv2d(hidden_dim, 3, device=device, dtype=dtype)
+        self.dwconv = DepthwiseConv2d(hidden_dim, 3, skip=True, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.fc1(x))
-        return self.fc2(x + self.dwconv(x))
+        return self.fc2(self.dwconv(x))
 
 
 class RMTBlock(nn.Module):
@@ -107,7 +107,7 @@ class RMTBlock(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.pos = DepthwiseConv2d(dim, 3, **factory)
+        self.pos = DepthwiseConv2d(dim, 3, skip=True, **factory)
         self.norm1 = nn.LayerNorm(dim, eps=_NORM_EPS, **factory)
         self.attn = Retention(dim, num_heads, decomposed, **factory)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **factory)
@@ -118,7 +118,7 @@ class RMTBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, rotation: Tensor, decay: Tensor) -> Tensor:
-        x = x + self.pos(x)
+        x = self.pos(x)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), rotation, decay)))
         return x + self.drop_path2(self.ls2(self.ffn(self.norm2(x))))
 

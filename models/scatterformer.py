@@ -179,7 +179,9 @@ class ScatterFormer(nn.Module):
         if x.sites.shape != shape:
             # The released code puts an empty layer above the grid.
             keys = keys + keys // (x.sites.shape[0] * shape[1] * shape[2]) * (shape[1] * shape[2])
-        found = [self.stem(SparseTensor(x.features, VoxelSites(keys, shape, x.sites.batch_size)))]
+        sites = VoxelSites(keys, shape, x.sites.batch_size)
+        self._find_sites(sites)
+        found = [self.stem(SparseTensor(x.features, sites))]
         for stage in self.stages:
             found.append(stage(found[-1]))
         return found
@@ -212,6 +214,15 @@ class ScatterFormer(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that recipes exempt from weight decay, besides norms and biases."""
         return {"pool.z_embed.weight"}
+
+    def _find_sites(self, sites: VoxelSites) -> None:
+        """Finds the voxels of all stages at once, which keep them.
+
+        All that waits for the device does so here, before features are computed: behind, calls are queued far ahead.
+        """
+        for conv in (self.stem.down, *(stage.down for stage in self.stages[:-1])):
+            sites, _ = sites.strided(conv.kernel_size, conv.stride, conv.padding)
+        sites.pillars()
 
     def _sparse_shape(self) -> tuple[int, int, int]:
         depth, height, width = self.grid.shape

@@ -103,8 +103,7 @@ class VSABlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.has_pos = pos_conv
-        self.pos = DepthwiseConv2d(dim, 7, device=device, dtype=dtype) if pos_conv else nn.Identity()
+        self.pos = DepthwiseConv2d(dim, 7, skip=True, device=device, dtype=dtype) if pos_conv else nn.Identity()
         self.norm1 = nn.LayerNorm(dim, eps=_NORM_EPS, device=device, dtype=dtype)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=_NORM_EPS, device=device, dtype=dtype)
@@ -113,8 +112,7 @@ class VSABlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.has_pos:
-            x = x + self.pos(x)
+        x = self.pos(x)
         x = x + self.drop_path1(self.attn(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 

@@ -111,7 +111,7 @@ class ReductionCell(nn.Module):
         self.prm = PyramidReduction(dim_in, embed_dim, _KERNELS[stage], stride, _DILATIONS[stage], **factory)
         self.pcm = _parallel_convs((dim_in, hidden, hidden, dim), halvings, groups, factory)
         wide = embed_dim * len(_DILATIONS[stage])
-        self.pos = DepthwiseConv2d(wide, 7, **factory)
+        self.pos = DepthwiseConv2d(wide, 7, skip=True, **factory)
         self.norm1 = nn.LayerNorm(wide, eps=1e-5, **factory)
         self.attn = VariedWindowAttention(wide, num_heads, out_dim=dim, **attention, **factory)
         self.norm2 = nn.LayerNorm(dim, eps=1e-5, **factory)
@@ -120,7 +120,7 @@ class ReductionCell(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_multiple(x, self.multiple).contiguous(memory_format=torch.channels_last)
         y = self.prm(x).permute(0, 2, 3, 1)  # (B, H', W', wide)
-        y = self.attn(self.norm1(y + self.pos(y))) + self.pcm(x).permute(0, 2, 3, 1)
+        y = self.attn(self.norm1(self.pos(y))) + self.pcm(x).permute(0, 2, 3, 1)
         y = y + self.mlp(self.norm2(y))
         return y.permute(0, 3, 1, 2)
 
@@ -155,7 +155,7 @@ class NormalCell(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden = int(dim * mlp_ratio)
-        self.pos = DepthwiseConv2d(dim, 7, **factory)
+        self.pos = DepthwiseConv2d(dim, 7, skip=True, **factory)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **factory)
         self.attn = VariedWindowAttention(dim, num_heads, **attention, **factory)
         self.pcm = _parallel_convs((dim, hidden, dim, dim), (1, 1, 1), groups, factory)
@@ -167,7 +167,7 @@ class NormalCell(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         convolved = self.pcm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        attended = self.attn(self.norm1(x + self.pos(x)))
+        attended = self.attn(self.norm1(self.pos(x)))
         x = x + self.drop_path1(attended) + self.drop_path2(convolved)
         return x + self.drop_path3(self.mlp(self.norm2(x)))
 

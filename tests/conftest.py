@@ -19,6 +19,9 @@ if not torch.cuda.is_available():
     # Triton reads this when it is first imported: its kernels then run on the CPU, in the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # every core has a process already
+
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import HealthCheck, settings
 

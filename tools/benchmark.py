@@ -1,60 +1,46 @@
 """Measures models, or with --kernels operators: speed, memory, work; side by side and in alternation.
 
     vitrail-benchmark biformer_s davit_t --compare timm/davit_tiny --batch-size 64 --precision bf16
+    vitrail-benchmark --models --precision bf16 --json models.json
     vitrail-benchmark --kernels window_attention --json kernels.json --plot kernels.png
 
 Models have random weights. Throughput is the batch size over the median latency. `speed` is the median, over rounds
-in which all models had their turn, of the reference's time over the model's; the reference is the first --compare
-model, else the first model. Training is forward, cross-entropy and backward, without an optimiser's step. --compile
-measures each model eager and compiled. GMACs are multiply-adds of one image's forward pass. Peak memory, on GPUs only,
-is what a step allocates at most, with the model's own weights.
+in which all models had their turn, of the reference's time over the model's, both running in the same way; the
+reference is the first --compare model, else the first model. Training is forward, cross-entropy and backward, without
+an optimiser's step. --compile measures each model eager and compiled. GMACs are multiply-adds of one image's forward
+pass. Peak memory, on GPUs only, is what a step allocates at most, with the model's own weights. --models measures a
+fixed list, or the models it names, for inference and training, on GPUs eager, compiled and as CUDA graphs, each in
+alternation with timm's Swin-T.
 
-Operators are checked against a float64 reference, output and gradients, before they are timed; a wrong one of ours
-ends the command with status 1. The floor is the time in which their inputs could be read once and their results
-written once, at the speed of a large copy; `bandwidth` is the floor's share of the time. `ours is` tells how many times
-as fast as the row's implementation ours is. On a GPU all are replayed as CUDA graphs, on inputs that rotate where they
-would stay in the cache.
+Operators are checked against a float64 reference, output and gradients, on at most four images of the batch, before
+they are timed; a wrong one of ours ends the command with status 1. The floor is the time in which their inputs could
+be read once and their results written once, at the speed of a large copy; `bandwidth` is the floor's share of the
+time. `ours is` tells how many times as fast as the row's implementation ours is. On a GPU all are replayed as CUDA
+graphs, on inputs that rotate where they would stay in the cache. Memory, on GPUs only, is what a call allocates at
+most. --host measures instead how long a call keeps the host, on the smallest maps.
+
+Results of --kernels and --models are shown and written as they come: a run that is cut off keeps what it has.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from vitrail.tools._common.bench_kernels import bench_kernels
-from vitrail.tools._common.bench_models import PRECISIONS, Settings, bench_models
+from vitrail.tools._common import bench_tables
+from vitrail.tools._common.bench_kernels import PEERS, KernelSettings, bench_kernels
+from vitrail.tools._common.bench_models import SUITE, bench_models, bench_suite
 from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command, select_device, unknown_name
 from vitrail.tools._common.kernel_cases import OPERATORS
-from vitrail.tools._common.table import Bar, Column, Row, print_table, write_bars, write_csv, write_json
-
-Report = Callable[[str], None]
-
-MODEL_COLUMNS = (
-    Column("model", "label", left=True),
-    Column("size", "size"),
-    Column("params M", "parameters", lambda n: f"{n / 1e6:.2f}"),
-    Column("GMACs", "flops", lambda n: f"{n / 2e9:.2f}"),
-    Column("images/s", "images_per_s", lambda x: f"{x:,.1f}"),
-    Column("p20 ms", "latency_p20_ms", lambda x: f"{x:.2f}"),
-    Column("p50 ms", "latency_p50_ms", lambda x: f"{x:.2f}"),
-    Column("p80 ms", "latency_p80_ms", lambda x: f"{x:.2f}"),
-    Column("memory MB", "peak_memory_bytes", lambda n: f"{n / 1e6:,.0f}"),
-    Column("speed", "speed_ratio", lambda x: f"{x:.2f}x"),
-)
-KERNEL_COLUMNS = (
-    Column("implementation", "label", left=True),
-    Column("error", "relative_error", lambda x: f"{x:.1e}"),
-    Column("p20 ms", "p20_ms", lambda x: f"{x:.4f}"),
-    Column("p50 ms", "p50_ms", lambda x: f"{x:.4f}"),
-    Column("p80 ms", "p80_ms", lambda x: f"{x:.4f}"),
-    Column("bandwidth", "bandwidth_share", lambda x: f"{x:.0%}"),
-    Column("ours is", "ours_speedup", lambda x: f"{x:.2f}x"),
-)
+from vitrail.tools._common.measure import after
+from vitrail.tools._common.progress import Progress
+from vitrail.tools._common.ready_models import PRECISIONS, Settings, Variant
+from vitrail.tools._common.table import Row, write_csv, write_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,18 +62,42 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--compare", nargs="+", default=[], metavar="MODEL", help="more models; the first is the reference of `speed`")
     add(
+        "--models",
+        dest="suite",
+        nargs="*",
+        metavar="MODEL",
+        help=f"measure these models in all ways; default: {', '.join(SUITE)}",
+    )
+    add(
         "--kernels", nargs="*", metavar="NAME", help=f"measure operators instead: {', '.join(OPERATORS)} (default: all)"
     )
     add("--cases", metavar="TEXT", default="", help="with --kernels: only cases whose name contains this text")
+    add(
+        "--peers",
+        choices=PEERS,
+        default="all",
+        help="with --kernels or --models: fast leaves out what torch.compile makes, none measures ours alone",
+    )
+    add("--host", action="store_true", help="with --kernels: time of the calls on the host, on the smallest maps")
+    add(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="after this time --kernels prepares no more peers, --models compiles no more",
+    )
     add("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
-    add("--batch-size", type=int, help="images in a batch (default: 128 on a GPU, 8 on a CPU)")
+    add("--batch-size", type=int, help="images in a batch of models (default: 128 on a GPU, 8 on a CPU)")
     add("--img-size", type=int, nargs="+", metavar=("H", "W"), help="default: each model's own")
     add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
-    add("--mode", choices=("infer", "train"), default="infer")
+    add("--mode", choices=("infer", "train"), help="default: infer; both with --models")
     add("--channels-last", action="store_true", help="weights and images in channels-last layout")
     add("--compile", action="store_true", help="measure each model eager and with torch.compile")
     add("--cuda-graph", action="store_true", help="replay each step as a CUDA graph, without the host's work")
-    add("--min-time", type=float, help="seconds of measurement for each model (default 3) or kernel and pass (0.5)")
+    add(
+        "--min-time",
+        type=float,
+        help="seconds of measurement for each model (default 3; 0.5 with --models) or kernel and pass (0.5)",
+    )
     add("--json", type=Path, metavar="FILE", help="write all figures, with device, versions and commit")
     add("--csv", type=Path, metavar="FILE", help="the same as a table")
     add("--plot", type=Path, metavar="FILE", help="write a picture (.png, .svg or .pdf)")
@@ -98,20 +108,36 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _check_options(options: argparse.Namespace) -> None:
     """Raises `UsageError` for values that argparse lets pass."""
-    if options.kernels is None and not options.models:
-        raise UsageError("name at least one model, or give --kernels")
-    if options.kernels is not None and (options.models or options.compare):
-        raise UsageError("--kernels measures operators; give no models with it")
+    _check_kinds(options)
     if options.kernels is not None and options.precision == "amp-bf16":
         raise UsageError("--kernels takes inputs of one dtype; allowed precisions: float32, bf16, fp16")
     if options.batch_size is not None and options.batch_size < 1:
         raise UsageError(f"--batch-size is {options.batch_size}; allowed: at least 1")
-    if options.min_time is not None and not options.min_time > 0:
-        raise UsageError(f"--min-time is {options.min_time}; allowed: more than 0 seconds")
+    for name in ("min_time", "time_limit"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}; allowed: more than 0 seconds")
     if options.img_size and (len(options.img_size) > 2 or min(options.img_size) < 1):
         raise UsageError(f"--img-size is {options.img_size}; allowed: H or H W, each at least 1")
     if options.plot and options.plot.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot is {options.plot}; allowed endings: .png, .svg, .pdf")
+
+
+def _check_kinds(options: argparse.Namespace) -> None:
+    """Raises `UsageError` where options belong to different kinds of measurement."""
+    kinds = [bool(options.models), options.suite is not None, options.kernels is not None]
+    if not any(kinds):
+        raise UsageError("name at least one model, or give --models or --kernels")
+    if sum(kinds) > 1 or (options.kernels is not None and options.compare):
+        raise UsageError("names of models, --models and --kernels exclude each other")
+    if options.kernels is None and (options.host or options.cases):
+        raise UsageError("--host and --cases belong to --kernels")
+    if options.models and (options.peers != "all" or options.time_limit is not None):
+        raise UsageError("--peers and --time-limit belong to --models or --kernels")
+    if options.suite is not None and (options.compile or options.cuda_graph):
+        raise UsageError(
+            "--models measures compiled models and CUDA graphs anyway; --peers fast leaves out compiled ones"
+        )
 
 
 def _benchmark(options: argparse.Namespace) -> int:
@@ -121,103 +147,126 @@ def _benchmark(options: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # files and pipes have no width that a table must keep to
-    with Console(stderr=True).status("starting") as status:
-        run = _run_models if options.kernels is None else _run_kernels
-        rows = run(options, device, status.update)
-    (_show_models if options.kernels is None else _show_kernels)(console, rows, options.plot)
-    for path, write in ((options.json, write_json), (options.csv, write_csv)):
-        if path:
-            write(path, rows)
+    with Progress() as progress:
+        run = _run_models if options.models else _run_kernels if options.suite is None else _run_suite
+        rows = run(options, device, console, progress)
     for path in filter(None, (options.json, options.csv, options.plot)):
         console.print(f"wrote {path}", highlight=False)
-    wrong = sorted(
-        {r["case"] for r in rows if not r.get("correct", True) and r["implementation"].startswith("vitrail")}
-    )
-    if wrong:
-        raise ToolError(f"wrong results, not timed, of our own operators: {'; '.join(wrong)}")
+    bad = sorted({f"{row['case']} ({row['note']})" for row in rows if _is_bad(row)})
+    if bad:
+        raise ToolError(f"our own operators, not timed: {'; '.join(bad)}")
     return 0
 
 
-def _run_models(options: argparse.Namespace, device: torch.device, report: Report) -> list[Row]:
-    size = options.img_size and (options.img_size[0], options.img_size[-1])
-    settings = Settings(
+def _is_bad(row: Row) -> bool:
+    """Whether one of our operators is wrong or failed."""
+    ours = row.get("implementation", "").startswith("vitrail")
+    return ours and row["p50_ms"] is None and not row["note"].startswith(("skipped", "not compiled"))
+
+
+def _write_tables(options: argparse.Namespace, rows: Sequence[Row]) -> None:
+    for path, write in ((options.json, write_json), (options.csv, write_csv)):
+        if path:
+            write(path, rows)
+
+
+def _run_models(options: argparse.Namespace, device: torch.device, console: Console, progress: Progress) -> list[Row]:
+    graph = options.cuda_graph
+    variants = (Variant(graph=graph), Variant(True, graph)) if options.compile else (Variant(graph=graph),)
+    settings = _settings(options, device, variants, options.mode == "train", 3.0)
+    names = [*options.models, *options.compare]
+    rows = bench_models(names, [*options.compare, *options.models][0], settings, progress.say)
+    with progress.aside():
+        console.print(bench_tables.headline(rows[0]), highlight=False)
+        bench_tables.show_models(console, rows)
+    _write_tables(options, rows)
+    if options.plot:
+        bench_tables.draw_models(options.plot, rows)
+    return rows
+
+
+def _run_suite(options: argparse.Namespace, device: torch.device, console: Console, progress: Progress) -> list[Row]:
+    names = [*(options.suite or SUITE), *options.compare]
+    if options.peers == "none":
+        names = [name for name in names if "/" not in name]
+    if not names:
+        raise UsageError("--peers none leaves no model to measure")
+    reference = next((n for n in (*options.compare, *names) if n in options.compare or n.startswith("timm/")), names[0])
+    variants = tuple(
+        Variant(compiled, graph)
+        for compiled in (False, True)
+        for graph in (False, True)
+        if not (compiled or graph) or (device.type == "cuda" and not (compiled and options.peers == "fast"))
+    )
+    rows: list[Row] = []
+
+    def done(new: list[Row]) -> None:
+        with progress.aside():
+            if not rows:
+                console.print(bench_tables.headline(new[0]), highlight=False)
+            bench_tables.show_models(console, new)
+        rows.extend(new)
+        _write_tables(options, rows)
+
+    late = after(options.time_limit)
+    for train in (False, True):
+        if options.mode in (None, "train" if train else "infer"):
+            settings = _settings(options, device, variants, train, 0.5)
+            bench_suite(names, reference, settings, progress.say, done, late)
+    console.print("together:")
+    bench_tables.show_models(console, rows)
+    if options.plot:
+        bench_tables.draw_models(options.plot, rows)
+    return rows
+
+
+def _settings(
+    options: argparse.Namespace, device: torch.device, variants: tuple[Variant, ...], train: bool, min_time: float
+) -> Settings:
+    return Settings(
         device=device,
         batch_size=options.batch_size or (128 if device.type == "cuda" else 8),
-        img_size=size,
+        img_size=options.img_size and (options.img_size[0], options.img_size[-1]),
         precision=options.precision,
         channels_last=options.channels_last,
-        train=options.mode == "train",
-        compile=options.compile,
-        cuda_graph=options.cuda_graph,
-        min_time=options.min_time or 3.0,
+        train=train,
+        min_time=options.min_time or min_time,
+        variants=variants,
     )
-    names = [*options.models, *options.compare]
-    return bench_models(names, [*options.compare, *options.models][0], settings, report)
 
 
-def _run_kernels(options: argparse.Namespace, device: torch.device, report: Report) -> list[Row]:
+def _run_kernels(options: argparse.Namespace, device: torch.device, console: Console, progress: Progress) -> list[Row]:
     for name in options.kernels:
         if name not in OPERATORS:
             raise unknown_name("operator", name, OPERATORS)
-    cases = [case for name in options.kernels or OPERATORS for case in OPERATORS[name](device.type)]
+    suite = "cpu" if device.type == "cpu" else "host" if options.host else "gpu"
+    cases = [case for name in options.kernels or OPERATORS for case in OPERATORS[name](suite)]
     chosen = [case for case in cases if options.cases in case.name]
     if not chosen:
         raise UsageError(f"no case contains {options.cases!r}; there are: {'; '.join(case.name for case in cases)}")
-    return bench_kernels(chosen, device, PRECISIONS[options.precision], options.min_time or 0.5, report)
+    rows: list[Row] = []
 
+    def done(new: list[Row]) -> None:
+        with progress.aside():
+            if not rows:
+                console.print(bench_tables.kernel_headline(new[0]), highlight=False)
+                console.print("* a part of the job only: without the change of layout that the others are timed with")
+            bench_tables.show_kernels(console, new)
+        rows.extend(new)
+        _write_tables(options, rows)
 
-def _headline(row: Row) -> str:
-    software = ", ".join(f"{name} {row[name]}" for name in ("torch", "triton", "timm") if row[name])
-    threads = f" ({row['threads']} threads)" if row["threads"] else ""
-    return f"{row['device']}{threads}; {software}; commit {row['commit'] or 'unknown'}"
-
-
-def _show_models(console: Console, rows: list[Row], plot: Path | None) -> None:
-    first = rows[0]
-    work = f"{first['mode']}, batch {first['batch_size']}, {first['precision']}"
-    work += ", channels last" * first["channels_last"] + ", CUDA graph" * first["cuda_graph"]
-    shown = [
-        {**r, "label": r["model"] + " (compiled)" * (r["variant"] == "compiled"), "size": f"{r['height']}x{r['width']}"}
-        for r in rows
-    ]
-    console.print(_headline(first), highlight=False)
-    print_table(console, f"{work}; speed against {first['reference']}", MODEL_COLUMNS, shown)
-    if plot:
-        axis = "images per second (line: 20th to 80th percentile)"
-        write_bars(plot, f"{work}\n{_headline(first)}", axis, [_model_bar(row) for row in shown])
-
-
-def _model_bar(row: Row) -> Bar:
-    low, high = (row["batch_size"] / row[key] * 1e3 for key in ("latency_p80_ms", "latency_p20_ms"))
-    speed = row["images_per_s"]
-    note = f"{speed:,.0f}/s, {row['speed_ratio']:.2f}x, {row['flops'] / 2e9:.1f} GMACs"
-    return Bar("", row["label"], speed, low, high, note)
-
-
-def _show_kernels(console: Console, rows: list[Row], plot: Path | None) -> None:
-    first = rows[0]
-    headline = f"{_headline(first)}; {first['dtype']}, copy {first['copy_bytes_per_s'] / 1e9:,.0f} GB/s"
-    console.print(headline, highlight=False)
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        title = f"{row['operator']} {row['case']} {row['pass']}"
-        wrong = "" if row["correct"] else " WRONG"
-        groups.setdefault(title, []).append(
-            {**row, "label": row["implementation"] + "*" * (not row["whole_job"]) + wrong}
-        )
-    for title, members in groups.items():
-        print_table(console, f"{title}, floor {members[0]['floor_ms']:.4f} ms", KERNEL_COLUMNS, members)
-    console.print("* a part of the job only: without the change of layout that the others are timed with")
-    if plot:
-        timed = {title: [row for row in members if row["correct"]] for title, members in groups.items()}
-        axis = "time, in multiples of the floor: memory traffic alone (line: 20th to 80th percentile)"
-        bars = [_kernel_bar(title, row) for title, members in timed.items() for row in members]
-        write_bars(plot, headline, axis, bars, limit=1.0)
-
-
-def _kernel_bar(title: str, row: Row) -> Bar:
-    middle, low, high = (row[key] / row["floor_ms"] for key in ("p50_ms", "p20_ms", "p80_ms"))
-    return Bar(title, row["label"], middle, low, high, f"{row['p50_ms']:.3f} ms, {row['bandwidth_share']:.0%}")
+    settings = KernelSettings(
+        device=device,
+        dtype=PRECISIONS[options.precision],
+        min_time=options.min_time or 0.5,
+        peers=options.peers,
+        late=after(options.time_limit),
+        host=options.host,
+    )
+    bench_kernels(chosen, settings, progress.say, done)
+    if options.plot:
+        bench_tables.draw_kernels(options.plot, rows)
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Writes the model cards: `python -m vitrail.tools.model_cards` (`--check`: compares them with what it would write)."""
+"""Writes the model cards and the page of benchmarks: `python -m vitrail.tools.model_cards`.
+
+`--check` compares them with what it would write.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import vitrail
+from vitrail.tools._common import bench_page
 from vitrail.tools._common.cards import FOLDER, measure, read_facts, read_measured, render, render_index
 from vitrail.tools._common.cli import ArgumentParser, ToolError, run_command
 from vitrail.tools._common.table import _write
@@ -47,10 +51,11 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def make_pages(folder: Path = FOLDER) -> dict[str, str]:
-    """The text of every card and of the index, by file name.
+    """The text of every card, of the index and of the benchmarks' page, by file name.
 
     Raises:
         ToolError: A model has no facts, or facts have no model.
+        ValueError: A file of the benchmarks is no result file.
     """
     facts, measured = read_facts(folder), read_measured(folder)
     models = set(vitrail.list_models())
@@ -58,7 +63,10 @@ def make_pages(folder: Path = FOLDER) -> dict[str, str]:
         if wrong := sorted(others ^ models):
             raise ToolError(f"{title} and the registry disagree about {', '.join(wrong)}")
     cards = {f"{name}.md": render(name, facts[name], measured[name]) for name in sorted(models)}
-    return {**cards, "README.md": render_index(facts, measured)}
+    pages = {**cards, "README.md": render_index(facts, measured)}
+    if (folder / "benchmarks").is_dir():
+        pages["benchmarks/README.md"] = bench_page.render(folder / "benchmarks")
+    return pages
 
 
 def _differs(path: Path, text: str) -> bool:

@@ -1,11 +1,18 @@
 """Measures how the training of models scales over the GPUs of a machine, or of several.
 
-    torchrun --standalone --nproc-per-node 2 -m vitrail.tools.scale biformer_s davit_t --amp bf16 --sharded
+    torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 -m vitrail.tools.scale biformer_s --amp bf16
+
+(Without --local-addr, torchrun hands its processes the machine's name, and where nothing resolves that name they wait
+for each other until the rendezvous times out.)
 
 The step is that of `vitrail-train` (forward, loss, backward, AdamW) on made-up images that lie on the device. Weak
 scaling keeps the images a process, strong scaling those of all processes together; efficiency is the speed over that of
 one process times their number. All settings have their turns in alternation, within one run, so that a machine whose
 clock drifts does no harm; while fewer processes work, the others sleep. Peak memory is that of one process.
+
+A step launched operation by operation is often limited by the host, which several processes share: then efficiency says
+more about the host than about the GPUs and their links. With --cuda-graph the same step is measured as a CUDA graph,
+too, which needs no host. --json FILE is written anew after every round, so that a run that is cut keeps what it has.
 
 Loss curves with the same global batches show that several processes do the training of one. Their batch norms see all
 processes' images on GPUs; on CPUs, for which PyTorch has none of these, models with batch norms differ.
@@ -30,6 +37,7 @@ SPEED_COLUMNS = (
     Column("model", "model", left=True),
     Column("mode", "mode", left=True),
     Column("scaling", "scaling"),
+    Column("launch", "launch"),
     Column("processes", "processes"),
     Column("images each", "batch_per_process"),
     Column("images/s", "images_per_s", lambda x: f"{x:,.1f}"),
@@ -67,12 +75,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sharded", action="store_true", help="also spread parameters and optimiser state (fully_shard)")
     add("--sync-bn", action="store_true", help="batch norms see the images of all processes in what is timed, too")
     add("--compile", action="store_true", help="compile the models")
+    add("--cuda-graph", action="store_true", help="measure the step of replicas as a CUDA graph, too")
+    add("--bucket-mb", type=float, default=25.0, help="pieces in which the gradients of replicas travel; default 25")
     add("--device", default="auto", help="auto (default), cpu or cuda")
     add("--steps", type=int, default=8, help="training steps a round (default 8)")
     add("--rounds", type=int, default=5, help="rounds of all settings (default 5)")
     add("--check-steps", type=int, default=20, help="length of the loss curves (default 20; 0 for none)")
+    add("--check-float32", action="store_true", help="loss curves in float32, too; its kernels take long to compile")
     add("--check-batch", type=int, default=64, help="images in all processes together in the curves (default 64)")
-    add("--json", type=Path, metavar="FILE", help="write all figures, with device, versions and commit")
+    add("--time-limit", type=float, metavar="S", help="begin no further round and no further curve after S seconds")
+    add("--json", type=Path, metavar="FILE", help="write all figures, with device, versions and commit, as they come")
     options = parser.parse_args(argv)
     _check_options(options)
     return options
@@ -83,10 +95,17 @@ def _check_options(options: argparse.Namespace) -> None:
     for name in ("batch_size", "steps", "rounds", "check_batch"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(options, name)}; allowed: at least 1")
+    for name in ("bucket_mb", "time_limit"):
+        if getattr(options, name) is not None and getattr(options, name) <= 0:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(options, name)}; allowed: more than 0")
     if options.check_steps < 0:
         raise UsageError(f"--check-steps is {options.check_steps}; allowed: at least 0")
     if options.img_size and (len(options.img_size) > 2 or min(options.img_size) < 1):
         raise UsageError(f"--img-size is {options.img_size}; allowed: H or H W, each at least 1")
+    if options.cuda_graph and (options.compile or options.amp == "fp16"):
+        raise UsageError(
+            "--cuda-graph goes with neither --compile nor --amp fp16, which asks the host about every step"
+        )
     if options.sharded and options.amp == "fp16":
         raise UsageError("--sharded does not scale losses, which --amp fp16 needs; use --amp bf16")
     for name in options.models:
@@ -96,7 +115,8 @@ def _check_options(options: argparse.Namespace) -> None:
 
 def _scale(options: argparse.Namespace) -> int:
     if "WORLD_SIZE" not in os.environ:
-        raise UsageError("start it by torchrun: torchrun --standalone --nproc-per-node N -m vitrail.tools.scale ...")
+        launcher = "torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node N"
+        raise UsageError(f"start it by torchrun: {launcher} -m vitrail.tools.scale ...")
     world = int(os.environ["WORLD_SIZE"])
     processes = sorted({2**i for i in range(1, world.bit_length()) if 2**i <= world} | {world})
     processes = sorted(set(options.processes or processes))
@@ -105,9 +125,11 @@ def _scale(options: argparse.Namespace) -> int:
     device = select_device(options.device)
     if options.amp == "fp16" and device.type != "cuda":
         raise UsageError(f"--amp fp16 needs a CUDA GPU, the device is {device}; use --amp bf16")
+    if options.cuda_graph and device.type != "cuda":
+        raise UsageError(f"--cuda-graph needs a CUDA GPU, the device is {device}")
 
     from vitrail.models.mm.runner import start_processes
-    from vitrail.tools._common.bench_scaling import Settings, bench_scaling
+    from vitrail.tools._common.bench_scaling import Results, Settings, bench_scaling
 
     console = Console(quiet=os.environ.get("RANK") != "0")
     if not console.is_terminal:
@@ -116,15 +138,21 @@ def _scale(options: argparse.Namespace) -> int:
     size = options.img_size and (options.img_size[0], options.img_size[-1])
     settings = Settings(
         device, options.batch_size, size, options.amp, tuple(processes), options.sharded, options.sync_bn,
-        options.compile, options.steps, options.rounds, options.check_steps, options.check_batch,
+        options.compile, options.cuda_graph, options.bucket_mb, options.steps, options.rounds, options.check_steps,
+        options.check_batch, options.check_float32, options.time_limit,
     )  # fmt: skip
+    results = Results(lambda speeds, curves: _save(options, speeds, curves))
     try:
-        speeds, curves = bench_scaling(options.models, settings, lambda text: console.print(text, highlight=False))
+        bench_scaling(options.models, settings, lambda text: console.print(text, highlight=False), results)
     finally:
         torch.distributed.destroy_process_group()
-    if os.environ["RANK"] == "0":
-        _show(console, speeds, curves, options)
+    _show(console, results.speeds, results.curves, options)
     return 0
+
+
+def _save(options: argparse.Namespace, speeds: list[Row], curves: list[Row]) -> None:
+    if options.json and os.environ["RANK"] == "0":
+        write_json(options.json, [*speeds, *curves])
 
 
 def _show(console: Console, speeds: list[Row], curves: list[Row], options: argparse.Namespace) -> None:
@@ -136,7 +164,6 @@ def _show(console: Console, speeds: list[Row], curves: list[Row], options: argpa
     if curves:
         print_table(console, f"losses of {options.check_steps} steps against one process", LOSS_COLUMNS, curves)
     if options.json:
-        write_json(options.json, [*speeds, *curves])
         console.print(f"wrote {options.json}", highlight=False)
 
 

@@ -3,7 +3,9 @@
 `data_root` holds `images/train/*.jpg` and `annotations/instances_train.json` (COCO format, the 80 classes of COCO).
 Another place: --cfg-options data_root=FOLDER. Held out is nothing: the score is that of the training images.
 
-Source of the recipe: our own. Starts from random weights, with group norms in the pyramid.
+Source of the recipe: our own. Starts from random weights, so the pyramid and the mask head have group norms. Nothing is
+augmented. A tenth of the objects is smaller than 16 x 16 pixels even at this size: two sizes of anchors a level, the
+smallest 12 x 12, leave 1.5 % of the objects without an anchor of IoU 0.3 or more (13 % with mmdetection's anchors).
 """
 
 _base_ = "../coco/_mask_rcnn.py"
@@ -13,18 +15,19 @@ data_root = "data/coco_sample"
 model = dict(
     backbone=dict(name="davit_t"),
     neck=dict(in_channels=[96, 192, 384, 768], norm_cfg=dict(type="GN", num_groups=32)),
+    rpn_head=dict(anchor_generator=dict(scales=[3, 6])),
+    roi_head=dict(mask_head=dict(norm_cfg=dict(type="GN", num_groups=32))),
 )
 
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-    dict(type="Resize", scale=(640, 480), keep_ratio=True),
-    dict(type="RandomFlip", prob=0.5),
+    dict(type="Resize", scale=(800, 600), keep_ratio=True),
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(640, 480), keep_ratio=True),
+    dict(type="Resize", scale=(800, 600), keep_ratio=True),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
@@ -61,15 +64,15 @@ test_evaluator = val_evaluator
 auto_scale_lr = dict(enable=True, base_batch_size=8)
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=2e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=3e-4, betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0.0),
     clip_grad=dict(max_norm=1.0),
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=200),
-    dict(type="CosineAnnealingLR", T_max=3800, eta_min=1e-6, by_epoch=False, begin=200, end=4000),
+    dict(type="CosineAnnealingLR", T_max=1800, eta_min=1e-6, by_epoch=False, begin=200, end=2000),
 ]
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=4000, val_interval=500)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=2000, val_interval=500)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 default_hooks = dict(

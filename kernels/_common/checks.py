@@ -65,24 +65,26 @@ def to_pair(op: str, name: str, value: int | Sequence[int], minimum: int) -> tup
     return pair[0], pair[1]
 
 
+def autocast_is_on(tensor: Tensor) -> bool:
+    """Whether autocast is on for the device of `tensor`."""
+    device_type = tensor.device.type
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def autocast_together(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts tensors to the autocast dtype of their device where autocast is on, as PyTorch does for its own attention.
 
     float64 tensors are left alone, like under PyTorch's own autocast rules.
     """
-    device_type = tensors[0].device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+    if not autocast_is_on(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """A block in which products keep their inputs' dtype: for sums that half precision cannot hold."""
-    device_type = tensor.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    return torch.autocast(tensor.device.type, enabled=False) if autocast_is_on(tensor) else nullcontext()
 
 
 def _plain(value: object) -> object:

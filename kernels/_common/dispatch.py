@@ -82,6 +82,14 @@ def triton_support(tensor: torch.Tensor, head_dim: int) -> Support:
     return Support(True, "supported")
 
 
+def runs_kernels(tensor: torch.Tensor) -> bool:
+    """Whether what prepares an operator (tables, orders) runs as Triton kernels: on CUDA devices, unless "eager" rules.
+
+    Such kernels hold whole numbers only, so that it makes no difference but in time.
+    """
+    return tensor.device.type == "cuda" and HAS_TRITON and settings.default_backend != "eager"
+
+
 def choose_backend(op: str, backend: str, fused: Support, tensor: torch.Tensor) -> str:
     """Turns a requested backend into `"eager"` or `"triton"` and records the choice.
 

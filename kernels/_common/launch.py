@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _MOST_REMEMBERED = 4096
 _compiled: dict[Hashable, Any] = {}
+
+
+class Config(NamedTuple):
+    """How a kernel is launched: warps a program, pipeline stages, and programs a multiprocessor where they walk."""
+
+    num_warps: int
+    num_stages: int
+    programs: int = 0
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Keyword arguments of the Triton launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -25,6 +40,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         arguments: Its other parameters, in their order; the first is a tensor.
         constants: The compile-time parameters, and Triton's options.
     """
+    if isinstance(arguments[0], FakeTensor):  # a run without data: what the kernel would fill is there
+        return
     device = arguments[0].device
     if device.type != "cuda":  # Triton's interpreter
         kernel[grid](*arguments, **constants)
@@ -54,3 +71,9 @@ def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
 def map_strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
     """Strides over (B, H, W, heads) of each tensor."""
     return tuple(t.stride()[:4] for t in tensors)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 1 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -9,13 +9,18 @@ from torch import Tensor
 from vitrail.kernels._common.recording import is_padded
 
 
+def has_padding(pads: tuple[int, int]) -> bool:
+    """`is_padded`, also for scripted models."""
+    if torch.jit.is_scripting():
+        padded = pads != (0, 0)
+    else:
+        padded = is_padded(pads)
+    return padded
+
+
 def pad_map(x: Tensor, pads: tuple[int, int], value: Tensor | None) -> Tensor:
     """Pads (B, H, W, heads, D) at the bottom and right with `value` (heads, D), or with zeros."""
-    if torch.jit.is_scripting():
-        padded_at_all = pads != (0, 0)
-    else:
-        padded_at_all = is_padded(pads)
-    if not padded_at_all:
+    if not has_padding(pads):
         return x
     padded = F.pad(x, (0, 0, 0, 0, 0, pads[1], 0, pads[0]))
     if value is None:

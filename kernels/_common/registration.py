@@ -29,6 +29,7 @@ def register_operator(
     backward: Callable[..., Tensor | tuple[Tensor, ...]],
     fake_forward: Callable[..., Tensor] = like_first,
     fake_backward: Callable[..., tuple[Tensor, ...]] | None = None,
+    adds_last: bool = False,
 ) -> None:
     """Defines `vitrail::NAME` and `vitrail::NAME_backward`, which PyTorch's autograd runs behind it.
 
@@ -42,8 +43,13 @@ def register_operator(
         backward: Computes the gradients from the result's gradient and all inputs.
         fake_forward: Shape of the result; by default that of the first input.
         fake_backward: Shapes of the gradients; by default those of their inputs, contiguous, and empty where absent.
+        adds_last: The last tensor is added to the result: it is not saved, the backward does not take it, and its
+            gradient is the result's own.
     """
-    n_tensors = sum(argument.strip().startswith("Tensor") for argument in arguments.split(","))
+    described = [argument.strip() for argument in arguments.split(",")]
+    n_tensors = sum(argument.startswith("Tensor") for argument in described)
+    n_saved = n_tensors - adds_last
+    backward_arguments = ", ".join(["Tensor grad", *described[:n_saved], *described[n_tensors:]])
     results = ", ".join(f"Tensor {gradient}" for gradient in gradients)
 
     def fake_gradients_of_inputs(grad: Tensor, *inputs: Any) -> Tensor | tuple[Tensor, ...]:
@@ -51,15 +57,16 @@ def register_operator(
         return fakes if len(fakes) > 1 else fakes[0]
 
     def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:n_tensors])
+        ctx.save_for_backward(*inputs[:n_saved])
         ctx.constants = inputs[n_tensors:]
 
     def run_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         found = getattr(torch.ops.vitrail, f"{name}_backward")(grad, *ctx.saved_tensors, *ctx.constants)
-        return requested_gradients(ctx, found if len(gradients) > 1 else (found,))
+        found = found if len(gradients) > 1 else (found,)
+        return requested_gradients(ctx, (*found, grad) if adds_last else found)
 
     torch.library.define(f"vitrail::{name}", f"({arguments}) -> Tensor")
-    torch.library.define(f"vitrail::{name}_backward", f"(Tensor grad, {arguments}) -> ({results})")
+    torch.library.define(f"vitrail::{name}_backward", f"({backward_arguments}) -> ({results})")
     for device in ("CPU", "CUDA"):
         torch.library.impl(f"vitrail::{name}", device)(forward)
         torch.library.impl(f"vitrail::{name}_backward", device)(backward)

@@ -39,6 +39,24 @@ def relu(x):
 
 
 @triton.jit
+def bisect(sorted_ptr, size, wanted, steps, ABOVE: tl.constexpr):
+    """Ranks of the first of `size` sorted integers that are not below the `wanted` ones, or that are above them.
+
+    `steps` halvings, `size.bit_length()` at least, leave a single place.
+    """
+    low = tl.zeros(wanted.shape, tl.int32)
+    high = low + size
+    for _ in range(steps):
+        middle = (low + high) // 2
+        is_open = low < high
+        found = tl.load(sorted_ptr + middle, mask=is_open, other=0)
+        is_before = is_open & ((found <= wanted) if ABOVE else (found < wanted))
+        high = tl.where(is_open & (is_before == 0), middle, high)
+        low = tl.where(is_before, middle + 1, low)
+    return low
+
+
+@triton.jit
 def place(n_chunks, heads):
     """(image, head, chunk, row of the workspace) of a program; heads, which share memory lines, are neighbours."""
     program = tl.program_id(0)

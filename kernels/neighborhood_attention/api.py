@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitrail.kernels._common.checks import autocast_together, check_alike, check_floating, check_pads, check_shape
-from vitrail.kernels._common.dispatch import choose_backend, settings
+from vitrail.kernels._common.dispatch import choose_backend
 from vitrail.kernels.neighborhood_attention.op import fused_support, natten_support
 from vitrail.kernels.neighborhood_attention.reference import (
     neighborhood_attention_reference,
@@ -64,8 +64,7 @@ def neighborhood_attention(
         pad_v: Value of these positions; given exactly where `pad_k` is.
         scale: Factor on `q k^T`; `D ** -0.5` by default.
         return_lse: Return the logarithm of the softmax' denominator too; by the reference only.
-        backend: "auto", "eager", "triton", or "natten" for the NATTEN library. "auto" is NATTEN where it is installed
-            and can compute the call.
+        backend: "auto", "eager", "triton", or "natten" for the NATTEN library, which runs on request only.
 
     Returns:
         (B, L1, ..., heads, D), contiguous, in q's dtype (the autocast dtype under autocast); with `return_lse` also
@@ -97,7 +96,10 @@ def neighborhood_attention(
         if backend not in ("auto", "eager"):
             raise NotImplementedError(f"{_NAME}: backend {backend!r} cannot run here: return_lse is the reference's")
         return neighborhood_attention_with_lse(*arguments)
-    if _chooses_natten(backend, q, rpb, kernel, dilations):
+    if backend == "natten":
+        support = natten_support(q, rpb, kernel, dilations)
+        if not support.ok:
+            raise NotImplementedError(f"{_NAME}: backend 'natten' cannot run here: {support.reason}")
         return _natten(q, k, v, extra_k, extra_v, kernel, steps, dilations, causal, scale)
     if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
         return torch.ops.vitrail.neighborhood_attention(*arguments)
@@ -134,18 +136,6 @@ def _check_tensors(
     if extra_k is not None and extra_v is not None:
         check_shape(_NAME, "extra_k", extra_k, (q.shape[0], extra_k.shape[1], *heads_and_dim))
         check_alike(_NAME, extra_k=extra_k, extra_v=extra_v)
-
-
-def _chooses_natten(
-    backend: str, q: Tensor, rpb: Tensor | None, kernel: tuple[int, ...], dilation: tuple[int, ...]
-) -> bool:
-    if backend == "natten":
-        support = natten_support(q, rpb, kernel, dilation)
-        if not support.ok:
-            raise NotImplementedError(f"{_NAME}: backend 'natten' cannot run here: {support.reason}")
-        return True
-    chosen = settings.default_backend if backend == "auto" else backend
-    return chosen == "auto" and natten_support(q, rpb, kernel, dilation).ok
 
 
 def _natten(

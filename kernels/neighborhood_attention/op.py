@@ -1,4 +1,8 @@
-"""Registration of `vitrail::neighborhood_attention` with PyTorch."""
+"""Registration of `vitrail::neighborhood_attention` with PyTorch.
+
+The operator runs on any device: what `fused_support` accepts goes to the Triton kernels, everything else to the
+reference. It saves its inputs only; the backward recomputes the attention weights.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vitrail.kernels._common.dispatch import Support
+from vitrail.kernels._common.dispatch import Support, triton_support
 from vitrail.kernels._common.gradients import reference_gradients
 from vitrail.kernels._common.registration import register_operator
 from vitrail.kernels.neighborhood_attention.reference import neighborhood_attention_reference
@@ -23,8 +27,12 @@ _GRADIENTS = ("d_q", "d_k", "d_v", "d_rpb", "d_extra_k", "d_extra_v", "d_pad_k",
 
 
 def fused_support(q: Tensor) -> Support:
-    """The one place that says when neighborhood attention is handed to the reference, and why."""
-    return Support(False, "neighborhood attention has no Triton kernel yet")
+    """The one place that says when neighborhood attention is handed to the reference, and why.
+
+    The kernels take every number of axes, kernel, stride, dilation and causal axis, and all optional inputs: only
+    device, dtype and head width decide.
+    """
+    return triton_support(q, q.shape[-1])
 
 
 def natten_support(q: Tensor, rpb: Tensor | None, kernel_size: Sequence[int], dilation: Sequence[int]) -> Support:
@@ -48,11 +56,23 @@ def natten_support(q: Tensor, rpb: Tensor | None, kernel_size: Sequence[int], di
     return Support(True, "supported")
 
 
+def _forward(q: Tensor, *rest: Any) -> Tensor:
+    if fused_support(q).ok:
+        from vitrail.kernels.neighborhood_attention.triton import neighborhood_attention_forward
+
+        return neighborhood_attention_forward(q, *rest)
+    return neighborhood_attention_reference(q, *rest)
+
+
 def _backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    if fused_support(inputs[0]).ok:
+        from vitrail.kernels.neighborhood_attention.triton import neighborhood_attention_backward
+
+        return neighborhood_attention_backward(grad, *inputs)
     return reference_gradients(neighborhood_attention_reference, inputs[:8], inputs[8:], grad)
 
 
-register_operator("neighborhood_attention", _ARGUMENTS, _GRADIENTS, neighborhood_attention_reference, _backward)
+register_operator("neighborhood_attention", _ARGUMENTS, _GRADIENTS, _forward, _backward)
 
 
 def _flops(q_shape: Sequence[int], kernel_size: Sequence[int], extra_shape: Any, n_products: int) -> int:

@@ -9,7 +9,7 @@ from vitrail.kernels._common.checks import autocast_together, check_alike, check
 from vitrail.kernels._common.dispatch import choose_backend
 from vitrail.kernels.scattered_linear_attention.op import fused_support
 from vitrail.kernels.scattered_linear_attention.reference import scattered_linear_attention_reference
-from vitrail.kernels.scattered_linear_attention.windows import Windows
+from vitrail.kernels.scattered_linear_attention.windows import Windows, most_parts
 
 _NAME = "scattered_linear_attention"
 
@@ -75,7 +75,8 @@ def _check_windows(windows: Windows, q: Tensor, eps: float) -> None:
     if not eps > 0:
         raise ValueError(f"{_NAME}: eps is {eps}; allowed: above 0")
     for name, tensor in windows._asdict().items():
-        check_shape(_NAME, f"windows.{name}", tensor, (len(q),))
+        rows = (1 + most_parts(len(q)), 4) if name == "parts" else (len(q),)
+        check_shape(_NAME, f"windows.{name}", tensor, rows)
         if tensor.dtype != torch.int32:
             raise TypeError(f"{_NAME}: windows.{name} is {tensor.dtype}; allowed: torch.int32")
         if tensor.device != q.device:

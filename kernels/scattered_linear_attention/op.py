@@ -21,8 +21,8 @@ from vitrail.kernels.scattered_linear_attention.reference import (
     scattered_linear_attention_reference,
 )
 
-_WINDOWS = "Tensor order, Tensor starts, Tensor ends, float eps"
-_MOST_HEAD_DIM = 64  # a program holds the sums of two windows and their gradients, (D, D) each, in registers
+_WINDOWS = "Tensor order, Tensor starts, Tensor ends, Tensor parts, float eps"
+_MOST_HEAD_DIM = 64  # a program holds the sums of a window and their gradients, (D, D) each, in registers
 
 
 def fused_support(q: Tensor) -> Support:
@@ -32,41 +32,53 @@ def fused_support(q: Tensor) -> Support:
     return triton_support(q, q.shape[-1])
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, order: Tensor, starts: Tensor, ends: Tensor, eps: float) -> Tensor:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, order: Tensor, starts: Tensor, ends: Tensor, parts: Tensor, eps: float
+) -> Tensor:
     if fused_support(q).ok:
         from vitrail.kernels.scattered_linear_attention.triton import scattered_linear_attention_forward
 
-        return scattered_linear_attention_forward(q, k, v, order, starts, ends, eps)
-    return scattered_linear_attention_reference(q, k, v, order, starts, ends, eps)
+        return scattered_linear_attention_forward(q, k, v, order, starts, ends, parts, eps)
+    return scattered_linear_attention_reference(q, k, v, order, starts, ends, parts, eps)
 
 
 def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, order: Tensor, starts: Tensor, ends: Tensor, eps: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    parts: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if fused_support(q).ok:
         from vitrail.kernels.scattered_linear_attention.triton import scattered_linear_attention_backward
 
         d_q, d_k, d_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-        scattered_linear_attention_backward(grad, q, k, v, d_q, d_k, d_v, order, starts, ends, eps)
+        scattered_linear_attention_backward(grad, q, k, v, d_q, d_k, d_v, order, starts, ends, parts, eps)
         return d_q, d_k, d_v
-    return scattered_linear_attention_gradients(grad, q, k, v, order, starts, ends, eps)
+    return scattered_linear_attention_gradients(grad, q, k, v, order, starts, ends, parts, eps)
 
 
-def _packed_forward(qkv: Tensor, order: Tensor, starts: Tensor, ends: Tensor, eps: float) -> Tensor:
+def _packed_forward(qkv: Tensor, order: Tensor, starts: Tensor, ends: Tensor, parts: Tensor, eps: float) -> Tensor:
     q, k, v = qkv.unbind(1)
-    return _forward(q, k, v, order, starts, ends, eps)
+    return _forward(q, k, v, order, starts, ends, parts, eps)
 
 
-def _packed_backward(grad: Tensor, qkv: Tensor, order: Tensor, starts: Tensor, ends: Tensor, eps: float) -> Tensor:
+def _packed_backward(
+    grad: Tensor, qkv: Tensor, order: Tensor, starts: Tensor, ends: Tensor, parts: Tensor, eps: float
+) -> Tensor:
     q, k, v = qkv.unbind(1)
     if fused_support(q).ok:
         from vitrail.kernels.scattered_linear_attention.triton import scattered_linear_attention_backward
 
         d_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
         d_q, d_k, d_v = d_qkv.unbind(1)
-        scattered_linear_attention_backward(grad, q, k, v, d_q, d_k, d_v, order, starts, ends, eps)
+        scattered_linear_attention_backward(grad, q, k, v, d_q, d_k, d_v, order, starts, ends, parts, eps)
         return d_qkv
-    return torch.stack(scattered_linear_attention_gradients(grad, q, k, v, order, starts, ends, eps), 1)
+    return torch.stack(scattered_linear_attention_gradients(grad, q, k, v, order, starts, ends, parts, eps), 1)
 
 
 def _like_first_of_packed(qkv: Tensor, *_: Any) -> Tensor:

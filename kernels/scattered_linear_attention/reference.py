@@ -31,11 +31,12 @@ class _Pieces(NamedTuple):
 
 
 def scattered_linear_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, order: Tensor, starts: Tensor, ends: Tensor, eps: float
+    q: Tensor, k: Tensor, v: Tensor, order: Tensor, starts: Tensor, ends: Tensor, parts: Tensor, eps: float
 ) -> Tensor:
     """Computes `relu(q) (sum relu(k) v^T) / (relu(q) . sum relu(k) + eps)`, sums over a voxel's window, for every head.
 
-    See `vitrail.kernels.scattered_linear_attention.scattered_linear_attention` for the arguments.
+    See `vitrail.kernels.scattered_linear_attention.scattered_linear_attention` for the arguments; `parts` serves fused
+    kernels alone.
     """
     if q.numel() == 0:
         return (q + k + v).contiguous()
@@ -49,7 +50,15 @@ def scattered_linear_attention_reference(
 
 
 def scattered_linear_attention_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, order: Tensor, starts: Tensor, ends: Tensor, eps: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    parts: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous; all sums are computed anew."""
     if q.numel() == 0:

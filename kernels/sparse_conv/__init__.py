@@ -1,9 +1,11 @@
 """Convolution of voxels: only occupied sites are stored, and tables tell which of them are neighbours."""
 
-from vitrail.kernels.sparse_conv.api import depthwise_sparse_conv, sparse_conv
+from vitrail.kernels.sparse_conv.api import depthwise_sparse_conv, mixed_depthwise_conv, sparse_conv
 from vitrail.kernels.sparse_conv.sites import (
+    KeyRuns,
     NeighbourTable,
-    distinct_keys,
+    find_runs,
+    point_keys,
     site_coords,
     site_keys,
     strided_sites,
@@ -12,9 +14,12 @@ from vitrail.kernels.sparse_conv.sites import (
 )
 
 __all__ = [
+    "KeyRuns",
     "NeighbourTable",
     "depthwise_sparse_conv",
-    "distinct_keys",
+    "find_runs",
+    "mixed_depthwise_conv",
+    "point_keys",
     "site_coords",
     "site_keys",
     "sparse_conv",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from vitrail.kernels._common.checks import autocast_together, check_dims, check_floating, check_shape
 from vitrail.kernels._common.dispatch import choose_backend
 from vitrail.kernels.sparse_conv.op import fused_support
-from vitrail.kernels.sparse_conv.reference import depthwise_reference, sparse_conv_reference
+from vitrail.kernels.sparse_conv.reference import depthwise_reference, mix_reference, sparse_conv_reference
 from vitrail.kernels.sparse_conv.sites import NeighbourTable
 
 
@@ -68,6 +70,46 @@ def depthwise_sparse_conv(features: Tensor, weight: Tensor, table: NeighbourTabl
     if choose_backend(name, backend, fused_support(features), features) == "triton":
         return torch.ops.vitrail.depthwise_sparse_conv(features, weight, *table)
     return depthwise_reference(features, weight, *table)
+
+
+def mixed_depthwise_conv(
+    features: Tensor, weights: Sequence[Tensor], tables: Sequence[NeighbourTable], *, backend: str = "auto"
+) -> Tensor:
+    r"""Adds to three quarters of the channels what three depth-wise kernels gather, and doubles the last quarter.
+
+    :math:`y = x + (w_a * x_a,\; w_b * x_b,\; w_c * x_c,\; x_d)` with :math:`*` as in `depthwise_sparse_conv`: how
+    ScatterFormer mixes across windows (arXiv 2401.00912, section 3.3, as released), in a single pass.
+
+    Args:
+        features: Voxel features, (N, C), any floating dtype, any stride over the voxels, C a multiple of 4.
+        weights: Three kernels, (taps, C / 4) or (kz, ky, kx, C / 4) each.
+        tables: Their neighbours, for N outputs and N inputs.
+        backend: "auto", "eager" or "triton"; see `vitrail.kernels._common.dispatch`.
+
+    Returns:
+        (N, C), contiguous, in the dtype of `features` (the autocast dtype under autocast).
+
+    Raises:
+        TypeError: An input is not floating point, or a table is not int32.
+        ValueError: Shapes, dtypes or devices do not fit together, or there are not three weights and tables.
+        NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
+    """
+    name = "mixed_depthwise_conv"
+    if len(weights) != 3 or len(tables) != 3:
+        raise ValueError(f"{name}: {len(weights)} weights and {len(tables)} tables are given; expected 3 of each")
+    check_dims(name, "features", features, "(N, C)")
+    if features.shape[1] % 4:
+        raise ValueError(f"{name}: features has {features.shape[1]} channels; allowed: a multiple of 4")
+    checked, mixed = [], features
+    for weight, table in zip(weights, tables, strict=True):
+        weight = weight.flatten(0, -2)
+        check_shape(name, "weight", weight, (len(weight), features.shape[1] // 4))
+        check_shape(name, "table.forward", table.forward, (len(weight), len(features)))
+        mixed, weight = _checked(name, features, weight, table, len(weight))
+        checked.append(weight)
+    if choose_backend(name, backend, fused_support(mixed), mixed) == "triton":
+        return torch.ops.vitrail.mixed_depthwise_conv(mixed, *checked, *(rows for table in tables for rows in table))
+    return mix_reference(mixed, checked, [table.forward for table in tables])
 
 
 def _checked(op: str, features: Tensor, weight: Tensor, table: NeighbourTable, taps: int) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Registration of `vitrail::sparse_conv` and `vitrail::depthwise_sparse_conv` with PyTorch.
+"""Registration of `vitrail::{sparse_conv,depthwise_sparse_conv,mixed_depthwise_conv}` with PyTorch.
 
 The operators run on any device: what `fused_support` accepts goes to the Triton kernels, everything else to the
 reference. They save their inputs only.
@@ -18,11 +18,17 @@ from vitrail.kernels._common.registration import register_operator
 from vitrail.kernels.sparse_conv.reference import (
     depthwise_gradients,
     depthwise_reference,
+    mix_gradients,
+    mix_reference,
     sparse_conv_gradients,
     sparse_conv_reference,
 )
 
 _ARGUMENTS = "Tensor features, Tensor weight, Tensor table, Tensor transposed"
+_MIX_ARGUMENTS = (
+    "Tensor features, Tensor weight_a, Tensor weight_b, Tensor weight_c, Tensor table_a, Tensor transposed_a, "
+    "Tensor table_b, Tensor transposed_b, Tensor table_c, Tensor transposed_c"
+)
 
 
 def fused_support(features: Tensor) -> Support:
@@ -67,6 +73,24 @@ def _depthwise_backward(
     return depthwise_gradients(grad, features, weight, table, transposed)
 
 
+def _mix_forward(features: Tensor, *others: Tensor) -> Tensor:
+    weights, tables = others[:3], others[3::2]
+    if fused_support(features).ok:
+        from vitrail.kernels.sparse_conv.triton import mix_forward
+
+        return mix_forward(features, weights, tables)
+    return mix_reference(features, weights, tables)
+
+
+def _mix_backward(grad: Tensor, features: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    weights, tables, transposed = others[:3], others[3::2], others[4::2]
+    if fused_support(features).ok:
+        from vitrail.kernels.sparse_conv.triton import mix_backward
+
+        return mix_backward(grad, features, weights, tables, transposed)
+    return mix_gradients(grad, features, weights, tables, transposed)
+
+
 def _fake_forward(features: Tensor, weight: Tensor, table: Tensor, transposed: Tensor) -> Tensor:
     return features.new_empty(table.shape[1], weight.shape[0])
 
@@ -83,6 +107,13 @@ register_operator(
     _depthwise_forward,
     _depthwise_backward,
     _fake_depthwise,
+)
+register_operator(
+    "mixed_depthwise_conv",
+    _MIX_ARGUMENTS,
+    ("d_features", "d_weight_a", "d_weight_b", "d_weight_c"),
+    _mix_forward,
+    _mix_backward,
 )
 
 

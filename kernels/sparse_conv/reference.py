@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,27 @@ def depthwise_gradients(
     for tap, rows in enumerate(table):
         d_weight[tap] = (padded[rows.long()].to(dtype) * grad.to(dtype)).sum(0)
     return d_features, d_weight
+
+
+def mix_reference(features: Tensor, weights: Sequence[Tensor], tables: Sequence[Tensor]) -> Tensor:
+    """Computes `x + (conv_a(x_a), conv_b(x_b), conv_c(x_c), x_d)`, x cut into quarters of its channels.
+
+    See `vitrail.kernels.sparse_conv.mixed_depthwise_conv`; weights are (taps, C / 4).
+    """
+    quarters = features.chunk(4, 1)
+    # A depth-wise convolution's transposed table serves its backward alone.
+    mixed = [depthwise_reference(x, w, t, t) for x, w, t in zip(quarters, weights, tables, strict=False)]
+    return features + torch.cat((*mixed, quarters[3]), 1)
+
+
+def mix_gradients(
+    grad: Tensor, features: Tensor, weights: Sequence[Tensor], tables: Sequence[Tensor], transposed: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Gradients of features and weights, like `sparse_conv_gradients`."""
+    parts = zip(grad.chunk(4, 1), features.chunk(4, 1), weights, tables, transposed, strict=False)
+    found = [depthwise_gradients(*part) for part in parts]
+    d_features = grad + torch.cat((*(d_x for d_x, _ in found), grad.chunk(4, 1)[3]), 1)
+    return d_features, *(d_weight for _, d_weight in found)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -7,7 +7,8 @@ Tiling. A program of the convolution has a tile of outputs and output channels. 
 tile's rows and multiplies them by the tap's matrix; a tap at which the whole tile has no neighbour costs one read of
 the table. The gradient of the features is the same kernel with the transposed table and the transposed matrices, so
 that it gathers too. The gradient of the weights is a sum over all outputs: programs take parts of it, at one tap each,
-and the parts are added in a fixed order. The depth-wise kernels do the same without the matrix product.
+and the parts are added in a fixed order. The depth-wise kernels do the same without the matrix product; one of them
+has three kernels at work on a quarter of the channels each.
 
 Numerics. Sums are float32; products are those of the inputs' dtype, float32 inputs use full float32 products.
 """
@@ -15,6 +16,7 @@ Numerics. Sums are float32; products are those of the inputs' dtype, float32 inp
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor
 from vitrail.kernels._common.launch import unit_stride
 
 _ROWS = 64  # voxels of a tile
+_TAPS = 3  # taps of a depth-wise kernel whose rows are under way at once
 _ROWS_OF_A_PART = 4096  # outputs that one program sums up for the gradient of the weights
 _MOST_PARTS = 32
 
@@ -88,20 +91,67 @@ def _weight_gradient_kernel(
     tl.store(parts_ptr + places, total, mask=(outs < out_dim)[:, None] & (channels < in_dim)[None, :])
 
 
+@triton.jit
+def _depthwise_sum(
+    x_ptr, weight_ptr, table_ptr, x_stride, rows, channels, n_outputs, taps, dim,
+    ROWS: tl.constexpr, DIM: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    """`sum_tap x[table[tap, n]] * weight[tap]` of some outputs and channels, float32; TAPS taps run at once."""
+    total = tl.zeros((ROWS, DIM), tl.float32)
+    for first in range(0, taps, TAPS):
+        for step in tl.static_range(TAPS):
+            tap = first + step
+            # Beyond the last tap no row exists, so that nothing is read.
+            sources = _sources(table_ptr, tap, rows, tl.where(tap < taps, n_outputs, 0), n_outputs)
+            x = _gather(x_ptr, x_stride, sources, channels, dim)
+            weight = tl.load(weight_ptr + tap * dim + channels, mask=(channels < dim) & (tap < taps), other=0.0)
+            total += x.to(tl.float32) * weight.to(tl.float32)[None, :]
+    return total
+
+
 @triton.jit(do_not_specialize=["n_outputs", "taps"])
 def _depthwise_kernel(
-    x_ptr, weight_ptr, out_ptr, table_ptr, x_stride, n_outputs, taps, dim, ROWS: tl.constexpr, DIM: tl.constexpr
-):
+    x_ptr, weight_ptr, out_ptr, table_ptr, x_stride, n_outputs, taps, dim,
+    ROWS: tl.constexpr, DIM: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
     """A tile of outputs (ROWS, DIM): `out[n] = sum_tap x[table[tap, n]] * weight[tap]`."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channels = tl.program_id(1) * DIM + tl.arange(0, DIM)
-    total = tl.zeros((ROWS, DIM), tl.float32)
-    for tap in range(taps):
-        x = _gather(x_ptr, x_stride, _sources(table_ptr, tap, rows, n_outputs, n_outputs), channels, dim)
-        weight = tl.load(weight_ptr + tap * dim + channels, mask=channels < dim, other=0.0)
-        total += x.to(tl.float32) * weight.to(tl.float32)[None, :]
+    total = _depthwise_sum(
+        x_ptr, weight_ptr, table_ptr, x_stride, rows, channels, n_outputs, taps, dim, ROWS, DIM, TAPS
+    )
     places = out_ptr + rows.to(tl.int64)[:, None] * dim + channels[None, :]
     tl.store(places, total.to(out_ptr.dtype.element_ty), mask=(rows < n_outputs)[:, None] & (channels < dim)[None, :])
+
+
+@triton.jit(do_not_specialize=["n_voxels", "taps_a", "taps_b", "taps_c"])
+def _mix_kernel(
+    x_ptr, weight_a_ptr, weight_b_ptr, weight_c_ptr, out_ptr, table_a_ptr, table_b_ptr, table_c_ptr,
+    x_stride, n_voxels, taps_a, taps_b, taps_c, dim, ROWS: tl.constexpr, DIM: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    """A tile (ROWS, DIM) of a quarter of the channels, `dim` wide: the voxels and what the quarter's kernel gathers."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    quarter = tl.program_id(1)
+    channels = tl.program_id(2) * DIM + tl.arange(0, DIM)
+    x_ptr += quarter * dim
+    itself = _gather(x_ptr, x_stride, tl.where(rows < n_voxels, rows, -1), channels, dim).to(tl.float32)
+    if quarter == 0:
+        gathered = _depthwise_sum(
+            x_ptr, weight_a_ptr, table_a_ptr, x_stride, rows, channels, n_voxels, taps_a, dim, ROWS, DIM, TAPS
+        )
+    elif quarter == 1:
+        gathered = _depthwise_sum(
+            x_ptr, weight_b_ptr, table_b_ptr, x_stride, rows, channels, n_voxels, taps_b, dim, ROWS, DIM, TAPS
+        )
+    elif quarter == 2:
+        gathered = _depthwise_sum(
+            x_ptr, weight_c_ptr, table_c_ptr, x_stride, rows, channels, n_voxels, taps_c, dim, ROWS, DIM, TAPS
+        )
+    else:
+        gathered = itself
+    places = out_ptr + rows.to(tl.int64)[:, None] * (4 * dim) + (quarter * dim + channels)[None, :]
+    mask = (rows < n_voxels)[:, None] & (channels < dim)[None, :]
+    tl.store(places, (itself + gathered).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_outputs", "taps", "part_size"])
@@ -184,10 +234,10 @@ def depthwise_forward(features: Tensor, weight: Tensor, table: Tensor) -> Tensor
     out = torch.empty((n_outputs, dim), dtype=features.dtype, device=features.device)
     if out.numel() == 0:
         return out
-    tile = _tile(dim, 128)
+    tile = _tile(dim, 64)
     _depthwise_kernel[triton.cdiv(n_outputs, _ROWS), triton.cdiv(dim, tile)](
         features, weight.contiguous(), out, table.contiguous(), features.stride(0), n_outputs, taps, dim,
-        ROWS=_ROWS, DIM=tile, num_warps=4,
+        ROWS=_ROWS, DIM=tile, TAPS=_TAPS, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -196,6 +246,10 @@ def depthwise_backward(
     grad: Tensor, features: Tensor, weight: Tensor, table: Tensor, transposed: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Fused gradients of features and weight."""
+    return depthwise_forward(grad, weight, transposed), _depthwise_weight_gradient(grad, features, weight, table)
+
+
+def _depthwise_weight_gradient(grad: Tensor, features: Tensor, weight: Tensor, table: Tensor) -> Tensor:
     grad, features = unit_stride(grad, features)
     (taps, dim), n_outputs = weight.shape, len(grad)
     n_parts, part_size = _parts(n_outputs)
@@ -205,4 +259,27 @@ def depthwise_backward(
         grad, features, parts, table.contiguous(), grad.stride(0), features.stride(0), n_outputs, taps, part_size, dim,
         ROWS=_ROWS, DIM=tile, num_warps=4,
     )  # fmt: skip
-    return depthwise_forward(grad, weight, transposed), parts.sum(0).to(weight.dtype)
+    return parts.sum(0).to(weight.dtype)
+
+
+def mix_forward(features: Tensor, weights: Sequence[Tensor], tables: Sequence[Tensor]) -> Tensor:
+    """Fused forward of `mixed_depthwise_conv`: three weights and their tables."""
+    (features,) = unit_stride(features)
+    n_voxels, dim = len(features), features.shape[1] // 4
+    out = torch.empty(features.shape, dtype=features.dtype, device=features.device)
+    if out.numel() == 0:
+        return out
+    tile = _tile(dim, 64)
+    _mix_kernel[triton.cdiv(n_voxels, _ROWS), 4, triton.cdiv(dim, tile)](
+        features, *(w.contiguous() for w in weights), out, *(t.contiguous() for t in tables),
+        features.stride(0), n_voxels, *(len(w) for w in weights), dim, ROWS=_ROWS, DIM=tile, TAPS=_TAPS, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def mix_backward(
+    grad: Tensor, features: Tensor, weights: Sequence[Tensor], tables: Sequence[Tensor], transposed: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Fused gradients of features and weights; the former is the forward with the transposed tables."""
+    parts = zip(grad.chunk(4, 1), features.chunk(4, 1), weights, tables, strict=False)  # the last quarter has no weight
+    return mix_forward(grad, weights, transposed), *(_depthwise_weight_gradient(*part) for part in parts)

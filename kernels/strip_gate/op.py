@@ -1,6 +1,7 @@
 """Registration of `vitrail::strip_gate` with PyTorch.
 
-The operator runs on any device, by the reference. It saves its inputs only; the backward recomputes the gates.
+The operator runs on any device: what `fused_support` accepts goes to the Triton kernel, everything else to the
+reference. It saves its inputs only; the backward recomputes the gates.
 Like all pointwise operators it has no entry in PyTorch's FLOP counter.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitrail.kernels._common.dispatch import Support
+from vitrail.kernels._common.dispatch import FUSED_HEAD_DIMS, Support, triton_support
 from vitrail.kernels._common.registration import register_operator
 from vitrail.kernels.strip_gate.reference import strip_gate_gradients, strip_gate_reference
 
@@ -18,7 +19,8 @@ _ARGUMENTS = "Tensor x, Tensor logits_h, Tensor logits_w, bool skip"
 
 def fused_support(x: Tensor) -> Support:
     """The one place that says when the strip gate is handed to the reference, and why."""
-    return Support(False, "the strip gate has no Triton kernel yet")
+    # There are no heads: only device and dtype matter, and any width that the shared conditions allow stands for all.
+    return triton_support(x, FUSED_HEAD_DIMS[0])
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -29,10 +31,21 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 
 def _forward(x: Tensor, logits_h: Tensor, logits_w: Tensor, skip: bool) -> Tensor:
+    if fused_support(x).ok:
+        from vitrail.kernels.strip_gate.triton import strip_gate_forward
+
+        out = torch.empty_like(x, memory_format=_layout(x))
+        strip_gate_forward(x, logits_h, logits_w, out, skip)
+        return out
     return strip_gate_reference(x, logits_h, logits_w, skip).contiguous(memory_format=_layout(x))
 
 
 def _backward(grad: Tensor, x: Tensor, logits_h: Tensor, logits_w: Tensor, skip: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if fused_support(x).ok:
+        from vitrail.kernels.strip_gate.triton import strip_gate_backward
+
+        d_x = torch.empty_like(x, memory_format=_layout(x))
+        return d_x, *strip_gate_backward(grad, x, logits_h, logits_w, d_x, skip)
     d_x, d_logits_h, d_logits_w = strip_gate_gradients(grad, x, logits_h, logits_w, skip)
     return d_x.contiguous(memory_format=_layout(x)), d_logits_h.contiguous(), d_logits_w.contiguous()
 

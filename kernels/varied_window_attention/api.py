@@ -82,6 +82,6 @@ def varied_window_attention(
         check_shape(_NAME, "bias", bias, (heads, window[0] * window[1], window[0] * window[1]))
     q, k, v = autocast_together(q, k, v)
     arguments = (offsets, stretch, bias, window, start, dim**-0.5 if scale is None else float(scale))
-    if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
+    if choose_backend(_NAME, backend, fused_support(q, offsets, window), q) == "triton":
         return torch.ops.vitrail.varied_window_attention(q, k, v, *arguments)
     return varied_window_attention_reference(q, k, v, *arguments)

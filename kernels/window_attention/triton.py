@@ -8,7 +8,8 @@ Tokens that wrapped around a border form regions of their own and see only their
 Tiling. Windows of up to `_SINGLE_TILE` tokens fit into one tile: a program keeps one head's bias in registers and
 walks over windows, so that bias is read, and its gradient written, once a program and not once a window. Neighbouring
 programs work on the heads of the same windows, which share memory lines. Larger windows are cut into blocks of
-queries and keys with an online softmax.
+queries and keys with an online softmax. What is left of a window beyond its whole blocks has a tile of its own size,
+and as queries a launch of its own: 12 x 12 tokens are 64 + 64 + 16, not three blocks.
 
 Numerics. Logits, softmax and all sums are float32; the weights are rounded to the input's dtype before they meet
 values or gradients, as in every fused attention. float32 inputs use full float32 products. The backward recomputes
@@ -18,22 +19,23 @@ over windows (bias, padding) go to one slot a program and are added in a fixed o
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from vitrail.kernels._common.gradients import empty_gradient
-from vitrail.kernels._common.launch import launch, map_strides, unit_stride
+from vitrail.kernels._common.launch import Config, launch, map_strides, multiprocessors, unit_stride
 from vitrail.kernels._common.triton import finite, load_kv
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _SINGLE_TILE = 64
-_BLOCK = 64
+_BLOCK = tl.constexpr(64)
 
 
 @triton.jit
@@ -83,6 +85,13 @@ def _load_bias(ptr, head, q_tokens, k_tokens, N_TOKENS: tl.constexpr):
 
 
 @triton.jit
+def _load_padded_bias(ptr, head, q_tokens, k_tokens, ROWS: tl.constexpr):
+    """Like `_load_bias`, of a bias padded to (heads, ROWS, ROWS): no masks, and wide loads."""
+    offsets = (head * ROWS + q_tokens[:, None]) * ROWS + k_tokens[None, :]
+    return tl.load(ptr + offsets).to(tl.float32) * _LOG2E
+
+
+@triton.jit
 def _logits(
     q,
     k,
@@ -96,11 +105,17 @@ def _logits(
     HAS_BIAS: tl.constexpr,
     SHIFTED: tl.constexpr,
     HIDES_PADS: tl.constexpr,
+    MASKS_KEYS: tl.constexpr,
 ):
-    """Logits in units of log2, minus infinity where the query does not see the key."""
+    """Logits in units of log2, minus infinity where the query does not see the key.
+
+    With `MASKS_KEYS` the tile may have more keys than the window, and the bias does not hide them.
+    """
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
     if HAS_BIAS:
         logits += b_bias
+    if not (MASKS_KEYS or SHIFTED or HIDES_PADS):
+        return logits
     visible = k_exists[None, :]
     if SHIFTED:
         visible = visible & (q_region[:, None] == k_region[None, :])
@@ -134,7 +149,9 @@ def _window_fwd_kernel(
         q = tl.load(q_ptr + _offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
         k = load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         v = load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        logits = _logits(q, k, b_bias, scale, real, real, region, region, exists, HAS_BIAS, SHIFTED, HIDES_PADS)
+        logits = _logits(
+            q, k, b_bias, scale, real, real, region, region, exists, HAS_BIAS, SHIFTED, HIDES_PADS, N_TOKENS < BLOCK
+        )
         weights = tl.exp2(logits - finite(tl.max(logits, 1))[:, None])
         total = tl.sum(weights, 1)
         out = tl.dot(weights.to(v.dtype), v, input_precision="ieee") / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -177,7 +194,9 @@ def _window_bwd_kernel(
         grad = tl.load(grad_ptr + _offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=real[:, None], other=0.0)
         k = load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         v = load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        logits = _logits(q, k, b_bias, scale, real, real, region, region, exists, HAS_BIAS, SHIFTED, HIDES_PADS)
+        logits = _logits(
+            q, k, b_bias, scale, real, real, region, region, exists, HAS_BIAS, SHIFTED, HIDES_PADS, N_TOKENS < BLOCK
+        )
         weights = tl.exp2(logits - finite(tl.max(logits, 1))[:, None])
         total = tl.sum(weights, 1)
         weights = weights / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -211,175 +230,242 @@ def _store_pad_gradients(d_pad_ptr, slot, d_pad_k, d_pad_v, HEAD_DIM: tl.constex
     tl.store(d_pad_ptr + offsets + HEAD_DIM, d_pad_v)
 
 
-@triton.jit(do_not_specialize=["height", "width", "n_windows"])
+@triton.jit
+def _own_block(
+    n_heads, height, width,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.constexpr,
+):  # fmt: skip
+    """The tokens that a program works for: (head, window, block, tokens, where they are).
+
+    A launch has blocks of `OWN` tokens, `N_OWN` a window, from token `FIRST` on.
+    """
+    head = (tl.program_id(0) // N_OWN) % n_heads
+    window = tl.program_id(0) // (N_OWN * n_heads)
+    block = FIRST // _BLOCK + tl.program_id(0) % N_OWN
+    tokens = FIRST + (tl.program_id(0) % N_OWN) * OWN + tl.arange(0, OWN)
+    batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST)
+    return head, window, block, tokens, batch, y, x, real, region
+
+
+@triton.jit
+def _key_tile(
+    start, q, q_tokens, q_real, q_region, window, head, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr,
+    k_strides, v_strides, height, width, scale,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """A block of keys and values, and the queries' logits."""
+    tokens = start + tl.arange(0, BLOCK)
+    batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST)
+    k = load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+    v = load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+    b_bias = 0.0
+    if HAS_BIAS:
+        b_bias = _load_padded_bias(bias_ptr, head, q_tokens, tokens, ROWS)
+    logits = _logits(
+        q, k, b_bias, scale, q_real, real, q_region, region, tokens < WINDOW_H * WINDOW_W,
+        HAS_BIAS, SHIFT_Y + SHIFT_X > 0, HIDES_PADS, not HAS_BIAS,
+    )  # fmt: skip
+    return k, v, logits
+
+
+@triton.jit
+def _fwd_step(v, logits, maximum, total, out):
+    """Online softmax over one more block of keys."""
+    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+    decay = tl.exp2(maximum - finite(new_maximum))
+    weights = tl.exp2(logits - finite(new_maximum)[:, None])
+    total = total * decay + tl.sum(weights, 1)
+    out = tl.dot(weights.to(v.dtype), v, acc=out * decay[:, None], input_precision="ieee")
+    return new_maximum, total, out
+
+
+@triton.jit(do_not_specialize=["height", "width"])
 def _window_fwd_tiled_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr, out_ptr,
-    q_strides, k_strides, v_strides, out_strides, height, width, n_windows, n_heads, scale,
+    q_strides, k_strides, v_strides, out_strides, height, width, n_heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
     ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    WHOLE: tl.constexpr, REST: tl.constexpr, HEAD_DIM: tl.constexpr,
+    FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.constexpr,
 ):  # fmt: skip
     """One program: one block of queries of one window and head, over all blocks of keys."""
-    N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
-    N_BLOCKS: tl.constexpr = (N_TOKENS + BLOCK - 1) // BLOCK
-    SHIFTED: tl.constexpr = SHIFT_Y + SHIFT_X > 0
-    head = (tl.program_id(0) // N_BLOCKS) % n_heads
-    window = tl.program_id(0) // (N_BLOCKS * n_heads)
-    q_tokens = (tl.program_id(0) % N_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-    batch, q_y, q_x, q_real, q_region = _locate(
-        q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
+    head, window, _block, q_tokens, batch, y, x, real, region = _own_block(
+        n_heads, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, FIRST, OWN, N_OWN
     )
-    q = tl.load(q_ptr + _offsets(batch, q_y, q_x, head, q_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
-    maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    out = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
-    for start in range(0, N_TOKENS, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
-        batch, y, x, real, region = _locate(
-            tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
-        )
-        k = load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        v = load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        b_bias = 0.0
-        if HAS_BIAS:
-            b_bias = _load_bias(bias_ptr, head, q_tokens, tokens, N_TOKENS)
-        logits = _logits(
-            q, k, b_bias, scale, q_real, real, q_region, region, tokens < N_TOKENS, HAS_BIAS, SHIFTED, HIDES_PADS
-        )
-        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-        decay = tl.exp2(maximum - finite(new_maximum))
-        weights = tl.exp2(logits - finite(new_maximum)[:, None])
-        total = total * decay + tl.sum(weights, 1)
-        out = tl.dot(weights.to(v.dtype), v, acc=out * decay[:, None], input_precision="ieee")
-        maximum = new_maximum
+    q = tl.load(q_ptr + _offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
+    maximum = tl.full((OWN,), float("-inf"), tl.float32)
+    total = tl.zeros((OWN,), tl.float32)
+    out = tl.zeros((OWN, HEAD_DIM), tl.float32)
+    for start in range(0, WHOLE, _BLOCK):
+        _k, v, logits = _key_tile(
+            start, q, q_tokens, real, region, window, head, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr,
+            k_strides, v_strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST,
+            HAS_BIAS, HAS_PAD, HIDES_PADS, WHOLE + REST, _BLOCK, HEAD_DIM,
+        )  # fmt: skip
+        maximum, total, out = _fwd_step(v, logits, maximum, total, out)
+    if REST:
+        _k, v, logits = _key_tile(
+            WHOLE, q, q_tokens, real, region, window, head, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr,
+            k_strides, v_strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST,
+            HAS_BIAS, HAS_PAD, HIDES_PADS, WHOLE + REST, REST, HEAD_DIM,
+        )  # fmt: skip
+        maximum, total, out = _fwd_step(v, logits, maximum, total, out)
     out = out / tl.where(total == 0.0, 1.0, total)[:, None]
-    offsets = _offsets(batch, q_y, q_x, head, out_strides, HEAD_DIM)
-    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=q_real[:, None])
+    offsets = _offsets(batch, y, x, head, out_strides, HEAD_DIM)
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=real[:, None])
 
 
-@triton.jit(do_not_specialize=["height", "width", "n_windows"])
+@triton.jit
+def _stats_step(grad, v, logits, maximum, total, correction):
+    """One more block of keys in the rows' softmax statistics."""
+    d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
+    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+    decay = tl.exp2(maximum - finite(new_maximum))
+    weights = tl.exp2(logits - finite(new_maximum)[:, None])
+    total = total * decay + tl.sum(weights, 1)
+    correction = correction * decay + tl.sum(weights * d_weights, 1)
+    return new_maximum, total, correction
+
+
+@triton.jit
+def _dq_step(grad, k, v, logits, row_lse, correction, scale, d_q):
+    """One more block of keys in the queries' gradient."""
+    d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
+    weights = tl.exp2(logits - row_lse[:, None])
+    d_scores = weights * (d_weights - correction[:, None]) * scale
+    return tl.dot(d_scores.to(k.dtype), k, acc=d_q, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["height", "width"])
 def _window_bwd_dq_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr, d_q_ptr, stats_ptr,
-    grad_strides, q_strides, k_strides, v_strides, d_q_strides, height, width, n_windows, n_heads, scale,
+    grad_strides, q_strides, k_strides, v_strides, d_q_strides, height, width, n_heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
     ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    WHOLE: tl.constexpr, REST: tl.constexpr, HEAD_DIM: tl.constexpr,
+    FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.constexpr,
 ):  # fmt: skip
     """One program: gradient of one block of queries; leaves the rows' statistics for the other backward kernels.
 
     The first pass over the keys finds each row's log-sum-exp and softmax correction, the second its gradient.
     """
-    N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
-    N_BLOCKS: tl.constexpr = (N_TOKENS + BLOCK - 1) // BLOCK
-    SHIFTED: tl.constexpr = SHIFT_Y + SHIFT_X > 0
-    head = (tl.program_id(0) // N_BLOCKS) % n_heads
-    window = tl.program_id(0) // (N_BLOCKS * n_heads)
-    q_tokens = (tl.program_id(0) % N_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-    batch, q_y, q_x, q_real, q_region = _locate(
-        q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
+    head, window, _block, q_tokens, batch, y, x, real, region = _own_block(
+        n_heads, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, FIRST, OWN, N_OWN
     )
-    q = tl.load(q_ptr + _offsets(batch, q_y, q_x, head, q_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
-    grad_offsets = _offsets(batch, q_y, q_x, head, grad_strides, HEAD_DIM)
-    grad = tl.load(grad_ptr + grad_offsets, mask=q_real[:, None], other=0.0)
-    maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    correction = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, N_TOKENS, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
-        batch, y, x, real, region = _locate(
-            tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
-        )
-        k = load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        v = load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        b_bias = 0.0
-        if HAS_BIAS:
-            b_bias = _load_bias(bias_ptr, head, q_tokens, tokens, N_TOKENS)
-        logits = _logits(
-            q, k, b_bias, scale, q_real, real, q_region, region, tokens < N_TOKENS, HAS_BIAS, SHIFTED, HIDES_PADS
-        )
-        d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
-        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-        decay = tl.exp2(maximum - finite(new_maximum))
-        weights = tl.exp2(logits - finite(new_maximum)[:, None])
-        total = total * decay + tl.sum(weights, 1)
-        correction = correction * decay + tl.sum(weights * d_weights, 1)
-        maximum = new_maximum
+    q = tl.load(q_ptr + _offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
+    grad = tl.load(grad_ptr + _offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=real[:, None], other=0.0)
+    maximum = tl.full((OWN,), float("-inf"), tl.float32)
+    total = tl.zeros((OWN,), tl.float32)
+    correction = tl.zeros((OWN,), tl.float32)
+    for start in range(0, WHOLE, _BLOCK):
+        _k, v, logits = _key_tile(
+            start, q, q_tokens, real, region, window, head, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr,
+            k_strides, v_strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST,
+            HAS_BIAS, HAS_PAD, HIDES_PADS, WHOLE + REST, _BLOCK, HEAD_DIM,
+        )  # fmt: skip
+        maximum, total, correction = _stats_step(grad, v, logits, maximum, total, correction)
+    d_q = tl.zeros((OWN, HEAD_DIM), tl.float32)
+    if REST:
+        # The last block is at hand for both passes.
+        rest_k, rest_v, rest_logits = _key_tile(
+            WHOLE, q, q_tokens, real, region, window, head, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr,
+            k_strides, v_strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST,
+            HAS_BIAS, HAS_PAD, HIDES_PADS, WHOLE + REST, REST, HEAD_DIM,
+        )  # fmt: skip
+        maximum, total, correction = _stats_step(grad, rest_v, rest_logits, maximum, total, correction)
     total = tl.where(total == 0.0, 1.0, total)
     row_lse = finite(maximum) + tl.log2(total)
     correction = correction / total
-    d_q = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
-    for start in range(0, N_TOKENS, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
-        batch, y, x, real, region = _locate(
-            tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
-        )
-        k = load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        v = load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        b_bias = 0.0
-        if HAS_BIAS:
-            b_bias = _load_bias(bias_ptr, head, q_tokens, tokens, N_TOKENS)
-        logits = _logits(
-            q, k, b_bias, scale, q_real, real, q_region, region, tokens < N_TOKENS, HAS_BIAS, SHIFTED, HIDES_PADS
-        )
-        d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
-        weights = tl.exp2(logits - row_lse[:, None])
-        d_scores = weights * (d_weights - correction[:, None]) * scale
-        d_q = tl.dot(d_scores.to(k.dtype), k, acc=d_q, input_precision="ieee")
-    offsets = _offsets(batch, q_y, q_x, head, d_q_strides, HEAD_DIM)
-    tl.store(d_q_ptr + offsets, d_q.to(q.dtype), mask=q_real[:, None])
-    stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * N_BLOCKS * BLOCK) + q_tokens
+    if REST:
+        d_q = _dq_step(grad, rest_k, rest_v, rest_logits, row_lse, correction, scale, d_q)
+    for start in range(0, WHOLE, _BLOCK):
+        k, v, logits = _key_tile(
+            start, q, q_tokens, real, region, window, head, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr,
+            k_strides, v_strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST,
+            HAS_BIAS, HAS_PAD, HIDES_PADS, WHOLE + REST, _BLOCK, HEAD_DIM,
+        )  # fmt: skip
+        d_q = _dq_step(grad, k, v, logits, row_lse, correction, scale, d_q)
+    offsets = _offsets(batch, y, x, head, d_q_strides, HEAD_DIM)
+    tl.store(d_q_ptr + offsets, d_q.to(q.dtype), mask=real[:, None])
+    stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * (WHOLE + REST)) + q_tokens
     tl.store(stats, row_lse)
-    tl.store(stats + N_BLOCKS * BLOCK, correction)
+    tl.store(stats + WHOLE + REST, correction)
 
 
-@triton.jit(do_not_specialize=["height", "width", "n_windows"])
+@triton.jit
+def _dkdv_step(
+    start, tokens, real, region, k, v, d_k, d_v, window, head, grad_ptr, q_ptr, bias_ptr, stats,
+    grad_strides, q_strides, height, width, scale,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HIDES_PADS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """One more block of queries in the keys' and values' gradients."""
+    q_tokens = start + tl.arange(0, BLOCK)
+    batch, y, x, q_real, q_region = _locate(
+        q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
+    )
+    q = tl.load(q_ptr + _offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
+    grad = tl.load(grad_ptr + _offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
+    row_lse = tl.load(stats + q_tokens)
+    correction = tl.load(stats + ROWS + q_tokens)
+    b_bias = 0.0
+    if HAS_BIAS:
+        b_bias = _load_padded_bias(bias_ptr, head, q_tokens, tokens, ROWS)
+    logits = _logits(
+        q, k, b_bias, scale, q_real, real, q_region, region, tokens < WINDOW_H * WINDOW_W,
+        HAS_BIAS, SHIFT_Y + SHIFT_X > 0, HIDES_PADS, not HAS_BIAS,
+    )  # fmt: skip
+    weights = tl.exp2(logits - row_lse[:, None])
+    d_v = tl.dot(tl.trans(weights.to(v.dtype)), grad, acc=d_v, input_precision="ieee")
+    d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
+    d_scores = weights * (d_weights - correction[:, None]) * scale
+    d_k = tl.dot(tl.trans(d_scores.to(q.dtype)), q, acc=d_k, input_precision="ieee")
+    return d_k, d_v
+
+
+@triton.jit(do_not_specialize=["height", "width"])
 def _window_bwd_dkdv_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr, d_k_ptr, d_v_ptr, d_pad_ptr, stats_ptr,
-    grad_strides, q_strides, k_strides, v_strides, d_k_strides, d_v_strides, height, width, n_windows, n_heads, scale,
+    grad_strides, q_strides, k_strides, v_strides, d_k_strides, d_v_strides, height, width, n_heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
     ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    WHOLE: tl.constexpr, REST: tl.constexpr, HEAD_DIM: tl.constexpr,
+    FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.constexpr,
 ):  # fmt: skip
     """One program: gradients of one block of keys and values, over all blocks of queries."""
     N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
-    N_BLOCKS: tl.constexpr = (N_TOKENS + BLOCK - 1) // BLOCK
-    SHIFTED: tl.constexpr = SHIFT_Y + SHIFT_X > 0
-    head = (tl.program_id(0) // N_BLOCKS) % n_heads
-    window = tl.program_id(0) // (N_BLOCKS * n_heads)
-    tokens = (tl.program_id(0) % N_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-    exists = tokens < N_TOKENS
-    batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST)
+    N_BLOCKS: tl.constexpr = (WHOLE + REST + _BLOCK - 1) // _BLOCK
+    head, window, block, tokens, batch, y, x, real, region = _own_block(
+        n_heads, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, FIRST, OWN, N_OWN
+    )
     k = load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
     v = load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-    stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * N_BLOCKS * BLOCK)
-    d_k = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
-    d_v = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
-    for start in range(0, N_TOKENS, BLOCK):
-        q_tokens = start + tl.arange(0, BLOCK)
-        batch, q_y, q_x, q_real, q_region = _locate(
-            q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
-        )
-        q = tl.load(q_ptr + _offsets(batch, q_y, q_x, head, q_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
-        grad_offsets = _offsets(batch, q_y, q_x, head, grad_strides, HEAD_DIM)
-        grad = tl.load(grad_ptr + grad_offsets, mask=q_real[:, None], other=0.0)
-        row_lse = tl.load(stats + q_tokens)
-        correction = tl.load(stats + N_BLOCKS * BLOCK + q_tokens)
-        b_bias = 0.0
-        if HAS_BIAS:
-            b_bias = _load_bias(bias_ptr, head, q_tokens, tokens, N_TOKENS)
-        logits = _logits(q, k, b_bias, scale, q_real, real, q_region, region, exists, HAS_BIAS, SHIFTED, HIDES_PADS)
-        weights = tl.exp2(logits - row_lse[:, None])
-        d_v = tl.dot(tl.trans(weights.to(v.dtype)), grad, acc=d_v, input_precision="ieee")
-        d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
-        d_scores = weights * (d_weights - correction[:, None]) * scale
-        d_k = tl.dot(tl.trans(d_scores.to(q.dtype)), q, acc=d_k, input_precision="ieee")
+    stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * (WHOLE + REST))
+    d_k = tl.zeros((OWN, HEAD_DIM), tl.float32)
+    d_v = tl.zeros((OWN, HEAD_DIM), tl.float32)
+    for start in range(0, WHOLE, _BLOCK):
+        d_k, d_v = _dkdv_step(
+            start, tokens, real, region, k, v, d_k, d_v, window, head, grad_ptr, q_ptr, bias_ptr, stats,
+            grad_strides, q_strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST,
+            HAS_BIAS, HIDES_PADS, WHOLE + REST, _BLOCK, HEAD_DIM,
+        )  # fmt: skip
+    if REST:
+        d_k, d_v = _dkdv_step(
+            WHOLE, tokens, real, region, k, v, d_k, d_v, window, head, grad_ptr, q_ptr, bias_ptr, stats,
+            grad_strides, q_strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST,
+            HAS_BIAS, HIDES_PADS, WHOLE + REST, REST, HEAD_DIM,
+        )  # fmt: skip
     tl.store(d_k_ptr + _offsets(batch, y, x, head, d_k_strides, HEAD_DIM), d_k.to(k.dtype), mask=real[:, None])
     tl.store(d_v_ptr + _offsets(batch, y, x, head, d_v_strides, HEAD_DIM), d_v.to(v.dtype), mask=real[:, None])
     if HAS_PAD:
-        is_pad = (exists & (real == 0))[:, None]
+        is_pad = ((tokens < N_TOKENS) & (real == 0))[:, None]
         d_pad_k = tl.sum(tl.where(is_pad, d_k, 0.0), 0)
         d_pad_v = tl.sum(tl.where(is_pad, d_v, 0.0), 0)
-        slot = (window * N_BLOCKS + tl.program_id(0) % N_BLOCKS) * n_heads + head
+        slot = (window * N_BLOCKS + block) * n_heads + head
         _store_pad_gradients(d_pad_ptr, slot.to(tl.int64), d_pad_k, d_pad_v, HEAD_DIM)
 
 
@@ -389,20 +475,23 @@ def _window_bwd_dbias_kernel(
     grad_strides, q_strides, k_strides, v_strides, height, width, n_windows, n_heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
     ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    WHOLE: tl.constexpr, REST: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of one head's bias gradient, summed over every `step`-th window."""
     N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
-    N_BLOCKS: tl.constexpr = (N_TOKENS + BLOCK - 1) // BLOCK
+    N_BLOCKS: tl.constexpr = (N_TOKENS + _BLOCK - 1) // _BLOCK
+    ROWS: tl.constexpr = WHOLE + REST
     SHIFTED: tl.constexpr = SHIFT_Y + SHIFT_X > 0
     tile = tl.program_id(0) % (N_BLOCKS * N_BLOCKS)
     head = (tl.program_id(0) // (N_BLOCKS * N_BLOCKS)) % n_heads
     split = tl.program_id(0) // (N_BLOCKS * N_BLOCKS * n_heads)
     step = tl.num_programs(0) // (N_BLOCKS * N_BLOCKS * n_heads)
-    q_tokens = (tile // N_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-    tokens = (tile % N_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-    b_bias = _load_bias(bias_ptr, head, q_tokens, tokens, N_TOKENS)
-    d_bias = tl.zeros((BLOCK, BLOCK), tl.float32)
+    q_tokens = (tile // N_BLOCKS) * _BLOCK + tl.arange(0, _BLOCK)
+    tokens = (tile % N_BLOCKS) * _BLOCK + tl.arange(0, _BLOCK)
+    inside = (q_tokens[:, None] < ROWS) & (tokens[None, :] < ROWS)
+    bias_offsets = (head * ROWS + q_tokens[:, None]) * ROWS + tokens[None, :]
+    b_bias = tl.load(bias_ptr + bias_offsets, mask=inside, other=float("-inf")).to(tl.float32) * _LOG2E
+    d_bias = tl.zeros((_BLOCK, _BLOCK), tl.float32)
     for window in range(split, n_windows, step):
         batch, y, x, real, region = _locate(
             tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
@@ -416,27 +505,16 @@ def _window_bwd_dbias_kernel(
         grad_offsets = _offsets(batch, q_y, q_x, head, grad_strides, HEAD_DIM)
         grad = tl.load(grad_ptr + grad_offsets, mask=q_real[:, None], other=0.0)
         logits = _logits(
-            q, k, b_bias, scale, q_real, real, q_region, region, tokens < N_TOKENS, HAS_BIAS, SHIFTED, HIDES_PADS
+            q, k, b_bias, scale, q_real, real, q_region, region, tokens < N_TOKENS, HAS_BIAS, SHIFTED, HIDES_PADS, False
         )
-        stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * N_BLOCKS * BLOCK) + q_tokens
-        weights = tl.exp2(logits - tl.load(stats)[:, None])
+        stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * ROWS) + q_tokens
+        row_lse = tl.load(stats, mask=q_tokens < ROWS, other=float("inf"))
+        correction = tl.load(stats + ROWS, mask=q_tokens < ROWS, other=0.0)
+        weights = tl.exp2(logits - row_lse[:, None])
         d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
-        d_bias += weights * (d_weights - tl.load(stats + N_BLOCKS * BLOCK)[:, None])
+        d_bias += weights * (d_weights - correction[:, None])
     offsets = ((split * n_heads + head) * N_TOKENS + q_tokens[:, None]) * N_TOKENS + tokens[None, :]
     tl.store(d_bias_ptr + offsets, d_bias, mask=(q_tokens[:, None] < N_TOKENS) & (tokens[None, :] < N_TOKENS))
-
-
-class Config(NamedTuple):
-    """How a kernel is launched: warps a program, pipeline stages, and programs a multiprocessor where they walk."""
-
-    num_warps: int
-    num_stages: int
-    programs: int = 0
-
-    @property
-    def launch(self) -> dict[str, int]:
-        """Keyword arguments of the Triton launch."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 CONFIGS = {
@@ -466,11 +544,11 @@ class _Problem:
         self.tokens = window[0] * window[1]
         self.n_windows = batch * math.ceil(height / window[0]) * math.ceil(width / window[1])
         self.single_tile = self.tokens <= _SINGLE_TILE
-        self.block = max(16, triton.next_power_of_2(self.tokens)) if self.single_tile else _BLOCK
-        self.n_blocks = math.ceil(self.tokens / self.block)
+        self.n_blocks = math.ceil(self.tokens / _BLOCK.value)
         padded = height % window[0] != 0 or width % window[1] != 0
         self.has_pad = padded and pad_k is not None
         self.scalars = (height, width, self.n_windows, self.heads, scale)
+        self.tiled_scalars = (height, width, self.heads, scale)
         self.constants: dict[str, Any] = {
             "WINDOW_H": window[0],
             "WINDOW_W": window[1],
@@ -481,10 +559,35 @@ class _Problem:
             "HAS_BIAS": bias is not None,
             "HAS_PAD": self.has_pad,
             "HIDES_PADS": padded and pad_k is None,
-            "BLOCK": self.block,
             "HEAD_DIM": self.head_dim,
         }
-        self.multiprocessors = _multiprocessors(q.device)
+        if self.single_tile:
+            self.constants["BLOCK"] = max(16, triton.next_power_of_2(self.tokens))
+        else:
+            self.constants |= self._cut()
+        self.multiprocessors = multiprocessors(q.device)
+
+    def _cut(self) -> dict[str, int]:
+        """A window as whole blocks and the smallest tile that holds the rest: 144 tokens are 64 + 64 + 16."""
+        block = _BLOCK.value
+        rest = self.tokens % block
+        rest = max(16, triton.next_power_of_2(rest)) if rest else 0
+        return {"WHOLE": self.tokens // block * block, "REST": rest}
+
+    def launches(self) -> Iterator[tuple[tuple[int], dict[str, int]]]:
+        """Grids and block constants that cover all windows: their whole blocks, then their rests."""
+        whole, rest = self.constants["WHOLE"], self.constants["REST"]
+        n_whole = whole // _BLOCK.value
+        yield (self.n_windows * self.heads * n_whole,), {"FIRST": 0, "OWN": _BLOCK.value, "N_OWN": n_whole}
+        if rest:
+            yield (self.n_windows * self.heads,), {"FIRST": whole, "OWN": rest, "N_OWN": 1}
+
+    def laid_out(self, bias: Tensor | None) -> Tensor | None:
+        """The bias as the kernels read it: for several tiles with -inf where a tile is larger than the window."""
+        if bias is None or self.single_tile:
+            return _contiguous(bias)
+        missing = self.constants["WHOLE"] + self.constants["REST"] - self.tokens
+        return F.pad(bias, (0, missing, 0, missing), value=-math.inf).contiguous()
 
     def walkers(self, per_multiprocessor: int) -> int:
         """How many programs share the windows of one head, for so many programs of all heads on a multiprocessor."""
@@ -509,16 +612,18 @@ def window_attention_forward(
     if out.numel() == 0:
         return out
     problem = _Problem(q, bias, pad_k, window, shift, scale, roll_first)
-    tensors = (q, k, v, _contiguous(bias), _contiguous(pad_k), _contiguous(pad_v), out)
+    tensors = (q, k, v, problem.laid_out(bias), _contiguous(pad_k), _contiguous(pad_v), out)
+    strides = map_strides(q, k, v, out)
     if problem.single_tile:
         config = CONFIGS["fwd"]
-        kernel, grid = _window_fwd_kernel, problem.walkers(config.programs) * problem.heads
-    else:
-        config = CONFIGS["fwd_tiled"]
-        kernel, grid = _window_fwd_tiled_kernel, problem.n_windows * problem.heads * problem.n_blocks
-    launch(
-        kernel, (grid,), *tensors, *map_strides(q, k, v, out), *problem.scalars, **problem.constants, **config.launch,
-    )  # fmt: skip
+        grid = (problem.walkers(config.programs) * problem.heads,)
+        launch(_window_fwd_kernel, grid, *tensors, *strides, *problem.scalars, **problem.constants, **config.launch)
+        return out
+    for grid, blocks in problem.launches():
+        launch(
+            _window_fwd_tiled_kernel, grid, *tensors, *strides, *problem.tiled_scalars, **problem.constants, **blocks,
+            **CONFIGS["fwd_tiled"].launch,
+        )  # fmt: skip
     return out
 
 
@@ -543,7 +648,7 @@ def window_attention_backward(
     if q.numel() == 0:
         return _zeros_or_empty(grad, bias), _zeros_or_empty(grad, pad_k), _zeros_or_empty(grad, pad_v)
     problem = _Problem(q, bias, pad_k, window, shift, scale, roll_first)
-    inputs = (grad, q, k, v, _contiguous(bias), _contiguous(pad_k), _contiguous(pad_v))
+    inputs = (grad, q, k, v, problem.laid_out(bias), _contiguous(pad_k), _contiguous(pad_v))
     run = _backward_single_tile if problem.single_tile else _backward_tiled
     bias_slots, pad_slots = run(problem, inputs, (d_q, d_k, d_v))
     d_bias = empty_gradient(grad) if bias is None else bias_slots.sum(0).to(bias.dtype)
@@ -574,19 +679,20 @@ def _backward_tiled(
     tiles = problem.n_blocks**2 * problem.heads
     splits = min(problem.n_windows, max(1, CONFIGS["bwd_dbias"].programs * problem.multiprocessors // tiles))
     bias_slots, pad_slots = _slots(problem, inputs, splits, problem.n_windows * problem.n_blocks)
-    rows = (problem.n_windows * problem.heads, 2, problem.n_blocks * problem.block)
+    rows = (problem.n_windows * problem.heads, 2, problem.constants["WHOLE"] + problem.constants["REST"])
     stats = torch.empty(rows, dtype=torch.float32, device=inputs[0].device)
-    grid = (problem.n_windows * problem.heads * problem.n_blocks,)
     d_q, d_k, d_v = gradients
     strides = map_strides(*inputs[:4])
-    launch(
-        _window_bwd_dq_kernel, grid, *inputs, d_q, stats, *strides, *map_strides(d_q), *problem.scalars,
-        **problem.constants, **CONFIGS["bwd_dq"].launch,
-    )  # fmt: skip
-    launch(
-        _window_bwd_dkdv_kernel, grid, *inputs, d_k, d_v, pad_slots, stats, *strides, *map_strides(d_k, d_v),
-        *problem.scalars, **problem.constants, **CONFIGS["bwd_dkdv"].launch,
-    )  # fmt: skip
+    for grid, blocks in problem.launches():
+        launch(
+            _window_bwd_dq_kernel, grid, *inputs, d_q, stats, *strides, *map_strides(d_q), *problem.tiled_scalars,
+            **problem.constants, **blocks, **CONFIGS["bwd_dq"].launch,
+        )  # fmt: skip
+    for grid, blocks in problem.launches():
+        launch(
+            _window_bwd_dkdv_kernel, grid, *inputs, d_k, d_v, pad_slots, stats, *strides, *map_strides(d_k, d_v),
+            *problem.tiled_scalars, **problem.constants, **blocks, **CONFIGS["bwd_dkdv"].launch,
+        )  # fmt: skip
     if problem.constants["HAS_BIAS"]:
         launch(
             _window_bwd_dbias_kernel, (splits * tiles,), *inputs, bias_slots, stats, *strides, *problem.scalars,
@@ -612,9 +718,3 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 def _zeros_or_empty(grad: Tensor, tensor: Tensor | None) -> Tensor:
     return empty_gradient(grad) if tensor is None else torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; 1 for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -39,6 +39,7 @@ class TimmClassifier(BaseModel):
         self.backbone = timm.create_model(arguments.pop("name"), **arguments)
         self.predict_dtype: torch.dtype | None = None  # of autocast, where the weights are of low precision
         self.mixup = None
+        self._unchecked: list[_UncheckedLoss] = []
         self.criterion: nn.Module = nn.CrossEntropyLoss()
         if mixup is not None:
             num_classes = self.backbone.num_classes
@@ -80,21 +81,52 @@ class TimmClassifier(BaseModel):
         return {"loss_cls": self.criterion(logits, labels), "accuracy": accuracy}
 
     def parse_losses(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sums the losses; stops before a loss that is not finite can reach the weights.
+        """Sums the losses; `check_losses` stops before a sum that is not finite can reach the weights.
+
+        Raises:
+            NonFiniteLossError: An earlier loss was not finite, and no step of the optimizer followed it.
+        """
+        self.check_losses()
+        total, log_vars = super().parse_losses(losses)
+        self._unchecked.append(_UncheckedLoss(total.detach()))
+        return total, {name: log_value.detach() for name, log_value in log_vars.items()}
+
+    def check_losses(self) -> None:
+        """Checks the losses since the last call; the optimizer of this model calls it before its step.
+
+        By then the backward pass is under way on a GPU, which therefore does not wait for the host's answer.
 
         Raises:
             NonFiniteLossError: With the step, and what to try.
         """
-        total, log_vars = super().parse_losses(losses)
-        value = float(total.detach())
+        unchecked, self._unchecked = self._unchecked, []
+        for loss in unchecked:
+            loss.check()
+
+
+class _UncheckedLoss:
+    """A loss on its way to the host."""
+
+    def __init__(self, loss: Tensor) -> None:
+        info = MessageHub.get_current_instance().runtime_info
+        self._place = info.get("iter", 0) + 1, info.get("epoch", 0) + 1
+        self._arrival = torch.cuda.Event() if loss.is_cuda else None
+        self._value = loss
+        if self._arrival is not None:
+            self._value = torch.empty_like(loss, device="cpu", pin_memory=True).copy_(loss, non_blocking=True)
+            self._arrival.record()
+
+    def check(self) -> None:
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        value = float(self._value)
         if not math.isfinite(value):
-            info = MessageHub.get_current_instance().runtime_info
+            iteration, epoch = self._place
             raise NonFiniteLossError(
-                f"the loss is {value} in iteration {info.get('iter', 0) + 1} (epoch {info.get('epoch', 0) + 1}); the "
-                "last checkpoint is from before. Try a lower learning rate (optim_wrapper.optimizer.lr), gradient "
-                "clipping (optim_wrapper.clip_grad.max_norm=1.0), bf16 in place of fp16, or a longer warm-up"
+                f"the loss is {value} in iteration {iteration} (epoch {epoch}); the last checkpoint is from before. "
+                "Try a lower learning rate (optim_wrapper.optimizer.lr), gradient clipping "
+                "(optim_wrapper.clip_grad.max_norm=1.0), bf16 in place of fp16, or a longer warm-up"
             )
-        return total, {name: log_value.detach() for name, log_value in log_vars.items()}
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -107,6 +107,7 @@ class TimmOptimWrapperConstructor:
             optimizer = create_optimizer_v2(classifier.backbone, **self.config["optimizer"])
         except TypeError as error:
             raise ValueError(f"optimizer: {error}") from error
+        optimizer.register_step_pre_hook(lambda *_: classifier.check_losses())
         for group in optimizer.param_groups:
             # timm's schedulers would apply the scale at every step; mmengine's start from each group's own rate.
             group["lr"] *= group.pop("lr_scale", 1.0)

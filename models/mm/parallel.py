@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from mmengine.model import MMDistributedDataParallel
@@ -80,17 +81,35 @@ def shard(
     if sync_bn and device.type == "cuda":
         model = convert_sync_batchnorm(model, process_group)
     mesh = DeviceMesh.from_group(process_group or group.WORLD, device.type)
-    # Autocast decides what computes in low precision, as without shards; inputs are left to it.
-    policy = MixedPrecisionPolicy(
-        param_dtype=precision, reduce_dtype=torch.float32 if precision else None, cast_forward_inputs=False
-    )
-    if precision is not None:
-        whole = MixedPrecisionPolicy(cast_forward_inputs=False)
-        for norm in [module for module in model.modules() if isinstance(module, _BatchNorm) and module.affine]:
-            fully_shard(norm, mesh=mesh, mp_policy=whole, reshard_after_forward=False)
-    for block in find_blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    for unit in find_shard_units(model, precision):
+        # Autocast decides what computes in low precision, as without shards; inputs are left to it.
+        policy = MixedPrecisionPolicy(
+            param_dtype=unit.precision, reduce_dtype=torch.float32 if unit.precision else None, cast_forward_inputs=False
+        )
+        fully_shard(unit.module, mesh=mesh, mp_policy=policy, reshard_after_forward=unit.reshard)
+    return model
+
+
+class ShardUnit(NamedTuple):
+    """What is gathered as one: a module's parameters without those of earlier units inside it.
+
+    Attributes:
+        module: Whose parameters.
+        precision: In which they travel and compute; None for their own.
+        reshard: Whether they are given up after the forward pass, to be gathered once more for the backward pass.
+    """
+
+    module: nn.Module
+    precision: torch.dtype | None
+    reshard: bool
+
+
+def find_shard_units(model: nn.Module, precision: torch.dtype | None) -> list[ShardUnit]:
+    """The units of `shard`, each after those inside it: batch norms where a precision is given, blocks, the rest."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.affine]
+    units = [ShardUnit(norm, None, False) for norm in norms if precision is not None]
+    units += [ShardUnit(block, precision, True) for block in find_blocks(model)]
+    return [*units, ShardUnit(model, precision, False)]
 
 
 def is_sharded(model: nn.Module) -> bool:

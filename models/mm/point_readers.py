@@ -273,6 +273,7 @@ class PlainReader:
         points: Folder of the arrays.
         boxes: Folder of the lists.
         columns: F.
+        squashed: Columns without bounds, such as intensities, that tanh brings between -1 and 1.
         with_velocity: Boxes have nine numbers; those without a velocity get 0.
 
     Raises:
@@ -286,9 +287,12 @@ class PlainReader:
         points: str = "points",
         boxes: str = "boxes",
         columns: int = 5,
+        squashed: Sequence[int] = (),
         with_velocity: bool = False,
     ) -> None:
-        self.root, self.columns = Path(root), columns
+        if not all(0 <= column < columns for column in squashed):
+            raise ValueError(f"squashed is {tuple(squashed)}; allowed: columns from 0 to {columns - 1}")
+        self.root, self.columns, self.squashed = Path(root), columns, list(squashed)
         self.box_size = 9 if with_velocity else 7
         self._points, self._boxes = self.root / points, self.root / boxes
         self._names = (
@@ -315,7 +319,9 @@ class PlainReader:
             raise PointDataError(f"{path} holds no array of floats with two dimensions")
         if values.shape[1] != self.columns:
             raise PointDataError(f"{path} has {values.shape[1]} numbers a point, expected {self.columns}")
-        return torch.from_numpy(values.astype(np.float32))
+        points = torch.from_numpy(values.astype(np.float32))
+        points[:, self.squashed] = points[:, self.squashed].tanh()
+        return points
 
     def objects(self, index: int) -> Objects:
         """The labelled objects."""

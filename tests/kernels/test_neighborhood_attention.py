@@ -1,14 +1,15 @@
-"""Neighborhood attention: official outputs, the written-out definition, the operator, and NATTEN's interface."""
+"""Neighborhood attention: official outputs, the written-out definition, the operator and its kernels, NATTEN."""
 
 from __future__ import annotations
 
 import importlib.machinery
 import itertools
 import math
+import random
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,8 +19,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrail.kernels._common.dispatch import record_choices
+from vitrail.kernels._common.dispatch import HAS_TRITON, record_choices
 from vitrail.kernels.neighborhood_attention import neighborhood_attention, op
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from vitrail.kernels.neighborhood_attention.triton import index, launch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 GOLDEN = [
     *("na1d_k5_d3_causal", "na1d_k7", "na1d_k8_s4_causal"),
@@ -233,18 +243,20 @@ class FakeNatten(types.ModuleType):
         return neighborhood_attention(query, key, value, backend="eager", **extra, **kwargs)
 
 
-def test_natten_is_asked_in_its_own_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_natten_is_asked_on_request_and_in_its_own_terms(monkeypatch: pytest.MonkeyPatch) -> None:
     library = FakeNatten()
     monkeypatch.setitem(sys.modules, "natten", library)
     monkeypatch.setattr("vitrail.kernels.neighborhood_attention.api.natten_support", lambda *_: op.Support(True, ""))
     q, k, v = torch.randn(3, 1, 8, 9, 2, 4)
     extra = torch.randn(2, 1, 3, 2, 4)
     arguments: dict[str, Any] = {"kernel_size": (3, 4), "stride": (1, 2), "dilation": 2, "is_causal": (True, False)}
-    for backend in ("auto", "natten"):
-        got = neighborhood_attention(q, k, v, extra_k=extra[0], extra_v=extra[1], backend=backend, **arguments)
-        want = neighborhood_attention(q, k, v, extra_k=extra[0], extra_v=extra[1], backend="eager", **arguments)
-        assert torch.equal(got, want)
-    assert len(library.calls) == 2
+    outs = [
+        neighborhood_attention(q, k, v, extra_k=extra[0], extra_v=extra[1], backend=backend, **arguments)
+        for backend in ("natten", "auto", "eager")
+    ]
+    assert torch.equal(outs[0], outs[2])
+    assert torch.equal(outs[1], outs[2])
+    assert len(library.calls) == 1
     assert {name: library.calls[0][name] for name in arguments} == {**arguments, "dilation": (2, 2)}
     assert library.calls[0]["scale"] == 0.5
 
@@ -268,6 +280,290 @@ def test_what_natten_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         assert reason in op.natten_support(cuda, *arguments).reason  # type: ignore[arg-type]
     monkeypatch.setattr(library, "HAS_LIBNATTEN", False)
     assert "without its CUDA kernels" in op.natten_support(cuda, None, (3, 3), (1, 1)).reason  # type: ignore[arg-type]
+
+
+class Axis(NamedTuple):
+    """One axis of a call."""
+
+    length: int
+    kernel: int
+    stride: int = 1
+    dilation: int = 1
+    causal: bool = False
+
+
+class Call(NamedTuple):
+    """Inputs of the operator in float64, its constants, and the gradient of its output."""
+
+    inputs: dict[str, Tensor | None]
+    constants: tuple[Any, ...]
+    grad: Tensor
+
+    def run(self, dtype: torch.dtype, backend: str) -> list[Tensor]:
+        """Output and the gradients of all inputs."""
+        given_ = {name: x if x is None else x.to(dtype).requires_grad_() for name, x in self.inputs.items()}
+        names = ("kernel_size", "stride", "dilation", "is_causal", "scale")
+        out = neighborhood_attention(**given_, **dict(zip(names, self.constants, strict=True)), backend=backend)
+        leaves = [x for x in given_.values() if x is not None]
+        return [out, *torch.autograd.grad(out, leaves, self.grad.to(dtype), materialize_grads=True)]
+
+    def check_fused(self, dtype: torch.dtype) -> None:
+        """The fused kernels are as close to float64 as the eager form of the same dtype; a schedule changes nothing."""
+        fused = self.run(dtype, "triton")
+        for exact, ours, theirs in zip(self.run(torch.float64, "eager"), fused, self.run(dtype, "eager"), strict=True):
+            size = exact.norm() + 1e-12
+            assert ours.isfinite().all()
+            bound = 2 * (theirs.double() - exact).norm() / size + torch.finfo(dtype).eps
+            assert (ours.double() - exact).norm() / size <= bound
+        if DEVICE == "cuda":
+            assert all(torch.equal(a, b) for a, b in zip(fused, self.run(dtype, "triton"), strict=True))
+
+
+def make_call(
+    axes: tuple[Axis, ...],
+    dtype: torch.dtype,
+    *options: str,
+    batch: int = 1,
+    heads: int = 1,
+    dim: int = 16,
+    scale: float = 0.3,
+    seed: int = 0,
+) -> Call:
+    """Random numbers of a dtype, in float64; `options` are "rpb", "extra", "pad" and "views" (odd strides)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype).double()
+
+    shape = (batch, *(axis.length for axis in axes), heads, dim)
+    qkv = randn(3, *shape)
+    if "views" in options:
+        qkv = qkv.transpose(1, 2).contiguous().transpose(1, 2)
+    inputs: dict[str, Tensor | None] = dict(zip("qkv", qkv, strict=True))
+    inputs["rpb"] = randn(heads, *(2 * axis.kernel - 1 for axis in axes)) if "rpb" in options else None
+    for name, like in (("extra", (batch, 3, heads, dim)), ("pad", (heads, dim))):
+        for part in "kv":
+            inputs[f"{name}_{part}"] = randn(*like) if name in options else None
+    parameters = tuple(list(values) for values in zip(*(axis[1:] for axis in axes), strict=True))
+    return Call(inputs, (*parameters, scale), randn(*shape))
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills memory with NaN that the kernels are to write."""
+    empty = torch.empty
+
+    def poisoned(*args: object, **options: object) -> Tensor:
+        tensor = empty(*args, **options)
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def use_tiles(monkeypatch: pytest.MonkeyPatch, own: tuple[int, int], others: int) -> None:
+    """Makes all kernels work for tiles of this size, and walk over tiles of so many tokens."""
+    config = launch.Config(((*own, 1),), others, 2)
+    table = {kernel: {128: config} for kernel in launch.CONFIGS[2]}
+    monkeypatch.setattr(launch, "CONFIGS", {2: table, 4: table})
+    monkeypatch.setattr(launch, "_cached_problem", launch.Problem)
+
+
+HALF, FULL = torch.float16, torch.float32
+# Triton's interpreter multiplies bfloat16 tiles as raw integers: that dtype needs a GPU.
+BFLOAT = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [None, BFLOAT], ids=["fp", "bf16"])
+@pytest.mark.parametrize(
+    ("axes", "options", "others", "usual"),
+    [
+        ((Axis(5, 4), Axis(9, 3)), {"heads": 2}, ("views",), HALF),
+        ((Axis(3, 3), Axis(10, 3)), {"scale": -0.3}, ("rpb",), FULL),
+        ((Axis(7, 3, dilation=2), Axis(5, 2, dilation=3)), {}, ("rpb",), HALF),
+        ((Axis(4, 3, 2, causal=True), Axis(9, 4, 3)), {}, ("rpb",), FULL),
+        ((Axis(9, 5, 5), Axis(6, 3, 2, 2, causal=True)), {"scale": 0.0}, (), HALF),
+        ((Axis(2, 3), Axis(5, 2, dilation=4)), {"batch": 2}, ("pad", "rpb"), FULL),
+        ((Axis(2, 3, dilation=3), Axis(4, 5)), {}, (), HALF),
+        ((Axis(3, 3), Axis(4, 3)), {"batch": 2}, ("extra",), FULL),
+        ((Axis(21, 5),), {}, ("rpb",), HALF),
+        ((Axis(19, 4, 3, 2, causal=True),), {"dim": 32}, ("extra",), FULL),
+        ((Axis(3, 2), Axis(2, 2), Axis(3, 3)), {}, ("rpb",), HALF),
+        ((Axis(2, 3, causal=True), Axis(2, 2), Axis(3, 2, dilation=2)), {}, ("pad",), FULL),
+    ],
+    ids=str,
+)
+def test_fused_is_as_exact_as_eager(
+    axes: tuple[Axis, ...],
+    options: dict[str, Any],
+    others: tuple[str, ...],
+    usual: torch.dtype,
+    dtype: torch.dtype | None,
+    poison: None,
+) -> None:
+    dtype = dtype or usual
+    make_call(axes, dtype, *others, **options).check_fused(dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("axes", "options", "own", "others"),
+    [
+        ((Axis(6, 4), Axis(9, 3)), (), (4, 4), 16),
+        ((Axis(3, 3), Axis(20, 5)), ("rpb",), (2, 8), 16),
+        ((Axis(9, 7, 2), Axis(7, 7, 3)), ("pad",), (8, 8), 32),
+    ],
+    ids=str,
+)
+def test_walks_over_several_tiles(
+    axes: tuple[Axis, ...],
+    options: tuple[str, ...],
+    own: tuple[int, int],
+    others: int,
+    poison: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use_tiles(monkeypatch, own, others)
+    monkeypatch.setattr(launch, "INT32_BYTES", 0)  # offsets of int64 are right as well
+    make_call(axes, HALF, *options).check_fused(HALF)
+
+
+if HAS_TRITON:
+
+    @triton.jit
+    def _spans_kernel(
+        out_ptr, length, group, dilation, AXES: tl.constexpr, HAS_PAD: tl.constexpr, SIZE: tl.constexpr,
+        N: tl.constexpr,
+    ):  # fmt: skip
+        """Rows of N numbers: start and count of windows; spans of keys and of queries of tiles of SIZE places."""
+        place = tl.arange(0, N)
+        lengths = index.group_lengths(length, group, dilation, AXES, 0, HAS_PAD)
+        start, count = index.window(place, lengths, AXES, 0)
+        tl.store(out_ptr + place, start)
+        tl.store(out_ptr + N + place, count)
+        first, end = index.key_span(place * SIZE, SIZE, lengths, AXES, 0)
+        tl.store(out_ptr + 2 * N + place, first)
+        tl.store(out_ptr + 3 * N + place, end)
+        first, end = index.query_span(place * SIZE, SIZE, lengths, AXES, 0)
+        tl.store(out_ptr + 4 * N + place, first)
+        tl.store(out_ptr + 5 * N + place, end)
+
+
+@needs_triton
+@pytest.mark.parametrize("seed", range(30))
+def test_index_map_is_that_of_the_definition(seed: int) -> None:
+    draw = random.Random(seed)
+    kernel = draw.randint(1, 9)
+    axis = Axis(draw.randint(1, 40), kernel, draw.randint(1, kernel), draw.randint(1, 4), draw.random() < 0.4)
+    size, has_pad, n = draw.choice([1, 2, 4, 8]), draw.random() < 0.5, 64
+    parameters = (axis.kernel, axis.stride, axis.causal)
+    for group in range(min(axis.dilation, axis.length)):
+        found = torch.zeros(6, n, dtype=torch.int32, device=DEVICE)
+        _spans_kernel[(1,)](found, axis.length, group, axis.dilation, (parameters,), has_pad, size, n)
+        start, count, key_first, key_end, query_first, query_end = found.tolist()
+        reach = max(axis.length, axis.kernel * axis.dilation) if has_pad else axis.length
+        n_places = -(-(reach - group) // axis.dilation)  # that take part as keys
+        seen = [
+            sorted((key - group) // axis.dilation for key, _ in axis_keys(query, *axis) if key < reach)
+            for query in range(group, axis.length, axis.dilation)
+        ]
+        for place, keys in enumerate(seen):
+            assert list(range(start[place], start[place] + count[place])) == keys
+        assert not any(count[len(seen) :])
+        for tile in range(-(-len(seen) // size)):
+            keys = [key for keys in seen[tile * size : (tile + 1) * size] for key in keys]
+            assert (key_first[tile], key_end[tile]) == (min(keys), max(keys) + 1)
+            assert max(keys) + 1 - min(keys) <= launch.keys_seen(size, n_places, parameters)
+        for tile in range(-(-n_places // size) + 1):
+            own = set(range(tile * size, (tile + 1) * size))
+            queries = [place for place, keys in enumerate(seen) if own & set(keys)]
+            if queries:
+                assert (query_first[tile], query_end[tile]) == (queries[0], queries[-1] + 1)
+                assert len(queries) <= launch.queries_seeing(size, len(seen), parameters)
+            else:
+                assert query_first[tile] >= query_end[tile]
+
+
+@needs_triton
+@pytest.mark.parametrize("seed", range(20))
+def test_boxes_cover_all_distances(seed: int) -> None:
+    draw = random.Random(seed)
+    kernel, queries, keys = draw.randint(1, 13), draw.choice([1, 2, 4, 8]), draw.choice([1, 2, 4, 8, 16])
+    for causal in (False, True):
+        first, count = launch.boxes_around(queries, keys, (kernel, 1, causal))
+        assert first <= -(kernel - 1)
+        assert first + count * keys > queries - 1 + (0 if causal else kernel - 1)
+        assert (first + (kernel - 1 if causal else kernel // 2)) % keys == 0
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("places", "stride", "own", "others"),
+    [((56, 56), 1, (2, 8), (8, 16)), ((7, 7), 1, (8, 8), (8, 8)), ((56, 56), 4, (4, 4), (8, 8))],
+    ids=["nat", "dinat dilation 8", "stride 4"],
+)
+def test_tiles_fit_the_neighborhood(
+    places: tuple[int, int], stride: int, own: tuple[int, int], others: tuple[int, int]
+) -> None:
+    tiles = launch.choose_tiles("fwd", launch.CONFIGS[2]["fwd"][32], places, ((7, stride, False),) * 2)
+    assert (tiles.own, tiles.others, tiles.single) == (own, others, True)
+
+
+@needs_triton
+def test_registration_of_the_kernels() -> None:
+    q, k, v = (torch.randn(1, 3, 4, 1, 16, device=DEVICE).requires_grad_() for _ in range(3))
+    shapes = [(1, 3, 5), (1, 2, 1, 16), (1, 2, 1, 16), (1, 16), (1, 16)]
+    others = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes]
+    constants = ([2, 3], [1, 1], [1, 2], [False, False], 0.5)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.vitrail.neighborhood_attention, (q, k, v, *others, *constants), test_utils=checks)
+
+
+@needs_triton
+def test_fused_of_nothing() -> None:
+    call = make_call((Axis(3, 3), Axis(4, 3)), FULL, "rpb", "extra", "pad", batch=0)
+    out, *gradients = call.run(FULL, "triton")
+    assert out.shape == call.grad.shape
+    assert [g.shape for g in gradients] == [x.shape for x in call.inputs.values() if x is not None]
+    assert not any(g.any() for g in gradients)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, HALF, FULL], ids=str)
+@pytest.mark.parametrize("seed", range(100))
+def test_fused_on_a_gpu(seed: int, dtype: torch.dtype, poison: None) -> None:
+    draw = random.Random(seed)
+    n_axes = draw.choice([1, 2, 2, 2, 3])
+    axes = []
+    for _ in range(n_axes):
+        kernel = draw.randint(1, (0, 40, 11, 5)[n_axes])
+        stride = draw.choice([1, draw.randint(1, kernel)])
+        length = draw.randint(1, (0, 900, 50, 12)[n_axes])
+        axes.append(Axis(length, kernel, stride, draw.choice([1, draw.randint(1, 9)]), draw.random() < 0.3))
+    options = [name for name in ("rpb", "extra", "pad", "views") if draw.random() < 0.4]
+    sizes = {"batch": draw.randint(1, 3), "heads": draw.randint(1, 3), "dim": draw.choice([16, 32, 64, 128])}
+    scale = draw.choice([1.0, 1.0, -1.3, 0.0]) * sizes["dim"] ** -0.5
+    make_call(tuple(axes), dtype, *options, scale=scale, seed=seed, **sizes).check_fused(dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, HALF, FULL], ids=str)
+@pytest.mark.parametrize("options", [(), ("rpb", "pad")], ids=["plain", "rpb"])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        (Axis(56, 7), Axis(56, 7)),
+        (Axis(56, 7, dilation=8), Axis(56, 7, dilation=8)),
+        (Axis(56, 7, 4), Axis(56, 7, 4)),
+        (Axis(50, 7, dilation=16), Axis(84, 7, dilation=16)),
+        (Axis(7, 11), Axis(9, 11)),
+    ],
+    ids=["nat", "dinat", "stride", "pads", "small"],
+)
+def test_fused_on_maps_of_the_models(
+    axes: tuple[Axis, ...], options: tuple[str, ...], dtype: torch.dtype, poison: None
+) -> None:
+    make_call(axes, dtype, *options, batch=2, heads=2, dim=32).check_fused(dtype)
 
 
 def test_choice_is_recorded_and_bad_arguments_are_named() -> None:

@@ -17,9 +17,12 @@ from vitrail.kernels._common.dispatch import HAS_TRITON, record_choices
 from vitrail.kernels.sparse_conv import (
     NeighbourTable,
     depthwise_sparse_conv,
-    distinct_keys,
+    find_runs,
+    mixed_depthwise_conv,
+    point_keys,
     site_coords,
     site_keys,
+    sites,
     sparse_conv,
     strided_sites,
     strided_table,
@@ -86,6 +89,23 @@ def test_submanifold_is_the_dense_convolution_at_occupied_sites(shape: Triple, k
     assert_equal_with_gradients(by_op, want, [x, filters])
 
 
+@settings(max_examples=15)
+@given(shape=grids, share=st.sampled_from([0.0, 0.05, 0.3, 1.0]))
+def test_mixed_is_three_convolutions_side_by_side(shape: Triple, share: float) -> None:
+    keys = draw_keys(shape, share)
+    sizes = ((3, 3, 3), (1, 1, 5), (1, 7, 1))
+    tables = [submanifold_table(keys, shape, size) for size in sizes]
+    x = torch.randn(len(keys), 12, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(*size, 3, dtype=torch.float64, requires_grad=True) for size in sizes]
+    a, b, c, rest = x.chunk(4, 1)
+    gathered = [depthwise_sparse_conv(*part) for part in zip((a, b, c), weights, tables, strict=True)]
+    want = x + torch.cat((*gathered, rest), 1)
+    assert_equal_with_gradients(mixed_depthwise_conv(x, weights, tables), want, [x, *weights])
+    flat = [w.flatten(0, 2) for w in weights]
+    by_op = torch.ops.vitrail.mixed_depthwise_conv(x, *flat, *itertools.chain(*tables))
+    assert_equal_with_gradients(by_op, want, [x, *weights])
+
+
 @settings(max_examples=30)
 @given(shape=grids, how=strided, share=st.sampled_from([0.0, 0.02, 0.2, 1.0]))
 def test_strided_is_the_dense_convolution_wherever_it_sees_a_voxel(
@@ -126,13 +146,13 @@ def test_keys_and_coordinates_are_inverse_and_sorted_alike() -> None:
     assert torch.equal(site_coords(keys, shape), coords)
 
 
-def test_distinct_keys_leave_out_what_is_not_valid() -> None:
-    keys = torch.tensor([[7, 3, 7], [0, 3, 9]])
-    valid = torch.tensor([[True, True, False], [True, True, False]])
-    assert distinct_keys(keys, valid).tolist() == [0, 3, 7]
-    assert distinct_keys(keys, ~valid).tolist() == [7, 9]
-    assert distinct_keys(keys, valid & ~valid).tolist() == []
-    assert distinct_keys(keys[:0], valid[:0]).tolist() == []
+def test_runs_leave_out_what_is_negative() -> None:
+    runs = find_runs(torch.tensor([-1, -1, 0, 3, 3, 3, 9]))
+    assert runs.keys.tolist() == [0, 3, 9]
+    assert runs.first.tolist() == [2, 3, 6]
+    assert runs.run.tolist() == [0, 1, 1, 1, 2]
+    for nothing in (torch.tensor([-1, -1]), torch.empty(0, dtype=torch.long)):
+        assert all(len(part) == 0 for part in find_runs(nothing))
 
 
 def test_large_grids_do_not_overflow() -> None:
@@ -163,6 +183,9 @@ def test_registration() -> None:
     weight, filters = (torch.randn(s, requires_grad=True) for s in ((2, 27, 3), (27, 3)))
     torch.library.opcheck(torch.ops.vitrail.sparse_conv, (x, weight, *table))
     torch.library.opcheck(torch.ops.vitrail.depthwise_sparse_conv, (x, filters, *table))
+    table = submanifold_table(keys, shape, (1, 1, 3))
+    x, filters = torch.randn(len(keys), 8, requires_grad=True), [torch.randn(3, 2, requires_grad=True)] * 3
+    torch.library.opcheck(torch.ops.vitrail.mixed_depthwise_conv, (x, *filters, *table, *table, *table))
 
 
 def test_autocast_rounds_the_inputs_and_nothing_else() -> None:
@@ -200,11 +223,9 @@ def test_flops_of_the_operator_are_those_of_the_reference() -> None:
     [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
     ids=str,
 )
-@pytest.mark.parametrize("depthwise", [False, True], ids=["full", "depthwise"])
+@pytest.mark.parametrize("kind", ["full", "depthwise", "mixed"])
 @pytest.mark.parametrize("seed", range(5))
-def test_fused_is_as_exact_as_eager(
-    seed: int, depthwise: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fused_is_as_exact_as_eager(seed: int, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("vitrail.kernels.sparse_conv.triton")
     monkeypatch.setattr(triton, "_ROWS", 16)  # several tiles and parts
     monkeypatch.setattr(triton, "_ROWS_OF_A_PART", 32)
@@ -216,16 +237,26 @@ def test_fused_is_as_exact_as_eager(
     out_keys, out_shape = strided_sites(keys, shape, *how)
     tables = [submanifold_table(keys, shape, (1, 3, 3)), strided_table(keys, shape, out_keys, out_shape, *how)]
     table = draw.choice(tables)
-    taps, dim, out_dim = len(table.forward), draw.choice([3, 16, 40]), draw.choice([5, 32])
-    # A part of wider rows, as the mixer cuts its channels.
+    if kind == "mixed":
+        tables = [submanifold_table(keys, shape, size) for size in ((3, 3, 3), (1, 1, 5), (1, 3, 1))]
+    taps, dim, out_dim = len(table.forward), draw.choice([4, 16, 40]), draw.choice([5, 32])
+    shapes = {
+        "full": [(out_dim, taps, dim)],
+        "depthwise": [(taps, dim)],
+        "mixed": [(len(each.forward), dim // 4) for each in tables],
+    }
+    # A part of wider rows.
     x = torch.randn(len(keys), dim + 4, device=DEVICE).to(dtype)[:, 2:-2]
-    weight = torch.randn(*((taps, dim) if depthwise else (out_dim, taps, dim)), device=DEVICE).to(dtype)
-    grad = torch.randn(table.forward.shape[1], dim if depthwise else out_dim, device=DEVICE).to(dtype)
+    weights = [torch.randn(size, device=DEVICE).to(dtype) for size in shapes[kind]]
+    n_outputs = len(keys) if kind == "mixed" else table.forward.shape[1]
+    grad = torch.randn(n_outputs, out_dim if kind == "full" else dim, device=DEVICE).to(dtype)
 
     def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
-        leaves = [t.to(dtype).detach().requires_grad_() for t in (x, weight)]
-        function = depthwise_sparse_conv if depthwise else sparse_conv
-        out = function(*leaves, table, backend=backend)
+        leaves = [t.to(dtype).detach().requires_grad_() for t in (x, *weights)]
+        if kind == "mixed":
+            out = mixed_depthwise_conv(leaves[0], leaves[1:], tables, backend=backend)
+        else:
+            out = (depthwise_sparse_conv if kind == "depthwise" else sparse_conv)(*leaves, table, backend=backend)
         return [out, *torch.autograd.grad(out, leaves, grad.to(dtype))]
 
     for exact, ours, theirs in zip(run(torch.float64, "eager"), run(dtype, "triton"), run(dtype, "eager"), strict=True):
@@ -250,6 +281,50 @@ def test_fused_takes_no_voxel_and_one(n: int) -> None:
             results.append([out, *torch.autograd.grad(out.sum(), (x, weight))])
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+@needs_triton
+@settings(max_examples=12)
+@given(shape=grids, how=strided, kernel=kernels, share=st.sampled_from([0.0, 0.05, 0.3, 1.0]))
+def test_fused_sites_and_tables_are_those_of_the_definition(
+    shape: Triple, how: tuple[Triple, Triple, Triple], kernel: Triple, share: float
+) -> None:
+    pytest.importorskip("vitrail.kernels.sparse_conv.triton_sites")
+    keys = draw_keys(shape, share).to(DEVICE)
+    results = []
+    for fused in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sites, "runs_kernels", lambda _, fused=fused: fused)
+            out_keys, out_shape = strided_sites(keys, shape, *how)
+            tables = (
+                *submanifold_table(keys, shape, kernel),
+                *strided_table(keys, shape, out_keys, out_shape, *how),
+            )
+            results.append((out_keys, site_coords(keys, shape), *tables))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+@needs_triton
+def test_fused_keys_of_points_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vitrail.kernels.sparse_conv.triton_sites")
+    points = torch.rand(500, 5, device=DEVICE) * 6 - 1.5
+    for row, value in enumerate((float("nan"), float("inf"), -float("inf"), 1e30)):
+        points[row, row] = value
+        points[row + 10, 3] = value
+    points[20, :3] = torch.tensor([-1.0, 0.0, 0.5])  # the lower corner belongs to the grid
+    points[21, 1] = 3.0  # the upper one does not
+    batch = torch.arange(500, device=DEVICE) % 3
+    results = []
+    for fused in (True, False):
+        monkeypatch.setattr(sites, "runs_kernels", lambda _, fused=fused: fused)
+        results.append(point_keys(points, batch, (-1.0, 0.0, 0.5), (0.5, 0.25, 0.3), (7, 12, 8)))
+    assert torch.equal(*results)
+    assert results[0][20] == 2 * 7 * 12 * 8
+    assert (results[0][[0, 1, 2, 10, 11, 12, 21]] == -1).all()
+    assert results[0][13] >= 0  # large, but finite and no coordinate
+    assert (results[0] >= 0).sum() > 50
 
 
 def test_choice_is_recorded() -> None:
@@ -281,5 +356,12 @@ def test_bad_arguments_are_named() -> None:
         depthwise_sparse_conv(x.long(), weight[0], table)
     with pytest.raises(TypeError, match=r"table\.forward is torch\.int64"):
         depthwise_sparse_conv(x, weight[0], NeighbourTable(table.forward.long(), table.backward))
+    three = [x.new_zeros(3, 1)] * 3
+    with pytest.raises(ValueError, match="2 weights and 3 tables"):
+        mixed_depthwise_conv(x, three[:2], [table] * 3)
+    with pytest.raises(ValueError, match=r"weight has shape \(3, 2\); expected \(3, 1\)"):
+        mixed_depthwise_conv(x, [*three[:2], x.new_zeros(3, 2)], [table] * 3)
+    with pytest.raises(ValueError, match="3 channels; allowed: a multiple of 4"):
+        mixed_depthwise_conv(x[:, :3], three, [table] * 3)
     with pytest.raises(NotImplementedError, match=r"sparse_conv.*float64"):
         sparse_conv(x.double(), weight.double(), table, backend="triton")

@@ -1,18 +1,22 @@
-"""The strip gate: the reference against the written-out definition, the operator against the reference."""
+"""The strip gate: the reference against the written-out definition, operator and kernel against the reference."""
 
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
+from _seeds import seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitrail.kernels._common.dispatch import record_choices
+from vitrail.kernels._common.dispatch import HAS_TRITON, record_choices
 from vitrail.kernels.strip_gate import strip_gate
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 shapes = st.tuples(*(st.integers(1, high) for high in (3, 5, 9, 9)))
 LAYOUTS = {
     "contiguous": lambda x: x,
@@ -115,9 +119,10 @@ def test_half_precision_keeps_its_digits(dtype: torch.dtype) -> None:
 
 def test_autocast_changes_nothing() -> None:
     inputs = make_inputs((2, 3, 4, 5), torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        outputs = strip_gate(*inputs), torch.ops.vitrail.strip_gate(*inputs, False)
-    assert all(torch.equal(out, strip_gate(*inputs)) for out in outputs)
+    for function in (strip_gate, lambda *args: torch.ops.vitrail.strip_gate(*args, False)):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = function(*inputs)
+        assert torch.equal(out, function(*inputs))
 
 
 def test_empty_batch() -> None:
@@ -135,13 +140,83 @@ def test_compiles_in_one_graph_at_any_size() -> None:
         torch.testing.assert_close(compiled(*inputs), strip_gate(*inputs))
 
 
-def test_choice_is_recorded_and_the_missing_kernel_is_named() -> None:
+def test_choice_is_recorded_and_what_the_kernel_does_not_take_is_named() -> None:
     inputs = make_inputs((1, 2, 3, 4))
     with record_choices() as choices:
         strip_gate(*inputs)
     assert [(c.op, c.backend) for c in choices] == [("strip_gate", "eager")]
     with pytest.raises(NotImplementedError, match=r"strip_gate.*Triton"):
         strip_gate(*inputs, backend="triton")
+
+
+def results(inputs: list[Tensor], grad: Tensor, skip: bool, backend: str) -> list[Tensor]:
+    """The result and the gradient of every input."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = strip_gate(*leaves, skip=skip, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def assert_exact(inputs: list[Tensor], grad: Tensor, skip: bool) -> None:
+    """The fused operator is at most twice as far from the truth as the eager one."""
+    truth = results([x.double() for x in inputs], grad.double(), skip, "eager")
+    eager, fused = (results(inputs, grad, skip, backend) for backend in ("eager", "triton"))
+    for exact, ours, theirs in zip(truth, fused, eager, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ours.isfinite().all()
+        scale = exact.norm() + 1e-12
+        bound = 2 * (theirs.double() - exact).norm() / scale + torch.finfo(grad.dtype).eps
+        assert (ours.double() - exact).norm() / scale <= bound
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seed", seeds(10))
+def test_fused_is_as_exact_as_eager(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("vitrail.kernels.strip_gate.triton")
+    draw = random.Random(seed)
+    # Several tiles, runs of rows and blocks of columns on a small map.
+    monkeypatch.setattr(triton, "_TILE", draw.choice([16, 64]))
+    monkeypatch.setattr(triton, "_MOST_COLUMNS", draw.choice([4, 16]))
+    monkeypatch.setattr(triton, "_CHANNELS", draw.choice([2, 8]))
+    monkeypatch.setattr(triton, "_PROGRAMS", draw.choice([1, 99]))
+    shape = tuple(draw.randint(1, high) for high in (2, 9, 7, 9))
+    x, *strips = make_inputs(shape, torch.float32)
+    x, grad = (LAYOUTS[draw.choice(sorted(LAYOUTS))](t.to(DEVICE, dtype)) for t in (x, torch.randn(shape)))
+    strips = [strip.to(DEVICE, draw.choice([dtype, torch.float32])) for strip in strips]
+    strips[1] = strips[1].to(strips[0].dtype)
+    assert_exact([x, *strips], grad, draw.random() < 0.5)
+
+
+@needs_triton
+def test_fused_repeats_itself() -> None:
+    x, *strips = (t.to(DEVICE) for t in make_inputs((2, 3, 9, 7), torch.float32))
+    first, second = (results([x, *strips], x.cos(), True, "triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(8, 64, 56, 56), (2, 130, 200, 304), (4, 512, 7, 7), (2, 3, 14, 600)], ids=str)
+def test_fused_on_a_gpu(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    x, *strips = (t.cuda() for t in make_inputs(shape, torch.float32))
+    x, grad = (LAYOUTS[layout](t.to(dtype)) for t in (x, torch.randn(shape, device="cuda")))
+    assert_exact([x, *strips], grad, True)
+
+
+@pytest.mark.gpu
+def test_fused_runs_in_a_cuda_graph() -> None:
+    x, *strips = (t.cuda() for t in make_inputs((2, 3, 30, 40), torch.float32))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles
+        want = results([x, *strips], x.cos(), True, "triton")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = results([x, *strips], x.cos(), True, "triton")
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_bad_arguments_are_named() -> None:

@@ -1,20 +1,25 @@
-"""Varied-size window attention: reference against written-out definition, operator against reference."""
+"""Varied-size window attention: reference against written-out definition, operator and kernels against reference."""
 
 from __future__ import annotations
 
 import math
+import random
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from _seeds import seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrail.kernels._common.dispatch import record_choices
+from vitrail.kernels._common.dispatch import HAS_TRITON, record_choices
 from vitrail.kernels.varied_window_attention import varied_window_attention
 from vitrail.kernels.window_attention import window_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 
 class Case(NamedTuple):
@@ -270,14 +275,188 @@ def test_flops_of_the_operator_are_those_of_the_reference() -> None:
     assert counter.get_total_flops() == counts[0] * 7 // 2
 
 
-def test_choice_is_recorded_and_the_missing_kernel_is_named() -> None:
+# Between them tiles of pixels cut windows, windows are cut into chunks, and lists of windows end midway.
+_FUSED = [
+    Case(1, (9, 15), 2, 16, (7, 7), (3, 0)),
+    Case(1, (10, 7), 1, 32, (5, 4), (0, 1)),
+    Case(1, (4, 21), 2, 16, (2, 20), (1, 5)),
+    Case(2, (3, 3), 2, 16, (2, 2), (0, 1)),
+    Case(1, (13, 16), 1, 16, (8, 8), (2, 7)),
+    Case(1, (2, 9), 2, 32, (1, 5), (0, 4)),
+]
+
+
+def fused_case(seed: int, dtype: torch.dtype) -> tuple[Case, dict[str, Tensor], Tensor]:
+    """A case, its inputs as a call in `dtype` would have them, and the gradient of the result."""
+    draw = random.Random(seed)
+    case = _FUSED[seed % len(_FUSED)]
+    if seed >= len(_FUSED):
+        sizes = tuple(draw.randint(1, 2 * w) for w in case.window)
+        case = case._replace(batch=draw.randint(1, 2), size=sizes, heads=draw.randint(1, 3))
+    inputs = make_inputs(case, seed=seed)
+    if draw.random() < 0.5:
+        inputs["stretch"] = (inputs["stretch"] * 2).round() / 2
+        inputs["offsets"] = inputs["offsets"].round()
+    inputs = {
+        name: x.to(DEVICE, torch.float32 if name in ("offsets", "stretch") else dtype) for name, x in inputs.items()
+    }
+    if draw.random() < 0.3:
+        del inputs["bias"]
+    grad = torch.randn(inputs["q"].shape, generator=torch.Generator().manual_seed(seed))
+    return case, inputs, grad.to(DEVICE, dtype)
+
+
+def gradients(case: Case, inputs: dict[str, Tensor], grad: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+    """The result and, under the inputs' names, their gradients."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    out = run(case, leaves, **kwargs)
+    return {"out": out, **dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad), strict=True))}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles of pixels, and lists of windows, on small maps."""
+    triton = pytest.importorskip("vitrail.kernels.varied_window_attention.triton")
+    monkeypatch.setattr(triton, "_TILE", (4, 8))
+    monkeypatch.setattr(triton, "_LIST", 2)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "dtype",
+    # Triton's interpreter multiplies bfloat16 tiles as raw integers: that dtype needs a GPU.
+    [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
+    ids=str,
+)
+@pytest.mark.parametrize("seed", seeds(len(_FUSED)))
+@pytest.mark.usefixtures("small_tiles")
+def test_fused_is_as_exact_as_eager(seed: int, dtype: torch.dtype) -> None:
+    assert_exact(*fused_case(seed, dtype))
+
+
+def assert_exact(case: Case, inputs: dict[str, Tensor], grad: Tensor) -> None:
+    """The fused operator is at most twice as far from the truth as the eager one."""
+    truth = gradients(case, {name: x.double() for name, x in inputs.items()}, grad.double())
+    eager = gradients(case, inputs, grad, backend="eager")
+    fused = gradients(case, inputs, grad, backend="triton")
+    for name, exact in truth.items():
+        assert fused[name].dtype == eager[name].dtype
+        assert fused[name].isfinite().all()
+        scale = exact.norm() + 1e-12
+        bound = 2 * (eager[name].double() - exact).norm() / scale + torch.finfo(grad.dtype).eps
+        assert (fused[name].double() - exact).norm() / scale <= bound, name
+
+
+@needs_triton
+@pytest.mark.usefixtures("small_tiles")
+def test_fused_gradients_where_all_samples_fall_on_one_pixel() -> None:
+    case = Case(1, (5, 9), 1, 16, (4, 4), (0, 0))
+    inputs = {name: x.to(DEVICE) for name, x in make_inputs(case, torch.float32).items()}
+    rows, columns = (torch.arange(n, dtype=torch.float32, device=DEVICE) for n in case.grid)
+    inputs["stretch"].zero_()
+    inputs["offsets"][..., 0] = 2 - (4 * rows + 1.5)[:, None, None]
+    inputs["offsets"][..., 1] = 7 - (4 * columns + 1.5)[:, None]
+    grad = torch.randn_like(inputs["q"])
+    truth = gradients(case, {name: x.double() for name, x in inputs.items()}, grad.double())
+    fused = gradients(case, inputs, grad, backend="triton")
+    assert truth["v"].count_nonzero() == case.dim  # one pixel's
+    for name, exact in truth.items():
+        torch.testing.assert_close(fused[name].double(), exact, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@needs_triton
+def test_fused_repeats_itself_whatever_the_strides() -> None:
+    case, inputs, grad = fused_case(1, torch.float32)
+    packed = torch.stack([inputs[name] for name in "qkv"], 3)
+    strided = inputs | dict(zip("qkv", packed.unbind(3), strict=True))
+    strided["offsets"] = inputs["offsets"].transpose(1, 2).contiguous().transpose(1, 2)
+    first, second = gradients(case, inputs, grad, backend="triton"), gradients(case, strided, grad, backend="triton")
+    assert all(torch.equal(x, second[name]) for name, x in first.items())
+
+
+@needs_triton
+@pytest.mark.parametrize("far", [7.5, math.inf, -1e30])
+def test_fused_reads_zeros_outside_the_map(far: float) -> None:
+    case = Case(1, (4, 5), 1, 16, (2, 3), (0, 0))
+    inputs = {name: x.to(DEVICE) for name, x in make_inputs(case, torch.float32).items()}
+    inputs["offsets"].fill_(far)
+    inputs["stretch"].fill_(1)
+    for x in gradients(case, inputs, torch.ones_like(inputs["q"]), backend="triton").values():
+        assert not x.any()
+
+
+@needs_triton
+def test_fused_keeps_a_missing_coordinate_to_its_window() -> None:
+    case = Case(1, (4, 4), 1, 16, (2, 2), (0, 0))
+    inputs = {name: x.to(DEVICE) for name, x in make_inputs(case, torch.float32).items()}
+    inputs["offsets"][0, 0, 1] = math.nan
+    found = gradients(case, inputs, torch.ones_like(inputs["q"]), backend="triton")
+    for bad in (found["out"].isnan(), found["q"].isnan()):
+        assert bad[:, :2, 2:].all()
+        assert bad.sum() == 2 * 2 * 16
+    for name in ("offsets", "stretch"):
+        assert found[name].isnan().sum(dim=(0, 3, 4)).tolist() == [[0, 2], [0, 0]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_fused_on_a_gpu(dim: int, dtype: torch.dtype) -> None:
+    case = Case(3, (33, 61), 2, dim, (7, 7), (1, 0))
+    inputs = {
+        name: x.to("cuda", torch.float32 if name in ("offsets", "stretch") else dtype)
+        for name, x in make_inputs(case).items()
+    }
+    assert_exact(case, inputs, torch.randn_like(inputs["q"]))
+
+
+@pytest.mark.gpu
+def test_fused_runs_in_a_cuda_graph() -> None:
+    case = Case(2, (14, 15), 2, 32, (7, 7), (0, 0))
+    inputs = {name: x.cuda().requires_grad_() for name, x in make_inputs(case, torch.float32).items()}
+    leaves, grad = list(inputs.values()), torch.randn_like(inputs["q"])
+
+    def step() -> list[Tensor]:
+        out = run(case, inputs, backend="triton")
+        return [out, *torch.autograd.grad(out, leaves, grad)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles
+        want = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_choice_is_recorded() -> None:
     case = Case(1, (2, 2), 1, 4, (2, 2), (0, 0))
-    inputs = make_inputs(case)
+    with record_choices() as choices:
+        run(case, make_inputs(case))
+    assert [(c.op, c.backend) for c in choices] == [("varied_window_attention", "eager")]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("case", "dtypes", "reason"),
+    [
+        (Case(1, (2, 2), 1, 4, (2, 2), (0, 0)), (torch.float32, torch.float32), "head widths"),
+        (Case(1, (2, 2), 1, 16, (9, 8), (0, 0)), (torch.float32, torch.float32), r"up to 64 tokens.*\(9, 8\)"),
+        (Case(1, (2, 2), 1, 16, (2, 2), (0, 0)), (torch.float32, torch.float64), "offsets and stretch are float64"),
+    ],
+    ids=["width", "window", "coordinates"],
+)
+def test_what_the_kernels_do_not_take_is_named(case: Case, dtypes: tuple[torch.dtype, ...], reason: str) -> None:
+    inputs = {name: x.to(DEVICE, dtypes[name in ("offsets", "stretch")]) for name, x in make_inputs(case).items()}
+    with pytest.raises(NotImplementedError, match=f"varied_window_attention.*{reason}"):
+        run(case, inputs, backend="triton")
     with record_choices() as choices:
         run(case, inputs)
-    assert [(c.op, c.backend) for c in choices] == [("varied_window_attention", "eager")]
-    with pytest.raises(NotImplementedError, match=r"varied_window_attention.*Triton"):
-        run(case, inputs, backend="triton")
+    assert choices[0].backend == "eager"
+    torch.testing.assert_close(run_op(case, inputs, case.dim**-0.5), run(case, inputs))
 
 
 @pytest.mark.parametrize(

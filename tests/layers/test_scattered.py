@@ -110,9 +110,7 @@ def test_operators_are_explained() -> None:
     rows = explain(Both(), draw_voxels(8)).rows
     assert [(name, choice.op) for name, choice in rows] == [
         ("attn", "scattered_linear_attention"),
-        ("mixer.conv", "depthwise_sparse_conv"),
-        ("mixer.conv_x", "depthwise_sparse_conv"),
-        ("mixer.conv_y", "depthwise_sparse_conv"),
+        ("mixer", "mixed_depthwise_conv"),
     ]
 
 

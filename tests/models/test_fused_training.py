@@ -67,7 +67,7 @@ def _curve(losses: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_curves_agree_within_noise(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Noise is what a change of the first weights by one rounding of bfloat16 (1e-3) makes of the references' own curve."""
+    """Noise is what changing the first weights by 1e-3, a rounding of bfloat16, makes of the references' own curve."""
     eager = _curve(_losses(name, dtype, "eager", 0.0, monkeypatch))
     noise = max(
         (_curve(_losses(name, dtype, "eager", sign * 1e-3, monkeypatch)) - eager).abs().max() for sign in (1, -1)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from vitrail.tools._common.kernel_cases import Implementation, KernelCase
+from vitrail.tools._common.kernel_cases.common import Implementation, KernelCase
+from vitrail.tools._common.kernel_check import Check, is_leaf, leaf, make_inputs
 from vitrail.tools._common.measure import (
     Timed,
     Timing,
@@ -17,137 +21,267 @@ from vitrail.tools._common.measure import (
     environment,
     measure_in_turns,
     nbytes,
+    never,
+    waits_for_gpu,
 )
 from vitrail.tools._common.table import Row
 
 PASSES = ("forward", "forward+backward")
+PEERS = ("none", "fast", "all")
+
+
+@dataclass(frozen=True)
+class KernelSettings:
+    """What all cases of a run have in common.
+
+    Attributes:
+        device: Where.
+        dtype: Of the inputs.
+        min_time: Seconds of measurement for each implementation and pass.
+        peers: "none" measures only this package's implementations, "fast" those too that need no compilation.
+        late: Tells whether it is so late that no other peer shall be prepared.
+        host: Measure the host's time of a call in place of the device's.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    min_time: float
+    peers: str = "all"
+    late: Callable[[], bool] = never
+    host: bool = False
+
+
+@dataclass
+class _Entry:
+    """An implementation in a case.
+
+    Attributes:
+        name: Its name.
+        one: What it is.
+        error: How far it is from the truth.
+        correct: Whether that is near enough; None if it was not checked.
+        note: Why it is not timed at all.
+        figures: What was measured in each pass; a "note" tells why there is nothing.
+    """
+
+    name: str
+    one: Implementation
+    error: float | None = None
+    correct: bool | None = None
+    note: str | None = None
+    figures: dict[str, Row] = field(default_factory=dict)
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name.startswith("vitrail")
 
 
 def bench_kernels(
     cases: Sequence[KernelCase],
-    device: torch.device,
-    dtype: torch.dtype,
-    min_time: float,
+    settings: KernelSettings,
     report: Callable[[str], None],
-) -> list[Row]:
+    done: Callable[[list[Row]], None],
+) -> None:
     """Checks and times every implementation of every case; the implementations of a case in alternation.
 
-    What is wrong is not timed: its row has `correct` false and no times.
+    What is wrong, does not fit into memory, fails or comes too late has a row without times that says so.
 
     Args:
         cases: What to compute.
-        device: Where.
-        dtype: Of the inputs.
-        min_time: Seconds of measurement for each implementation and pass.
+        settings: What all have in common.
         report: Called with one line on what happens now.
+        done: Called with the rows of a case as soon as it is done.
     """
-    bandwidth = copy_bandwidth(device)
-    facts = {**environment(device), "dtype": str(dtype).removeprefix("torch."), "copy_bytes_per_s": bandwidth}
-    rows = []
+    bandwidth = copy_bandwidth(settings.device)
+    facts = {
+        **environment(settings.device),
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "copy_bytes_per_s": bandwidth,
+    }
     with torch._dynamo.config.patch(recompile_limit=256):  # every shape is a recompilation of the same code
         for case in cases:
-            report(f"checking {case.operator} {case.name}")
-            found = _bench_case(case, device, dtype, min_time, bandwidth, report)
-            rows += [{**row, **facts} for row in found]
-            torch.compiler.reset()
-    return rows
+            rows = _Bench(case, settings, bandwidth, report).rows()
+            done([{**row, **facts} for row in rows])
+            _forget(settings.device)
 
 
-def _bench_case(
-    case: KernelCase,
-    device: torch.device,
-    dtype: torch.dtype,
-    min_time: float,
-    bandwidth: float,
-    report: Callable[[str], None],
-) -> list[Row]:
-    inputs = _make_inputs(case, device, dtype)
-    usable = {name: one for name, one in case.implementations.items() if device.type in one.devices}
-    errors, allowed = _check(case, usable, inputs)
-    right = {
-        name: one for name, one in usable.items() if all(e <= a for e, a in zip(errors[name], allowed, strict=True))
-    }
-    rows = []
-    for kind in PASSES:
-        report(f"timing {case.operator} {case.name}, {kind}")
-        floor = _bytes_moved(inputs, kind) / bandwidth
-        timed = [_timed(one, kind, case, inputs) for one in right.values()]
-        timings = dict(zip(right, measure_in_turns(timed, device, min_time), strict=True))
-        for name in usable:
-            row = {"operator": case.operator, "case": case.name, "pass": kind, "implementation": name}
-            row |= {"whole_job": usable[name].whole_job, "correct": name in right, "relative_error": max(errors[name])}
-            rows.append(row | {"floor_ms": floor * 1e3} | _figures(timings.get(name), timings.get(case.ours), floor))
-    return rows
+class _Bench:
+    """One case on its way through the check and the measurements."""
+
+    def __init__(
+        self,
+        case: KernelCase,
+        settings: KernelSettings,
+        bandwidth: float,
+        report: Callable[[str], None],
+    ) -> None:
+        self.case, self.settings, self.bandwidth = case, settings, bandwidth
+        self.report = lambda text: report(f"{case.operator} {case.name}: {text}")
+        self.inputs = make_inputs(case, settings.device, settings.dtype, seed=0)
+        self.entries = [_Entry(name, one) for name, one in case.implementations.items() if self._is_wanted(name, one)]
+
+    def rows(self) -> list[Row]:
+        """Checks, then measures every pass."""
+        self._check()
+        for kind in PASSES:
+            self._measure(kind)
+        return [self._row(entry, kind) for kind in PASSES for entry in self.entries]
+
+    def _is_wanted(self, name: str, one: Implementation) -> bool:
+        if self.settings.peers == "none":
+            return name.startswith("vitrail") and not one.compiles
+        return self.settings.peers == "all" or not one.compiles
+
+    def _check(self) -> None:
+        self.report("computing in float64")
+        inputs, device = self.inputs, self.settings.device
+        if self.case.jumps:
+            inputs = make_inputs(self.case, device, torch.float32, seed=0)
+        try:
+            check = Check(self.case, inputs, plain=self.case.jumps or device.type == "cpu")
+        except Exception as error:
+            for entry in self.entries:
+                entry.note = f"not checked: the reference: {_describe(error)}"
+            return
+        for entry in self.entries:
+            compiles = self._compiles(entry) and not check.plain
+            verb = "compiling" if compiles else "checking"
+            entry.note = self._try(entry, f"{verb} {entry.name}", functools.partial(_judge, check))
+            if entry.correct is False:
+                entry.note = "wrong"
+            elif entry.correct and entry.one.compiles and device.type == "cpu":
+                entry.note = "not compiled on a CPU"
+
+    def _compiles(self, entry: _Entry) -> bool:
+        return entry.one.compiles and self.settings.device.type == "cuda"
+
+    def _measure(self, kind: str) -> None:
+        """Times what is right, all in turns."""
+        settings, on_gpu = self.settings, self.settings.device.type == "cuda"
+        pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        ready: dict[str, Timed] = {}
+        by_name = {entry.name: entry for entry in self.entries}
+
+        def prepare(entry: _Entry) -> None:
+            runs, figures = self._runs(entry.one, kind), entry.figures[kind]
+            if on_gpu:
+                figures["peak_memory_bytes"] = _peak_memory(runs[0], settings.device)
+                figures["cuda_graph"] = not settings.host and not waits_for_gpu(runs[0])
+            ready[entry.name] = capture_graph(runs, pool) if figures["cuda_graph"] else Timed(runs[0])
+
+        for entry in self.entries:
+            entry.figures[kind] = {"peak_memory_bytes": None, "cuda_graph": False, "note": entry.note}
+            if entry.note is None:
+                verb = "compiling" if self._compiles(entry) else "preparing"
+                entry.figures[kind]["note"] = self._try(entry, f"{verb} {entry.name}, {kind}", prepare)
+        self.report(f"measuring {kind}")
+        try:
+            measured = measure_in_turns(list(ready.values()), settings.device, settings.min_time, settings.host)
+        except torch.OutOfMemoryError:
+            for name in ready:
+                by_name[name].figures[kind]["note"] = "out of memory beside the others"
+            measured, ready = [], {}
+        timings = dict(zip(ready, measured, strict=True))
+        floor = bytes_moved(self.inputs, kind) / self.bandwidth
+        for entry in self.entries:
+            entry.figures[kind] |= _figures(timings.get(entry.name), timings.get(self.case.ours), floor)
+
+    def _try(self, entry: _Entry, what: str, step: Callable[[_Entry], None]) -> str | None:
+        """Does a step for one implementation; what goes wrong is returned as a note on it, and the run goes on."""
+        if (entry.one.compiles or not entry.is_ours) and self.settings.late():
+            return "skipped: time limit"
+        self.report(what)
+        try:
+            step(entry)
+        except Exception as error:
+            note = _describe(error)
+        else:
+            return None
+        _forget(self.settings.device, keep_compiled=True)  # here the error no longer holds on to tensors
+        return note
+
+    def _runs(self, one: Implementation, kind: str) -> list[Callable[[], object]]:
+        """One pass as functions without arguments: on a GPU over so many inputs that none stays in the cache."""
+        sets = [self.inputs]
+        if self.settings.device.type == "cuda" and not self.settings.host:
+            cache = torch.cuda.get_device_properties(self.settings.device).L2_cache_size
+            copies = min(16, math.ceil(2 * cache / bytes_moved(self.inputs, kind)))
+            sets += [self._like_inputs(seed) for seed in range(2, copies + 1)]
+        return [_run_on(one, kind, inputs) for inputs in sets]
+
+    def _like_inputs(self, seed: int) -> list[Tensor]:
+        """Other numbers, the same tables: an implementation may have made something of these."""
+        drawn = make_inputs(self.case, self.settings.device, self.settings.dtype, seed)
+        return [new if new.is_floating_point() else old for new, old in zip(drawn, self.inputs, strict=True)]
+
+    def _row(self, entry: _Entry, kind: str) -> Row:
+        return {
+            "operator": self.case.operator,
+            "case": self.case.name,
+            "pass": kind,
+            "implementation": entry.name,
+            "whole_job": entry.one.whole_job,
+            "host_time": self.settings.host,
+            "correct": entry.correct,
+            "relative_error": entry.error,
+            "checked_dtype": "float32" if self.case.jumps else str(self.settings.dtype).removeprefix("torch."),
+            "floor_ms": bytes_moved(self.inputs, kind) / self.bandwidth * 1e3,
+            **entry.figures[kind],
+        }
 
 
-def _make_inputs(case: KernelCase, device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-    """Normally distributed inputs that ask for gradients, the same for every implementation."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return [
-        torch.randn(shape, device=device, dtype=dtype, generator=generator).requires_grad_() for shape in case.shapes
-    ]
+def _judge(check: Check, entry: _Entry) -> None:
+    entry.error, entry.correct = check.judge(entry.one, entry.is_ours)
 
 
-def _check(
-    case: KernelCase, usable: dict[str, Implementation], inputs: Sequence[Tensor]
-) -> tuple[dict[str, list[float]], list[float]]:
-    """Errors of every implementation against float64, for the output and each gradient; and the errors allowed.
+def bytes_moved(inputs: Sequence[Tensor], kind: str) -> int:
+    """Least traffic: every input read once, every result written once; the output is like the first input.
 
-    Allowed is twice the error of the eager reference in the same dtype, and the dtype's resolution on top.
+    The backward pass reads the inputs and the incoming gradient and writes a gradient for every floating input.
     """
-    truth = _results(case.reference, [t.detach().double().requires_grad_() for t in inputs])
-    errors = {name: _relative_errors(_results(one.whole, inputs), truth) for name, one in usable.items()}
-    eager = _relative_errors(_results(case.reference, inputs), truth)
-    return errors, [2 * error + torch.finfo(inputs[0].dtype).eps for error in eager]
-
-
-def _results(run: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The output of `run(*inputs)` and the gradient of every input, for a fixed incoming gradient."""
-    out = run(*inputs)
-    generator = torch.Generator(out.device).manual_seed(1)
-    grad = torch.randn(out.shape, device=out.device, dtype=torch.float32, generator=generator).to(inputs[0].dtype)
-    gradients = torch.autograd.grad(out, inputs, grad.to(out.dtype))
-    return [out.detach(), *gradients]
-
-
-def _relative_errors(got: Sequence[Tensor], want: Sequence[Tensor]) -> list[float]:
-    """For each tensor the difference's norm divided by the wanted norm; infinite if that is not a number."""
-    errors = [((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True)]
-    return [math.inf if math.isnan(error) else error for error in errors]
-
-
-def _timed(one: Implementation, kind: str, case: KernelCase, inputs: Sequence[Tensor]) -> Timed:
-    """One implementation ready for timing: on a GPU a CUDA graph over so many inputs that none stays in the cache."""
-    device = inputs[0].device
-    sets = [inputs]
-    if device.type == "cuda":
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        copies = min(16, math.ceil(2 * cache / _bytes_moved(inputs, kind)))
-        sets += [_make_inputs(case, device, inputs[0].dtype, seed) for seed in range(2, copies + 1)]
-    runs = [_run_on(one, kind, tensors) for tensors in sets]
-    if device.type == "cuda":
-        return capture_graph(runs)
-    return Timed(runs[0])
+    out = nbytes(inputs[0])
+    forward = nbytes(*inputs) + out
+    if kind == "forward":
+        return forward
+    return forward + nbytes(*inputs) + out + nbytes(*(x for x in inputs if x.is_floating_point()))
 
 
 def _run_on(one: Implementation, kind: str, inputs: Sequence[Tensor]) -> Callable[[], object]:
     """A function without arguments that computes one pass of an implementation."""
     with_backward = kind == "forward+backward"
-    leaves = [t.detach().clone().requires_grad_(with_backward) for t in one.prepare(*inputs)]
+    with torch.no_grad():
+        arguments = [leaf(x, with_backward) for x in one.prepare(*inputs)]
     if not with_backward:
-        return lambda: one.run(*leaves)
-    grad = torch.randn_like(one.run(*leaves))
-    return lambda: torch.autograd.grad(one.run(*leaves), leaves, grad)
+        return lambda: one.run(*arguments)
+    leaves = [x for x in arguments if is_leaf(x)]
+    grad = torch.randn_like(one.run(*arguments))
+    return lambda: torch.autograd.grad(one.run(*arguments), leaves, grad)
 
 
-def _bytes_moved(inputs: Sequence[Tensor], kind: str) -> int:
-    """Least traffic: every input read once, every result written once; the output is like the first input.
+def _peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes that one call allocates at most besides its inputs."""
+    run()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
-    The backward pass reads the inputs and the incoming gradient and writes a gradient for every input.
-    """
-    out = nbytes(inputs[0])
-    forward = nbytes(*inputs) + out
-    return forward if kind == "forward" else forward + 2 * nbytes(*inputs) + out
+
+def _forget(device: torch.device, keep_compiled: bool = False) -> None:
+    """Gives the memory of failed or finished work on a GPU back, and what was compiled for it."""
+    if device.type == "cuda":
+        if not keep_compiled:
+            torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _figures(timing: Timing | None, ours: Timing | None, floor: float) -> Row:

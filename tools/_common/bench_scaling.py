@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import statistics
 import time
@@ -22,6 +23,7 @@ from vitrail.tools._common.table import Row
 
 _CLASSES_SHOWN = 10
 _WARM_UP = 3
+_WARM_UP_OF_GRAPH = 12  # replicas time their first ten iterations, by events that no graph can hold
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,14 @@ class Settings:
         sharded: Measure shards as well as replicas.
         sync_bn: Batch norms see all processes' images.
         compile: Compile the models.
+        cuda_graph: Measure one process and replicas once more, with the step as a CUDA graph.
+        bucket_mb: Size of the pieces in which the gradients of replicas travel.
         steps: Training steps a round.
         rounds: How often all have their turn.
         check_steps: Length of the loss curves; 0 for none.
         check_batch: Images of all processes together in a step of the curves.
+        check_float32: Loss curves in float32 besides those in the precision `amp`.
+        time_limit: Seconds after which no further round and no further curve begins; None for no limit.
     """
 
     device: torch.device
@@ -51,10 +57,14 @@ class Settings:
     sharded: bool
     sync_bn: bool
     compile: bool
+    cuda_graph: bool
+    bucket_mb: float
     steps: int
     rounds: int
     check_steps: int
     check_batch: int
+    check_float32: bool
+    time_limit: float | None
 
 
 class Groups:
@@ -78,6 +88,30 @@ class Groups:
         return values
 
 
+class Results:
+    """Rows as they are found; whoever is told of every change keeps them when a run is cut off.
+
+    Attributes:
+        speeds: Rows of speed and memory.
+        curves: Rows of loss curves.
+    """
+
+    def __init__(self, changed: Callable[[list[Row], list[Row]], None]) -> None:
+        self.speeds: list[Row] = []
+        self.curves: list[Row] = []
+        self._changed = changed
+
+    def set_speeds(self, model: str, rows: list[Row]) -> None:
+        """Replaces a model's rows of speed: every round makes them surer."""
+        self.speeds = [row for row in self.speeds if row["model"] != model] + rows
+        self._changed(self.speeds, self.curves)
+
+    def add_curve(self, row: Row) -> None:
+        """Adds a row of a loss curve."""
+        self.curves.append(row)
+        self._changed(self.speeds, self.curves)
+
+
 @dataclass
 class _Job:
     """A model in training on the first processes; on the others there is nothing to do."""
@@ -86,89 +120,199 @@ class _Job:
     scaling: str
     processes: int
     batch: int
-    step: Callable[[], Tensor] | None = None
+    launch: str = "eager"
+    step: Callable[[], object] | None = None
     peak_memory: int | None = None
+    failure: str | None = None
 
     def facts(self) -> Row:
         return {
-            "mode": self.mode, "scaling": self.scaling, "processes": self.processes, "batch_per_process": self.batch
+            "mode": self.mode, "scaling": self.scaling, "processes": self.processes, "batch_per_process": self.batch,
+            "launch": self.launch,
         }  # fmt: skip
 
+    def __str__(self) -> str:
+        return f"{self.mode}, {self.processes} x {self.batch} images, {self.launch}"
 
-def bench_scaling(
-    names: Sequence[str], settings: Settings, report: Callable[[str], None]
-) -> tuple[list[Row], list[Row]]:
+
+class _Bench:
+    """All measurements of one model."""
+
+    def __init__(
+        self, name: str, settings: Settings, groups: Groups, started: float, report: Callable[[str], None]
+    ) -> None:
+        self.name, self.settings, self.groups, self.started = name, settings, groups, started
+        self.report = lambda text: report(f"[{time.perf_counter() - started:6.1f} s] {name}: {text}")
+        self.size = _image_size(name, settings)
+        seed_everything(0)
+        self.template = _build_model(name, self.size, settings.device)
+        self.facts = {
+            "model": name, **environment(settings.device), "amp": settings.amp, "compiled": settings.compile
+        }  # fmt: skip
+
+    def time_is_up(self) -> bool:
+        """Whether the limit has passed on the first process; the same answer on all, which call it together."""
+        limit = self.settings.time_limit
+        return limit is not None and self.groups.gather(time.perf_counter() - self.started > limit)[0]
+
+    def measure_speed(self, results: Results) -> None:
+        """Measures every job in turns, and tells the results after every round."""
+        jobs = _plan_jobs(self.settings)
+        for job in jobs:
+            self._prepare_together(job)
+        jobs = [job for job in jobs if job.failure is None]
+        seconds: list[list[float]] = [[] for _ in jobs]
+        for turn in range(self.settings.rounds):
+            if turn and self.time_is_up():
+                self.report(f"out of time after {turn} of {self.settings.rounds} rounds")
+                break
+            for job, spent in list(zip(jobs, seconds, strict=True))[:: -1 if turn % 2 else 1]:
+                self.groups.wait()
+                if job.step is not None:
+                    spent.append(_time(job.step, self.settings))
+            gathered = self.groups.gather((seconds, [job.peak_memory for job in jobs]))
+            results.set_speeds(self.name, [{**self.facts, **row} for row in _speed_rows(jobs, gathered)])
+            self.report(f"round {turn + 1} of {self.settings.rounds}")
+
+    def _prepare_together(self, job: _Job) -> None:
+        self.groups.wait()
+        if dist.get_rank() < job.processes:
+            try:
+                self._prepare(job)
+            except RuntimeError as error:  # of a graph; an eager step that fails would fail in training, too
+                if job.launch == "eager":
+                    raise
+                job.failure = str(error)
+        failures = [text for text in self.groups.gather(job.failure) if text is not None]
+        if failures:
+            job.failure, job.step = failures[0], None
+            self.report(f"{job}: left out, {failures[0].splitlines()[0]}")
+        else:
+            memory = f", {job.peak_memory / 1e9:.2f} GB" if job.peak_memory else ""
+            self.report(f"{job}: ready{memory}")
+
+    def _prepare(self, job: _Job) -> None:
+        """Builds the training step and takes it through its first iterations, counting memory in the later ones."""
+        settings = self.settings
+        gc.collect()
+        images, labels = _make_batch(settings, self.size, job.batch, 0)
+        _finish(settings)
+        on_gpu = settings.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(settings.device) if on_gpu else 0
+        sync_bn = settings.sync_bn and job.processes > 1
+        recorded = job.launch == "graph"
+        # What a graph holds has to happen in one stream, from the first iteration on.
+        stream = torch.cuda.Stream() if recorded else None
+        with torch.cuda.stream(stream):
+            train = self.build_step(job, settings.amp, sync_bn)
+            for turn in range(_WARM_UP_OF_GRAPH if recorded else _WARM_UP):
+                if on_gpu and turn == 1:
+                    torch.cuda.reset_peak_memory_stats(settings.device)
+                train(images, labels)
+        _finish(settings)
+        job.peak_memory = torch.cuda.max_memory_allocated(settings.device) - before if on_gpu else None
+        job.step = lambda: train(images, labels)
+        if stream is not None:
+            job.step = _record(job.step, stream)
+
+    def build_step(self, job: _Job, amp: str | None, sync_bn: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        """A training step as `vitrail.tools.train` does it: forward, loss, backward, AdamW; returns the loss."""
+        settings = self.settings
+        seed_everything(0)
+        model: nn.Module = copy.deepcopy(self.template)
+        if settings.compile:
+            model.backbone.compile()
+        if job.mode == "replicas":
+            model = replicate(
+                model, settings.device, process_group=self.groups[job.processes], sync_bn=sync_bn,
+                static_graph=not settings.compile, bucket_cap_mb=settings.bucket_mb,
+            )  # fmt: skip
+        elif job.mode == "shards":
+            precision = AUTOCAST_DTYPES[amp] if amp else None
+            group = self.groups[job.processes]
+            model = shard(model, settings.device, process_group=group, precision=precision, sync_bn=sync_bn)
+        optimizer: Row = {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05}
+        if job.launch == "graph":
+            return _graph_step(model, {**optimizer, "capturable": True}, amp, settings.device)
+        return _train_step(model, optimizer, amp, settings.device)
+
+    def compare_losses(self, results: Results) -> None:
+        """Loss curves on the same global batches; batch norms see all processes' images, or they would differ."""
+        amp = self.settings.amp
+        for precision in (None, amp) if amp and self.settings.check_float32 else (amp,):
+            expected: list[float] = []
+            for job in _plan_curves(self.settings):
+                if self.time_is_up():
+                    self.report("out of time for further loss curves")
+                    return
+                losses = self._loss_curve(job, precision)
+                expected = expected or losses
+                deviation = max(abs(a - b) / abs(a) for a, b in zip(expected, losses, strict=True))
+                name = precision or "float32"
+                row = {"precision": name, "first": losses[0], "last": losses[-1], "deviation": deviation}
+                results.add_curve({**self.facts, **job.facts(), **row, "losses": losses})
+                self.report(f"{job}, {name}: losses deviate by {deviation:.1e}")
+
+    def _loss_curve(self, job: _Job, amp: str | None) -> list[float]:
+        """Mean loss of all processes in every step; the same list on every process, members or not."""
+        self.groups.wait()
+        rank, losses = dist.get_rank(), []
+        if rank < job.processes:
+            train = self.build_step(job, amp, sync_bn=job.processes > 1)
+            for step in range(self.settings.check_steps):
+                images, labels = _make_batch(self.settings, self.size, job.batch * job.processes, step)
+                losses.append(train(images[rank :: job.processes], labels[rank :: job.processes]).detach())
+        members = self.groups.gather([float(loss) for loss in losses])[: job.processes]
+        return [statistics.fmean(values) for values in zip(*members, strict=True)]
+
+
+def bench_scaling(names: Sequence[str], settings: Settings, report: Callable[[str], None], results: Results) -> None:
     """Measures models in alternation over numbers of processes. All processes call it together.
 
     Args:
         names: Entry points of timm or of this package.
         settings: What all have in common.
         report: Called with one line on what happens now.
-
-    Returns:
-        Rows of speed and memory, and rows of loss curves; the same on every process.
+        results: Takes rows of speed and memory, and rows of loss curves; the same on every process.
     """
+    started = time.perf_counter()
+    report(f"{dist.get_world_size()} processes on {settings.device.type}")
     groups = Groups(sorted({1, *settings.processes}))
-    speeds, curves = [], []
-    facts = {**environment(settings.device), "amp": settings.amp, "compiled": settings.compile}
     for name in names:
-        speeds += [{"model": name, **row, **facts} for row in _measure_speed(name, settings, groups, report)]
+        bench = _Bench(name, settings, groups, started, report)
+        bench.measure_speed(results)
         if settings.check_steps:
-            curves += [{"model": name, **row, **facts} for row in _compare_losses(name, settings, groups, report)]
-    return speeds, curves
+            bench.compare_losses(results)
 
 
 def _plan_jobs(settings: Settings) -> list[_Job]:
     """One process first: the others' efficiency refers to it."""
-    jobs = [_Job("one process", "-", 1, settings.batch_size)]
-    for count in settings.processes:
-        if count > 1:
-            jobs.append(_Job("replicas", "weak", count, settings.batch_size))
-            if settings.sharded:
-                jobs.append(_Job("shards", "weak", count, settings.batch_size))
-            if settings.batch_size % count == 0:
-                jobs.append(_Job("replicas", "strong", count, settings.batch_size // count))
+    batch, jobs = settings.batch_size, []
+    for launch in ("eager", "graph") if settings.cuda_graph else ("eager",):
+        jobs.append(_Job("one process", "-", 1, batch, launch))
+        for count in settings.processes:
+            if count > 1:
+                jobs.append(_Job("replicas", "weak", count, batch, launch))
+                if settings.sharded and launch == "eager":
+                    jobs.append(_Job("shards", "weak", count, batch))
+                if batch % count == 0:
+                    jobs.append(_Job("replicas", "strong", count, batch // count, launch))
     return jobs
 
 
-def _measure_speed(name: str, settings: Settings, groups: Groups, report: Callable[[str], None]) -> list[Row]:
-    jobs = _plan_jobs(settings)
-    for job in jobs:
-        report(f"{name}: preparing {job.mode}, {job.processes} x {job.batch} images")
-        groups.wait()
-        if dist.get_rank() < job.processes:
-            _prepare(job, name, settings, groups)
-    report(f"{name}: measuring {len(jobs)} settings in turns")
-    seconds: list[list[float]] = [[] for _ in jobs]
-    for turn in range(settings.rounds):
-        for job, spent in list(zip(jobs, seconds, strict=True))[:: -1 if turn % 2 else 1]:
-            groups.wait()
-            if job.step is not None:
-                spent.append(_time(job.step, settings))
-    gathered = groups.gather((seconds, [job.peak_memory for job in jobs]))
-    rows = [_speed_row(job, i, gathered) for i, job in enumerate(jobs)]
-    for row in rows:
-        row["efficiency"] = row["images_per_s"] / (rows[0]["images_per_s"] * row["processes"])
-    return rows
+def _plan_curves(settings: Settings) -> list[_Job]:
+    several = [
+        _Job(mode, "loss", count, settings.check_batch // count)
+        for count in settings.processes
+        if count > 1 and settings.check_batch % count == 0
+        for mode in (["replicas", "shards"] if settings.sharded else ["replicas"])
+    ]
+    return [_Job("one process", "loss", 1, settings.check_batch), *several]
 
 
-def _prepare(job: _Job, name: str, settings: Settings, groups: Groups) -> None:
-    """Builds the training step and takes it through its first iterations, counting memory in the later ones."""
-    gc.collect()
-    on_gpu = settings.device.type == "cuda"
-    before = torch.cuda.memory_allocated(settings.device) if on_gpu else 0
-    sync_bn = settings.sync_bn and job.processes > 1
-    train = _build_step(job, name, settings, groups, settings.amp, sync_bn)
-    images, labels = _make_batch(settings, _image_size(name, settings), job.batch, 0)
-    job.step = lambda: train(images, labels)
-    for turn in range(_WARM_UP):
-        if on_gpu and turn == 1:
-            torch.cuda.reset_peak_memory_stats(settings.device)
-        job.step()
-    job.peak_memory = torch.cuda.max_memory_allocated(settings.device) - before if on_gpu else None
-
-
-def _time(step: Callable[[], Tensor], settings: Settings) -> float:
+def _time(step: Callable[[], object], settings: Settings) -> float:
     """Seconds of a step, over a round of them."""
     step()  # brings the processes of a group in line
     _finish(settings)
@@ -184,52 +328,81 @@ def _finish(settings: Settings) -> None:
         torch.cuda.synchronize(settings.device)
 
 
-def _speed_row(job: _Job, index: int, gathered: Sequence[Any]) -> Row:
+def _speed_rows(jobs: Sequence[_Job], gathered: Sequence[Any]) -> list[Row]:
     """The slowest process of every round counts, and the median round."""
-    members = gathered[: job.processes]
-    slowest = [max(times) for times in zip(*(seconds[index] for seconds, _ in members), strict=True)]
-    median = statistics.median(slowest)
-    peaks = [memory[index] for _, memory in members]
-    return {
-        **job.facts(),
-        "images_per_s": job.batch * job.processes / median,
-        "step_ms": median * 1e3,
-        "step_ms_fastest": min(slowest) * 1e3,
-        "step_ms_slowest": max(slowest) * 1e3,
-        "peak_memory_bytes": None if peaks[0] is None else max(peaks),
-    }
+    rows = []
+    for index, job in enumerate(jobs):
+        members = gathered[: job.processes]
+        slowest = [max(times) for times in zip(*(seconds[index] for seconds, _ in members), strict=True)]
+        median = statistics.median(slowest)
+        peaks = [memory[index] for _, memory in members]
+        rows.append({
+            **job.facts(),
+            "images_per_s": job.batch * job.processes / median,
+            "step_ms": median * 1e3,
+            "step_ms_fastest": min(slowest) * 1e3,
+            "step_ms_slowest": max(slowest) * 1e3,
+            "rounds": len(slowest),
+            "peak_memory_bytes": None if peaks[0] is None else max(peaks),
+        })  # fmt: skip
+    alone = {row["launch"]: row["images_per_s"] for row in rows if row["processes"] == 1}
+    for row in rows:
+        reference = alone.get(row["launch"])
+        row["efficiency"] = row["images_per_s"] / (reference * row["processes"]) if reference else None
+    return rows
 
 
-def _build_step(
-    job: _Job, name: str, settings: Settings, groups: Groups, amp: str | None, sync_bn: bool
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """A training step as `vitrail.tools.train` does it: forward, loss, backward, AdamW."""
-    seed_everything(0)
-    model: nn.Module = TimmClassifier({"name": name})
-    height, width = _image_size(name, settings)
+def _build_model(name: str, size: tuple[int, int], device: torch.device) -> TimmClassifier:
+    model = TimmClassifier({"name": name})
     if hasattr(model.backbone, "set_input_size"):
-        model.backbone.set_input_size(img_size=(height, width))
-    model = model.to(settings.device).train()
-    if settings.compile:
-        model.backbone.compile()
-    if job.mode == "replicas":
-        group = groups[job.processes]
-        model = replicate(model, settings.device, process_group=group, sync_bn=sync_bn, static_graph=True)
-    elif job.mode == "shards":
-        precision = AUTOCAST_DTYPES[amp] if amp else None
-        group = groups[job.processes]
-        model = shard(model, settings.device, process_group=group, precision=precision, sync_bn=sync_bn)
-    wrapper: Row = {"optimizer": {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05}}
+        model.backbone.set_input_size(img_size=size)
+    return model.to(device).train()
+
+
+def _train_step(
+    model: nn.Module, optimizer: Row, amp: str | None, device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
+    wrapper: Row = {"optimizer": optimizer}
     if amp:
-        wrapper |= {"type": "AutocastOptimWrapper", "precision": amp, "device_type": settings.device.type}
-    optimizer = TimmOptimWrapperConstructor(wrapper)(model)
-    nothing = torch.zeros(0, dtype=torch.long, device=settings.device)
+        wrapper |= {"type": "AutocastOptimWrapper", "precision": amp, "device_type": device.type}
+    optim_wrapper = TimmOptimWrapperConstructor(wrapper)(model)
+    nothing = torch.zeros(0, dtype=torch.long, device=device)
 
     def train(images: Tensor, labels: Tensor) -> Tensor:
         batch = {"images": images, "labels": labels, "indices": nothing, "unreadable": nothing}
-        return model.train_step(batch, optimizer)["loss"]
+        return model.train_step(batch, optim_wrapper)["loss"]
 
     return train
+
+
+def _graph_step(
+    model: nn.Module, optimizer: Row, amp: str | None, device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The same arithmetic without the host's look at the loss, which a graph cannot hold."""
+    adamw = TimmOptimWrapperConstructor({"optimizer": optimizer}).build_optimizer(model)
+    nothing = torch.zeros(0, dtype=torch.long, device=device)
+
+    def train(images: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(device.type, AUTOCAST_DTYPES.get(amp or ""), enabled=amp is not None):
+            loss = model(images, labels, nothing, nothing, mode="loss")["loss_cls"]
+        loss.backward()
+        adamw.step()
+        adamw.zero_grad()
+        return loss
+
+    return train
+
+
+def _record(step: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], object]:
+    graph = torch.cuda.CUDAGraph()
+    # Of this thread alone: NCCL's own watches over earlier collectives by calls that are forbidden meanwhile.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        step()
+
+    def replay(kept: Callable[[], object] = step) -> None:  # a graph reads the step's tensors by address
+        graph.replay()
+
+    return replay
 
 
 def _image_size(name: str, settings: Settings) -> tuple[int, int]:
@@ -249,39 +422,3 @@ def _make_batch(settings: Settings, size: tuple[int, int], batch: int, step: int
     generator.manual_seed(derive_seed("batch", step))
     labels = torch.randint(_CLASSES_SHOWN, (batch,), **options)
     return patterns[labels] + torch.randn(batch, 3, *size, **options), labels
-
-
-def _compare_losses(name: str, settings: Settings, groups: Groups, report: Callable[[str], None]) -> list[Row]:
-    """Loss curves on the same global batches; batch norms see all processes' images, or they would differ."""
-    rows = []
-    for amp in dict.fromkeys([None, settings.amp]):
-        alone = _Job("one process", "loss", 1, settings.check_batch)
-        several = [
-            _Job(mode, "loss", count, settings.check_batch // count)
-            for count in settings.processes
-            if count > 1 and settings.check_batch % count == 0
-            for mode in (["replicas", "shards"] if settings.sharded else ["replicas"])
-        ]
-        expected: list[float] = []
-        for job in [alone, *several]:
-            report(f"{name}: loss curve of {job.mode}, {job.processes} x {job.batch} images, {amp or 'float32'}")
-            losses = _loss_curve(job, name, settings, groups, amp)
-            expected = expected or losses
-            deviation = max(abs(a - b) / abs(a) for a, b in zip(expected, losses, strict=True))
-            facts = {**job.facts(), "precision": amp or "float32"}
-            rows.append({**facts, "first": losses[0], "last": losses[-1], "deviation": deviation, "losses": losses})
-    return rows
-
-
-def _loss_curve(job: _Job, name: str, settings: Settings, groups: Groups, amp: str | None) -> list[float]:
-    """Mean loss of all processes in every step; the same list on every process, members or not."""
-    groups.wait()
-    rank, losses = dist.get_rank(), []
-    if rank < job.processes:
-        train = _build_step(job, name, settings, groups, amp, sync_bn=job.processes > 1)
-        size = _image_size(name, settings)
-        for step in range(settings.check_steps):
-            images, labels = _make_batch(settings, size, job.batch * job.processes, step)
-            losses.append(float(train(images[rank :: job.processes], labels[rank :: job.processes]).detach()))
-    members = groups.gather(losses)[: job.processes]
-    return [statistics.fmean(values) for values in zip(*members, strict=True)]

@@ -133,7 +133,7 @@ def attention_weights(layer: nn.Module, inputs: tuple[Any, ...], query: tuple[fl
     handles = [layer.qkv.register_forward_hook(keep_qkv), layer.proj.register_forward_pre_hook(keep_result)]
     for name in _CONVOLUTIONS:  # they add values, too, but are no attention
         if hasattr(layer, name):
-            handles.append(getattr(layer, name).register_forward_hook(lambda _m, _i, output: output.detach()))
+            handles.append(getattr(layer, name).register_forward_pre_hook(_without_gradient_of_values))
     try:
         with torch.enable_grad():
             layer(*inputs)
@@ -146,6 +146,12 @@ def attention_weights(layer: nn.Module, inputs: tuple[Any, ...], query: tuple[fl
             handle.remove()
     values = gradient.reshape(*gradient.shape[:-1], 3, layer.num_heads, -1)[..., 2, :, :]
     return values.mean(-1).reshape(height, width, layer.num_heads).permute(2, 0, 1)
+
+
+def _without_gradient_of_values(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """For a convolution that is given values and what to add to them."""
+    values, *added = given
+    return values.detach(), *added
 
 
 def routed_regions(model: nn.Module, image: Tensor, query: tuple[float, float]) -> list[Panel]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ from torch import Tensor
 
 _LEAST_ROUNDS = 5
 _CHUNKS_PER_MEASUREMENT = 8
+_MOST_CALLS_AHEAD = 20  # the host must not run so far ahead that it has to wait for a place in the GPU's queue
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,9 @@ class Timing:
         return statistics.median(statistics.median(theirs) / statistics.median(ours) for ours, theirs in pairs)
 
 
-def measure_in_turns(timed: Sequence[Timed], device: torch.device, min_time: float) -> list[Timing]:
+def measure_in_turns(
+    timed: Sequence[Timed], device: torch.device, min_time: float, on_host: bool = False
+) -> list[Timing]:
     """Times all of `timed`, in alternation.
 
     Each has its turn in every round, for a chunk of calls; every second round goes backwards. It ends when each has
@@ -67,70 +71,116 @@ def measure_in_turns(timed: Sequence[Timed], device: torch.device, min_time: flo
         timed: What to time; it has been run before, so that nothing is compiled or tuned any more.
         device: Where it runs: CUDA events measure on a GPU, a clock elsewhere.
         min_time: Seconds of measurement for each.
+        on_host: Measure how long a call keeps the host, which does not wait for the GPU.
     """
+    clock = _GpuClock(device) if device.type == "cuda" and not on_host else _HostClock(device)
     chunk_seconds = min_time / _CHUNKS_PER_MEASUREMENT
-    repeats = [_repeats_for(one, device, chunk_seconds) for one in timed]
+    repeats = [_repeats_for(one, clock, chunk_seconds) for one in timed]
     chunks: list[list[list[float]]] = [[] for _ in timed]
     spent = [0.0] * len(timed)
     order = list(range(len(timed)))
     while timed and (min(spent) < min_time or len(chunks[0]) < _LEAST_ROUNDS):
         for index in order:
-            seconds = _time_calls(timed[index].run, repeats[index], device)
+            seconds = clock.time_calls(timed[index].run, repeats[index])
             spent[index] += sum(seconds)
             chunks[index].append([value / timed[index].calls for value in seconds])
         order.reverse()
     return [Timing(rounds) for rounds in chunks]
 
 
-def _repeats_for(timed: Timed, device: torch.device, seconds: float) -> int:
+class _HostClock:
+    """Measures how long calls take on the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.most_calls = _MOST_CALLS_AHEAD if device.type == "cuda" else 1000
+
+    def time_calls(self, run: Callable[[], object], repeats: int) -> list[float]:
+        """Seconds of each of `repeats` calls."""
+        self._wait()
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        self._wait()
+        return seconds
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class _GpuClock:
+    """Measures how long calls take on the GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.most_calls = 1000
+
+    def time_calls(self, run: Callable[[], object], repeats: int) -> list[float]:
+        """Seconds of each of `repeats` calls."""
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        torch.cuda.synchronize(self.device)
+        for start, end in events:
+            start.record()
+            run()
+            end.record()
+        torch.cuda.synchronize(self.device)
+        return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def _repeats_for(timed: Timed, clock: _HostClock | _GpuClock, seconds: float) -> int:
     """How many runs fill a chunk; also warms up."""
-    typical = statistics.median(_time_calls(timed.run, 3, device))
-    return max(1, min(1000, round(seconds / max(typical, 1e-7))))
+    typical = statistics.median(clock.time_calls(timed.run, 3))
+    return max(1, min(clock.most_calls, round(seconds / max(typical, 1e-7))))
 
 
-def _time_calls(run: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
-    if device.type == "cuda":
-        return _time_calls_on_gpu(run, repeats, device)
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return seconds
-
-
-def _time_calls_on_gpu(run: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    torch.cuda.synchronize(device)
-    for start, end in events:
-        start.record()
-        run()
-        end.record()
-    torch.cuda.synchronize(device)
-    return [start.elapsed_time(end) / 1e3 for start, end in events]
-
-
-def capture_graph(runs: Sequence[Callable[[], object]]) -> Timed:
+def capture_graph(runs: Sequence[Callable[[], object]], pool: Any = None) -> Timed:
     """Records calls as one CUDA graph, whose replay does them all without work on the host.
 
     The result holds on to `runs`: a graph reads the tensors of its calls by address and keeps none of them alive.
+
+    Args:
+        runs: The calls.
+        pool: Memory for what they allocate (`torch.cuda.graph_pool_handle`), so that graphs which never run at the
+            same time and whose results nobody reads take the memory of the largest, not of all.
     """
+    current = torch.cuda.current_stream()
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):  # lazy initialisation may not happen inside a capture
         for _ in range(3):
             runs[0]()
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for run in runs:
-            run()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            for run in runs:
+                run()
+    finally:
+        torch.cuda.set_stream(current)  # which a capture that fails does not do
 
     def replay(kept: Sequence[Callable[[], object]] = tuple(runs)) -> None:
         graph.replay()
 
     return Timed(replay, len(runs))
+
+
+def waits_for_gpu(run: Callable[[], object]) -> bool:
+    """Whether a call waits for the GPU, to read a number say; then it cannot become a CUDA graph."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return False
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -140,6 +190,19 @@ def copy_bandwidth(device: torch.device) -> float:
     target = torch.empty_like(source)
     (timing,) = measure_in_turns([Timed(lambda: target.copy_(source))], device, 0.2)
     return 2 * size / timing.percentile(50)
+
+
+def after(seconds: float | None) -> Callable[[], bool]:
+    """A function that tells whether `seconds` have passed since now; with None they never do."""
+    if seconds is None:
+        return never
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() > end
+
+
+def never() -> bool:
+    """No."""
+    return False
 
 
 def nbytes(*tensors: Tensor) -> int:
@@ -181,10 +244,13 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with "+changes" where files differ from it; None for an installed package."""
+    """The checkout's commit, with "+changes" where files differ from it; None for an installed package.
+
+    A copy without `.git` is told its commit by the environment variable VITRAIL_COMMIT.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("VITRAIL_COMMIT")
     try:
         commit = _git(root, "rev-parse", "--short=12", "HEAD")
         return commit + ("+changes" if _git(root, "status", "--porcelain") else "")

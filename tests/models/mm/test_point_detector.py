@@ -9,6 +9,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from vitrail.models.mm import center_head  # noqa: F401 -- registers the head
 from vitrail.models.mm.point_detector import PointDetector, create_point_backbone
 
 RANGE = (0.0, -8.0, -2.0, 16.0, 8.0, 2.0)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitrail.layers.rotated_boxes import points_in_boxes
+from vitrail.layers.rotated_boxes import points_in_boxes, wrap_angle
 from vitrail.models.mm.point_readers import KittiReader, NuScenesReader, PlainReader, PointDataError
 
 CALIB = """P2: 700 0 600 0 0 700 180 0 0 0 1 0
@@ -226,14 +226,93 @@ def test_nuscenes_tables(tmp_path: Path) -> None:
     assert len(NuScenesReader(tmp_path, "v1.0-mini", sweeps=1).points(1)) == 1
 
 
-def test_nuscenes_sample_sweep_is_read(tmp_path: Path, data_dir: Path) -> None:
+# A category of the data set for each of the names in boxes.json.
+CATEGORIES = {
+    "car": "vehicle.car",
+    "truck": "vehicle.truck",
+    "trailer": "vehicle.trailer",
+    "bus": "vehicle.bus.bendy",
+    "construction_vehicle": "vehicle.construction",
+    "bicycle": "vehicle.bicycle",
+    "motorcycle": "vehicle.motorcycle",
+    "pedestrian": "human.pedestrian.adult",
+    "traffic_cone": "movable_object.trafficcone",
+    "barrier": "movable_object.barrier",
+    "other": "movable_object.debris",
+}
+
+
+def _sample_tables(root: Path, scan: Path, objects: list[dict[str, Any]]) -> None:
+    """The sample's keyframe as `v1.0-trainval` has it: boxes in the world, which a turned sensor on a turned car sees.
+
+    Each object has an annotation half a second before and after, so far off as its velocity says.
+    """
+    yaw, at = {"ego": 0.7, "sensor": -1.2}, {"ego": [400.0, -30.0, 1.0], "sensor": [0.9, 0.1, 1.8]}
+    turn = yaw["ego"] + yaw["sensor"]
+
+    def rotate(x: float, y: float, angle: float) -> tuple[float, float]:
+        return x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)
+
+    sensor_x, sensor_y = rotate(*at["sensor"][:2], yaw["ego"])
+    annotations, instances = [], []
+    for i, entry in enumerate(objects):
+        x, y = rotate(*entry["box"][:2], turn)
+        vx, vy = rotate(*(v if math.isfinite(v) else 0.0 for v in entry["velocity"]), turn)
+        place = [x + sensor_x + at["ego"][0], y + sensor_y + at["ego"][1], entry["box"][2] + 2.8]
+        length, width, height, heading = entry["box"][3:]
+        instances.append({"token": f"i{i}", "category_token": entry["name"]})
+        for step in (-1, 0, 1):
+            annotations.append({
+                "token": f"a{i}{step}",
+                "sample_token": f"s{step}",
+                "instance_token": f"i{i}",
+                "translation": [place[0] + vx * step / 2, place[1] + vy * step / 2, place[2]],
+                "size": [width, length, height],
+                "rotation": _quaternion(heading + turn),
+                "prev": f"a{i}{step - 1}" if step > -1 else "",
+                "next": f"a{i}{step + 1}" if step < 1 else "",
+            })  # fmt: skip
+    time = 1_532_402_927_647_951
+    tables: dict[str, list[dict[str, Any]]] = {
+        "scene": [{"token": "sc", "name": "scene-0061"}],
+        "sample": [
+            {"token": f"s{step}", "timestamp": time + 500_000 * step, "scene_token": "sc"} for step in (-1, 0, 1)
+        ],
+        "sample_data": [{
+            "token": "d", "sample_token": "s0", "is_key_frame": True, "timestamp": time, "prev": "",
+            "ego_pose_token": "e", "calibrated_sensor_token": "c", "filename": f"samples/LIDAR_TOP/{scan.name}",
+        }],
+        "ego_pose": [{"token": "e", "translation": at["ego"], "rotation": _quaternion(yaw["ego"])}],
+        "calibrated_sensor": [{"token": "c", "translation": at["sensor"], "rotation": _quaternion(yaw["sensor"])}],
+        "category": [{"token": name, "name": category} for name, category in CATEGORIES.items()],
+        "instance": instances,
+        "sample_annotation": annotations,
+    }  # fmt: skip
+    (root / "v1.0-trainval").mkdir()
+    for name, rows in tables.items():
+        (root / f"v1.0-trainval/{name}.json").write_text(json.dumps(rows))
+    (root / "samples/LIDAR_TOP").mkdir(parents=True)
+    (root / "samples/LIDAR_TOP" / scan.name).write_bytes(scan.read_bytes())
+
+
+def test_nuscenes_sample_keyframe_in_the_data_sets_own_layout(tmp_path: Path, data_dir: Path) -> None:
     (path,) = (data_dir / "pointclouds/nuscenes").glob("n015*.pcd.bin")
     known = json.loads((data_dir / "pointclouds/boxes.json").read_text())[f"nuscenes/{path.name}"]
-    _nuscenes(tmp_path)
-    (tmp_path / "sweeps/LIDAR_TOP_a.bin").write_bytes(path.read_bytes())
-    points = NuScenesReader(tmp_path, "v1.0-mini", near=0).points(0)
+    _sample_tables(tmp_path, path, known)
+    (tmp_path / "train.txt").write_text("scene-0061\n")
+    reader = NuScenesReader(tmp_path, "v1.0-trainval", "train.txt", near=0)
+    assert len(reader) == 1
+    points, objects = reader.points(0), reader.objects(0)
     assert points.shape == (34688, 5)
-    inside = points_in_boxes(points, torch.tensor([entry["box"] for entry in known])).sum(1)
+    assert (points[:, 4] == 0).all()  # seconds before the keyframe
+    named = [entry["name"] if entry["name"] != "other" else CATEGORIES["other"] for entry in known]
+    assert objects.names == named
+    want = torch.tensor([entry["box"] for entry in known])
+    torch.testing.assert_close(objects.boxes[:, :6], want[:, :6], rtol=0, atol=1e-3)
+    assert wrap_angle(objects.boxes[:, 6] - want[:, 6]).abs().max() < 1e-3
+    moving = torch.tensor([[v if math.isfinite(v) else 0.0 for v in entry["velocity"]] for entry in known])
+    torch.testing.assert_close(objects.boxes[:, 7:], moving, rtol=0, atol=2e-3)
+    inside = points_in_boxes(points, objects.boxes).sum(1)
     assert inside.tolist() == pytest.approx([entry["num_points"] for entry in known], abs=2)
 
 

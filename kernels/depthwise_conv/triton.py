@@ -1,0 +1,431 @@
+"""Triton kernels of depth-wise convolution: index map, tiling and numerics.
+
+Index map. Maps are read where they lie, with any stride over images and rows: the values inside a packed projection are
+not copied. Positions outside the map are masked; at the bottom and right `pad_value` may take their place. The gradient
+of the map is the same kernel with the filter turned by 180 degrees. Adding the input (`skip`) is a one added to the
+filter's centre, so that it costs nothing, forward and backward.
+
+Tiling. A thread owns two channels and a patch of `ROWS` x `COLUMNS` outputs; a tile's first axis are patches, which lie
+anywhere in the batch. Triton cannot index into registers, so that a patch is a tuple of tiles, one for each pixel, and
+all loops over pixels and taps are unrolled. Every input pixel of the patch and its halo is loaded and converted once,
+then multiplied by all taps that meet it: for a 5x5 filter and patches of 4 x 4, 4 loads an output in place of 25. The
+filter stays in registers, which two channels a thread allow for 7x7 (98 numbers), more do not. Halos are read again by
+neighbouring patches, which run at about the same time, from the caches. The distance of pixels is a constant of the
+kernel (it is the model's width), so that it becomes an immediate offset of the loads.
+
+The gradients of the filter and the bias are sums over all pixels: a program takes every n-th tile of patches, keeps all
+taps' sums in registers and leaves them in a workspace, and a second kernel adds the workspace up in a fixed order.
+
+Numerics. Everything is accumulated in float32. GELU is exact; its backward recomputes the convolution. No atomics.
+"""
+
+# Kernels build tuples by adding to them: they cannot unpack.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, var-annotated"
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
+from vitrail.kernels._common.gradients import empty_gradient
+from vitrail.kernels._common.launch import launch
+
+_MOST_WARPS = 1584  # that sum up the filter's gradient: twelve for each multiprocessor of an H100
+_PARTS = 64  # sums of programs that are added at once
+
+
+class Tile(NamedTuple):
+    """Outputs (rows, columns) and channels of a thread, warps of a program."""
+
+    rows: int
+    columns: int
+    channels: int
+    warps: int
+
+
+_TILES = {3: Tile(4, 4, 2, 4), 5: Tile(4, 4, 2, 4), 7: Tile(4, 4, 2, 4)}
+# One warp holds one patch: nothing is exchanged when a program ends.
+_GRADIENT_TILES = {3: Tile(4, 4, 2, 1), 5: Tile(4, 4, 2, 1), 7: Tile(4, 4, 2, 1)}
+
+
+@triton.jit
+def _places(program, n_patches, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PATCHES: tl.constexpr):
+    """A program's patches of a (B, height, width) map -> (image, first row, first column), (PATCHES,) each."""
+    patch = program * PATCHES + tl.arange(0, PATCHES)
+    columns = tl.cdiv(width, COLUMNS)
+    rows = tl.cdiv(height, ROWS)
+    image = patch // (rows * columns)
+    # Patches behind the last one lie below every map: their masks are empty without a condition of their own.
+    y = tl.where(patch < n_patches, (patch // columns) % rows * ROWS, 1 << 29)
+    return image, y, patch % columns * COLUMNS
+
+
+@triton.jit
+def _channels(block, DIM: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr):
+    """Channels of a block and whether they exist, (PATCHES, CHANNELS) each.
+
+    Whole tiles, also of what depends on channels only: loads then have one layout, and nothing is exchanged.
+    """
+    channels = tl.zeros((PATCHES, 1), tl.int32) + block * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    return channels, (channels < DIM) | (DIM % CHANNELS == 0)
+
+
+@triton.jit
+def _float32(tile, PAIRS: tl.constexpr):
+    """Converts to float32. PAIRS: a thread holds pairs of bfloat16, which take one instruction each, not two."""
+    if PAIRS and tile.dtype == tl.bfloat16:
+        tile = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [tile], tl.float32, is_pure=True, pack=2
+        )
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def _corner(ptr, stride_b, stride_y, image, y, x, channels, PIXEL: tl.constexpr):
+    """Pointers to the channels of pixel (y, x) of every patch, (PATCHES, CHANNELS)."""
+    base = image.to(tl.int64) * stride_b + y.to(tl.int64) * stride_y + x.to(tl.int64) * PIXEL
+    return ptr + base[:, None] + channels
+
+
+@triton.jit
+def _load_row(
+    corner, pad_ptr, y, x, channels, exists, height, width, pad_bottom, pad_right,
+    COUNT: tl.constexpr, PIXEL: tl.constexpr, HAS_PAD: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """COUNT pixels from (y, x) on, where `corner` points to, of every patch; a tuple of float32 tiles."""
+    # Unsigned, a negative number is a large one.
+    row_real = y.to(tl.uint32) < height.to(tl.uint32)
+    tiles = ()
+    for i in tl.static_range(COUNT):
+        real = (row_real & ((x + i).to(tl.uint32) < width.to(tl.uint32)))[:, None] & exists
+        tile = tl.load(corner + i * PIXEL, mask=real, other=0.0)
+        if HAS_PAD:
+            below = (y >= height) & (y < height + pad_bottom) & (x + i >= 0) & (x + i < width + pad_right)
+            beside = (x + i >= width) & (x + i < width + pad_right) & (y >= 0) & (y < height)
+            padded = (below | beside)[:, None] & exists
+            tile = tl.where(padded, tl.load(pad_ptr + channels, mask=padded, other=0.0).to(tile.dtype), tile)
+        tiles = tiles + (_float32(tile, PAIRS),)
+    return tiles
+
+
+@triton.jit
+def _gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _gelu_slope(x):
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+
+
+@triton.jit(
+    do_not_specialize=[
+        "height",
+        "width",
+        "pad_bottom",
+        "pad_right",
+        "out_height",
+        "out_width",
+        "origin_y",
+        "origin_x",
+        "n_patches",
+    ]
+)
+def _depthwise_conv_kernel(
+    x_ptr, weight_ptr, bias_ptr, pad_ptr, other_ptr, out_ptr, x_strides, other_strides,
+    height, width, pad_bottom, pad_right, out_height, out_width, origin_y, origin_x, n_patches,
+    DIM: tl.constexpr, PIXEL: tl.constexpr, OTHER_PIXEL: tl.constexpr, K: tl.constexpr, TURNED: tl.constexpr,
+    SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, GELU: tl.constexpr, OTHER: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """One tile of patches. The output's first pixel is (origin_y, origin_x) of the input.
+
+    OTHER: None, "add" to add a second map, or "slope" to multiply it by the slope of GELU at the convolution.
+    """
+    n_blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
+    channels, exists = _channels(tl.program_id(0) % n_blocks, DIM, PATCHES, CHANNELS)
+    image, out_y, out_x = _places(
+        tl.program_id(0) // n_blocks, n_patches, out_height, out_width, ROWS, COLUMNS, PATCHES
+    )
+    weights = ()
+    for tap in tl.static_range(K * K):
+        place = weight_ptr + channels + ((K * K - 1 - tap) if TURNED else tap) * DIM
+        weight = _float32(tl.load(place, mask=exists, other=0.0), PAIRS)
+        if SKIP and tap == K * K // 2:
+            weight += 1.0
+        weights = weights + (weight,)
+    start = tl.zeros((PATCHES, CHANNELS), tl.float32)
+    if HAS_BIAS:
+        start = _float32(tl.load(bias_ptr + channels, mask=exists, other=0.0), PAIRS)
+    sums = ()
+    for _ in tl.static_range(ROWS * COLUMNS):
+        sums = sums + (start,)
+
+    y = out_y + origin_y - K // 2
+    x = out_x + origin_x - K // 2
+    corner = _corner(x_ptr, x_strides[0], x_strides[1], image, y, x, channels, PIXEL)
+    for row in tl.static_range(ROWS + K - 1):
+        tiles = _load_row(
+            corner + row * x_strides[1], pad_ptr, y + row, x, channels, exists, height, width, pad_bottom, pad_right,
+            COLUMNS + K - 1, PIXEL, HAS_PAD, PAIRS,
+        )  # fmt: skip
+        updated = ()
+        for pixel in tl.static_range(ROWS * COLUMNS):
+            total = sums[pixel]
+            if row >= pixel // COLUMNS and row < pixel // COLUMNS + K:
+                for dx in tl.static_range(K):
+                    total = tl.fma(tiles[pixel % COLUMNS + dx], weights[(row - pixel // COLUMNS) * K + dx], total)
+            updated = updated + (total,)
+        sums = updated
+
+    stride_y = out_width.to(tl.int64) * DIM
+    corner = _corner(out_ptr, out_height * stride_y, stride_y, image, out_y, out_x, channels, DIM)
+    if OTHER is not None:
+        other_corner = _corner(
+            other_ptr, other_strides[0], other_strides[1], image, out_y, out_x, channels, OTHER_PIXEL
+        )
+    for row in tl.static_range(ROWS):
+        others = ()
+        if OTHER is not None:
+            others = _load_row(
+                other_corner + row * other_strides[1], pad_ptr, out_y + row, out_x, channels, exists,
+                out_height, out_width, 0, 0, COLUMNS, OTHER_PIXEL, False, PAIRS,
+            )  # fmt: skip
+        for column in tl.static_range(COLUMNS):
+            total = sums[row * COLUMNS + column]
+            if GELU:
+                total = _gelu(total)
+            if OTHER == "add":
+                total += others[column]
+            if OTHER == "slope":
+                total = others[column] * _gelu_slope(total)
+            inside = ((out_y + row < out_height) & (out_x + column < out_width))[:, None] & exists
+            tl.store(corner + row * stride_y + column * DIM, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["height", "width", "pad_bottom", "pad_right", "n_patches", "n_parts"])
+def _filter_gradient_kernel(
+    x_ptr, grad_ptr, pad_ptr, parts_ptr, x_strides, grad_strides,
+    height, width, pad_bottom, pad_right, n_patches, n_parts,
+    DIM: tl.constexpr, PIXEL: tl.constexpr, GRAD_PIXEL: tl.constexpr, K: tl.constexpr, HAS_PAD: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """One program's sums of `grad * x` at every tap, then of `grad`: (parts, K * K + 1, DIM)."""
+    n_blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
+    block = tl.program_id(0) % n_blocks
+    part = tl.program_id(0) // n_blocks
+    channels, exists = _channels(block, DIM, PATCHES, CHANNELS)
+    sums = ()
+    for _ in tl.static_range(K * K + 1):
+        sums = sums + (tl.zeros((PATCHES, CHANNELS), tl.float32),)
+    for tile in range(part, tl.cdiv(n_patches, PATCHES), n_parts):
+        image, out_y, out_x = _places(tile, n_patches, height, width, ROWS, COLUMNS, PATCHES)
+        corner = _corner(grad_ptr, grad_strides[0], grad_strides[1], image, out_y, out_x, channels, GRAD_PIXEL)
+        grads = ()
+        for row in tl.static_range(ROWS):
+            grads = grads + _load_row(
+                corner + row * grad_strides[1], pad_ptr, out_y + row, out_x, channels, exists,
+                height, width, pad_bottom, pad_right, COLUMNS, GRAD_PIXEL, False, PAIRS,
+            )  # fmt: skip
+        y = out_y - K // 2
+        x = out_x - K // 2
+        corner = _corner(x_ptr, x_strides[0], x_strides[1], image, y, x, channels, PIXEL)
+        for row in tl.static_range(ROWS + K - 1):
+            tiles = _load_row(
+                corner + row * x_strides[1], pad_ptr, y + row, x, channels, exists,
+                height, width, pad_bottom, pad_right, COLUMNS + K - 1, PIXEL, HAS_PAD, PAIRS,
+            )  # fmt: skip
+            updated = ()
+            for tap in tl.static_range(K * K + 1):
+                total = sums[tap]
+                if tap < K * K and row >= tap // K and row < tap // K + ROWS:
+                    for column in tl.static_range(COLUMNS):
+                        total = tl.fma(tiles[column + tap % K], grads[(row - tap // K) * COLUMNS + column], total)
+                if tap == K * K and row < ROWS:
+                    for column in tl.static_range(COLUMNS):
+                        total += grads[row * COLUMNS + column]
+                updated = updated + (total,)
+            sums = updated
+    outs = block * CHANNELS + tl.arange(0, CHANNELS)
+    for tap in tl.static_range(K * K + 1):
+        place = (part * (K * K + 1) + tap) * DIM + outs
+        tl.store(parts_ptr + place, tl.sum(sums[tap], 0), mask=outs < DIM)
+
+
+@triton.jit(do_not_specialize=["n_parts"])
+def _add_parts_kernel(
+    parts_ptr, d_weight_ptr, d_bias_ptr, n_parts, HAS_BIAS: tl.constexpr,
+    DIM: tl.constexpr, TAPS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Adds up (parts, TAPS + 1, DIM) in order: gradients of the filter (DIM, TAPS) and of the bias (DIM,)."""
+    tap = tl.program_id(0)
+    channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = channels < DIM
+    total = tl.zeros((PARTS, CHANNELS), tl.float32)
+    for start in range(0, n_parts, PARTS):
+        parts = start + tl.arange(0, PARTS)
+        place = (parts * (TAPS + 1) + tap)[:, None] * DIM + channels[None, :]
+        total += tl.load(parts_ptr + place, mask=(parts < n_parts)[:, None] & exists[None, :], other=0.0)
+    gradient = tl.sum(total, 0)
+    if tap < TAPS:
+        tl.store(d_weight_ptr + channels * TAPS + tap, gradient.to(d_weight_ptr.dtype.element_ty), mask=exists)
+    elif HAS_BIAS:
+        tl.store(d_bias_ptr + channels, gradient.to(d_bias_ptr.dtype.element_ty), mask=exists)
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """(C, 1, K, K) -> (K * K, C): neighbouring channels side by side."""
+    return weight.flatten(1).t().contiguous()
+
+
+def _as_map(x: Tensor) -> Tensor:
+    """The kernels step through channels one by one, over pixels by a constant; other layouts are copied."""
+    stride = x.stride(2)
+    return x if x.stride(3) == 1 and stride % x.shape[3] == 0 and stride <= 4 * x.shape[3] else x.contiguous()
+
+
+def _tile_options(tile: Tile, dim: int) -> dict[str, Any]:
+    """What the kernels' tiles have in common."""
+    channels = math.gcd(dim, 64)
+    if channels < 16:  # no whole tiles: masked ones
+        channels = max(16, min(64, triton.next_power_of_2(dim)))
+    return {
+        "DIM": dim,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "CHANNELS": channels,
+        "PATCHES": max(1, 32 * tile.warps * tile.channels // channels),
+        "PAIRS": tile.channels % 2 == 0 and not TRITON_INTERPRETED,
+        "num_warps": tile.warps,
+        "num_stages": 1,
+    }
+
+
+def _n_patches(shape: Sequence[int], tile: Tile) -> int:
+    return shape[0] * math.ceil(shape[1] / tile.rows) * math.ceil(shape[2] / tile.columns)
+
+
+def _convolve(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None = None,
+    pad_value: Tensor | None = None,
+    pads: Sequence[int] = (0, 0),
+    other: Tensor | None = None,
+    role: str | None = None,
+    gelu: bool = False,
+    turned: bool = False,
+    skip: bool = False,
+    size: Sequence[int] | None = None,
+    origin: Sequence[int] = (0, 0),
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """One launch; `role` says what happens to `other`, `size` and `origin` cut another window than the map itself."""
+    x = _as_map(x)
+    batch, height, width, dim = x.shape
+    out_height, out_width = (height, width) if size is None else size
+    out = torch.empty((batch, out_height, out_width, dim), dtype=dtype or x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    kernel_size = math.isqrt(len(taps))
+    tile = _TILES[kernel_size]
+    options = _tile_options(tile, dim)
+    n_patches = _n_patches(out.shape, tile)
+    added = x if other is None else _as_map(other)
+    grid = (triton.cdiv(n_patches, options["PATCHES"]) * triton.cdiv(dim, options["CHANNELS"]),)
+    launch(
+        _depthwise_conv_kernel, grid,
+        x, taps, taps if bias is None else bias, x if pad_value is None else pad_value, added, out,
+        x.stride()[:2], added.stride()[:2], height, width, *pads, out_height, out_width, *origin, n_patches,
+        PIXEL=x.stride(2), OTHER_PIXEL=added.stride(2), K=kernel_size, TURNED=turned, SKIP=skip,
+        HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, GELU=gelu, OTHER=role if other is not None else None,
+        **options,
+    )  # fmt: skip
+    return out
+
+
+def _filter_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pad_value: Tensor | None, pads: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the filter and of the bias (empty if there is none)."""
+    d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    d_bias = empty_gradient(weight) if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    if x.numel() == 0:
+        return d_weight.zero_(), d_bias.zero_()
+    x, grad = _as_map(x), _as_map(grad)
+    kernel_size, dim = weight.shape[-1], x.shape[3]
+    tile = _GRADIENT_TILES[kernel_size]
+    options = _tile_options(tile, dim)
+    n_patches = _n_patches(x.shape, tile)
+    n_tiles, n_blocks = triton.cdiv(n_patches, options["PATCHES"]), triton.cdiv(dim, options["CHANNELS"])
+    most_parts = max(1, _MOST_WARPS // (tile.warps * n_blocks))
+    n_parts = triton.cdiv(n_tiles, triton.cdiv(n_tiles, most_parts))  # all with as many tiles, but for the last ones
+    taps = kernel_size**2
+    parts = torch.empty((n_parts, taps + 1, dim), dtype=torch.float32, device=x.device)
+    launch(
+        _filter_gradient_kernel, (n_parts * n_blocks,),
+        x, grad, x if pad_value is None else pad_value, parts, x.stride()[:2], grad.stride()[:2],
+        x.shape[1], x.shape[2], *pads, n_patches, n_parts,
+        PIXEL=x.stride(2), GRAD_PIXEL=grad.stride(2), K=kernel_size, HAS_PAD=pad_value is not None, **options,
+    )  # fmt: skip
+    launch(
+        _add_parts_kernel, (taps + 1, triton.cdiv(dim, 16)), parts, d_weight, d_bias, n_parts,
+        HAS_BIAS=bias is not None, DIM=dim, TAPS=taps, PARTS=_PARTS, CHANNELS=16, num_warps=4,
+    )  # fmt: skip
+    return d_weight, d_bias
+
+
+def _pad_gradient(grad: Tensor, taps: Tensor, pads: Sequence[int]) -> Tensor:
+    """Gradient of what the padding holds: the map's gradient, summed over what lies below and beside the map."""
+    height, width = grad.shape[1:3]
+    reach = math.isqrt(len(taps)) // 2
+    bottom, right = min(pads[0], reach), min(pads[1], reach)
+    below = _convolve(
+        grad, taps, turned=True, size=(bottom, width + right), origin=(height, 0), dtype=torch.float32
+    )  # fmt: skip
+    beside = _convolve(grad, taps, turned=True, size=(height, right), origin=(0, width), dtype=torch.float32)
+    return below.sum((0, 1, 2)) + beside.sum((0, 1, 2))
+
+
+def depthwise_conv_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pad_value: Tensor | None,
+    residual: Tensor | None,
+    pads: Sequence[int],
+    gelu: bool,
+    skip: bool,
+) -> Tensor:
+    """Fused forward; arguments as in `depthwise_conv_reference`."""
+    if skip and gelu:  # behind GELU the input cannot be part of the filter
+        residual = x if residual is None else residual + x
+    return _convolve(x, _taps(weight), bias, pad_value, pads, residual, "add", gelu=gelu, skip=skip and not gelu)
+
+
+def depthwise_conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pad_value: Tensor | None,
+    pads: Sequence[int],
+    gelu: bool,
+    skip: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fused gradients of x, weight, bias and pad_value, empty for those that are absent."""
+    taps = _taps(weight)
+    passed = grad if skip and gelu else None
+    if gelu:
+        grad = _convolve(x, taps, bias, pad_value, pads, grad, "slope")
+    d_x = _convolve(grad, taps, other=passed, role="add", turned=True, skip=skip and not gelu)
+    d_pad = empty_gradient(x) if pad_value is None else _pad_gradient(grad, taps, pads).to(pad_value.dtype)
+    return d_x, *_filter_gradients(grad, x, weight, bias, pad_value, pads), d_pad

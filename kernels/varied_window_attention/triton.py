@@ -1,0 +1,550 @@
+"""Triton kernels of varied-size window attention: index map, tiling, numerics, roofline and what was tried.
+
+Index map. A window's token t stands at row t // ww and column t % ww of its window; the window's place minus the
+padding at the start is a pixel. Queries whose pixel lies outside the map are neither read nor written. The key and the
+value of token t are mixed from the four pixels around a point, (centre + offset + stretch * place) along each axis;
+pixels outside the map are zeros.
+
+Tiling. A window of at most 64 tokens is one tile. In the forward and the first backward kernel a program keeps one
+head's bias in registers and walks over windows; neighbouring programs work on the heads of the same windows. They
+gather the samples' four pixels row by row, which the caches serve: a pixel has a share in about four samples.
+The first backward kernel leaves the gradients of the sampled keys and values, rounded to the inputs' dtype, in a
+workspace. The second has one tile of 8 x 8 pixels and one head a program. It tries all windows of the image, 64 at
+once, by the rectangle that their samples span, and visits those that reach the tile in raster order: the matrix of
+bilinear weights, an outer product of the shares along both axes, times the samples' gradients. So nothing is
+scattered, sorted or added atomically, any number of samples may fall on one pixel, and results do not depend on the
+schedule.
+
+Numerics. Coordinates, bilinear mixtures, logits, softmax and all sums are float32; samples, attention weights and, in
+the second backward kernel, bilinear weights are rounded to the inputs' dtype before they enter a product. float32
+inputs use full float32 products. The backward samples and attends anew, so that no result of the forward is needed.
+Where a coordinate is whole, its gradient is that from above. A window with a coordinate that is NaN gives the map no
+gradient; a NaN in a window's gradients spreads over the tiles of pixels that the window reaches.
+
+Roofline. The forward must move four maps (q, k, v, out), 154 MB at batch 64, 56 x 56 x 96 and bfloat16: 0.05 ms at
+3 TB/s. The backward must move seven, and with the workspace eleven. A window and head takes about 1,050 instructions
+of each of 128 threads in the forward, 2,300 in the first backward kernel, and 300 for each tile it reaches in the
+second: all three are bound by instructions issued and by latency rather than by bytes.
+
+What was tried, judged by code compiled for sm_90 (bfloat16, D = 32, 7 x 7):
+
+=================================================  =====================================================================
+idea                                               what came of it
+=================================================  =====================================================================
+8 warps a window in the first backward kernel      each half computes the whole 64 x 64 tile: as many registers, twice
+                                                   the instructions
+bias read anew for each window of the backward     its 32 addresses a thread take the registers that it leaves
+bias gradient stored without padding to the tile   offsets and masks stay in registers across the loop: spills
+hoisting of loop invariants in the backward        addresses in shared memory stay in registers across the loop: spills
+pixels kept in registers for the gradients of      more registers than there are; they are read again from the caches
+coordinates
+sums over channels in the products' layout         converts eight tiles; instead the samples' gradients are read back
+one sum over tokens for each of four results       three more rounds of barriers than one sum of all four
+weights of the second kernel from distances of     8,192 shares where rows and columns have 128; instead their outer
+all pixels and samples                             product
+samples sorted by pixel, then lists for pixels     not built: the sort and four gathers of every sample's gradients
+                                                   move more than the tiles' products
+=================================================  =====================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vitrail.kernels._common.gradients import empty_gradient
+from vitrail.kernels._common.launch import Config, launch, map_strides, multiprocessors, unit_stride
+
+_LOG2E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def _coordinate(offset, stretch, count, place, size, pad, LENGTH: tl.constexpr):
+    """Where along one axis the samples at some places of a window lie, the `count`-th window along that axis."""
+    middle = (LENGTH - 1) / 2
+    at = (count * LENGTH - pad + middle) + offset + stretch * (place - middle)
+    # Comparisons keep NaN. Beyond these bounds all is zero; without them huge predictions would overflow the index.
+    at = tl.where(at < -2, -2.0, at)
+    return tl.where(at > size + 1, size + 1.0, at)
+
+
+@triton.jit
+def _neighbour(at):
+    """A coordinate's neighbour from below, as an index, and the share of the neighbour from above."""
+    low = tl.floor(at)
+    return tl.where(low == low, low, -2.0).to(tl.int32), at - low
+
+
+@triton.jit
+def _corners(ptr, at_y, at_x, exists, height, width, strides, HEAD_DIM: tl.constexpr):
+    """Rows (tokens, HEAD_DIM) of one image and head at the four pixels around some points, zeros outside the map."""
+    y, _ = _neighbour(at_y)
+    x, _ = _neighbour(at_x)
+    above, below = exists & (y >= 0) & (y < height), exists & (y >= -1) & (y < height - 1)
+    left, right = (x >= 0) & (x < width), (x >= -1) & (x < width - 1)
+    channels = tl.arange(0, HEAD_DIM)[None, :]
+    upper_left = ptr + (y.to(tl.int64) * strides[1] + x.to(tl.int64) * strides[2])[:, None] + channels
+    upper_right, lower_left = upper_left + strides[2], upper_left + strides[1]
+    return (
+        tl.load(upper_left, mask=(above & left)[:, None], other=0.0),
+        tl.load(upper_right, mask=(above & right)[:, None], other=0.0),
+        tl.load(lower_left, mask=(below & left)[:, None], other=0.0),
+        tl.load(lower_left + strides[2], mask=(below & right)[:, None], other=0.0),
+    )
+
+
+@triton.jit
+def _sample(ptr, at_y, at_x, exists, height, width, strides, HEAD_DIM: tl.constexpr):
+    """Bilinear interpolation at some points, (tokens, HEAD_DIM), in the map's dtype."""
+    upper_left, upper_right, lower_left, lower_right = _corners(
+        ptr, at_y, at_x, exists, height, width, strides, HEAD_DIM
+    )
+    _, lower = _neighbour(at_y)
+    _, right = _neighbour(at_x)
+    mixed = upper_left.to(tl.float32) * ((1 - lower) * (1 - right))[:, None]
+    mixed += upper_right.to(tl.float32) * ((1 - lower) * right)[:, None]
+    mixed += lower_left.to(tl.float32) * (lower * (1 - right))[:, None]
+    mixed += lower_right.to(tl.float32) * (lower * right)[:, None]
+    return mixed.to(ptr.dtype.element_ty)
+
+
+@triton.jit
+def _slopes(
+    k_ptr, v_ptr, d_k, d_v, at_y, at_x, exists, height, width, k_strides, v_strides, HEAD_DIM: tl.constexpr
+):  # fmt: skip
+    """Gradients of the samples' coordinates, (tokens,) each, from those of the sampled keys and values."""
+    k_corners = _corners(k_ptr, at_y, at_x, exists, height, width, k_strides, HEAD_DIM)
+    v_corners = _corners(v_ptr, at_y, at_x, exists, height, width, v_strides, HEAD_DIM)
+    upper_left = tl.sum(k_corners[0].to(tl.float32) * d_k + v_corners[0].to(tl.float32) * d_v, 1)
+    upper_right = tl.sum(k_corners[1].to(tl.float32) * d_k + v_corners[1].to(tl.float32) * d_v, 1)
+    lower_left = tl.sum(k_corners[2].to(tl.float32) * d_k + v_corners[2].to(tl.float32) * d_v, 1)
+    lower_right = tl.sum(k_corners[3].to(tl.float32) * d_k + v_corners[3].to(tl.float32) * d_v, 1)
+    _, lower = _neighbour(at_y)
+    _, right = _neighbour(at_x)
+    d_y = (1 - right) * (lower_left - upper_left) + right * (lower_right - upper_right)
+    d_x = (1 - lower) * (upper_right - upper_left) + lower * (lower_right - lower_left)
+    return d_y, d_x
+
+
+@triton.jit
+def _offsets(image, y, x, head, strides, HEAD_DIM: tl.constexpr):
+    """Element offsets (tokens, HEAD_DIM) into a (B, H, W, heads, D) tensor whose last stride is 1."""
+    stride_b, stride_y, stride_x, stride_h = strides
+    rows = image.to(tl.int64) * stride_b + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x + head * stride_h
+    return rows[:, None] + tl.arange(0, HEAD_DIM)[None, :]
+
+
+@triton.jit
+def _map_of(ptr, image, head, strides):
+    """Pointer to one head of one image in a (B, H, W, heads, D) tensor."""
+    return ptr + image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[3]
+
+
+@triton.jit
+def _load_bias(ptr, head, tokens, N_TOKENS: tl.constexpr):
+    """Bias tile of one head, in units of log2; keys that do not exist have minus infinity."""
+    offsets = (head * N_TOKENS + tokens[:, None]) * N_TOKENS + tokens[None, :]
+    inside = (tokens[:, None] < N_TOKENS) & (tokens[None, :] < N_TOKENS)
+    bias = tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32) * _LOG2E
+    return tl.where(tokens[None, :] < N_TOKENS, bias, float("-inf"))
+
+
+@triton.jit
+def _weights(q, k, b_bias, exists, scale, HAS_BIAS: tl.constexpr):
+    """Softmax weights before their division by their sums, and those sums."""
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
+    if HAS_BIAS:
+        logits += b_bias
+    else:
+        logits = tl.where(exists[None, :], logits, float("-inf"))
+    weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
+    return weights, tl.sum(weights, 1)
+
+
+@triton.jit
+def _moved(ptr, prediction):
+    """What is predicted for one window and head, vertically and horizontally, from (B, rows, columns, heads, 2)."""
+    return tl.load(ptr + 2 * prediction).to(tl.float32), tl.load(ptr + 2 * prediction + 1).to(tl.float32)
+
+
+@triton.jit
+def _points(
+    offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width, pad_y, pad_x,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
+):  # fmt: skip
+    """Vertical and horizontal coordinates of a window's samples in one head, (tokens,) each."""
+    down, right = _moved(offsets_ptr, prediction)
+    vertical, horizontal = _moved(stretch_ptr, prediction)
+    at_y = _coordinate(down, vertical, row, tokens // WINDOW_W, height, pad_y, WINDOW_H)
+    at_x = _coordinate(right, horizontal, column, tokens % WINDOW_W, width, pad_x, WINDOW_W)
+    return at_y, at_x
+
+
+@triton.jit
+def _place(window, head, rows, columns, n_heads):
+    """(image, row, column) of a window, and the index of what is predicted for it in one head."""
+    image, local = window // (rows * columns), window % (rows * columns)
+    prediction = (image.to(tl.int64) * (rows * columns) + local) * n_heads + head
+    return image, local // columns, local % columns, prediction
+
+
+@triton.jit
+def _pixels(
+    tokens, row, column, height, width, pad_y, pad_x,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
+):  # fmt: skip
+    """Where a window's queries stand, and whether that is inside the map."""
+    y = row * WINDOW_H - pad_y + tokens // WINDOW_W
+    x = column * WINDOW_W - pad_x + tokens % WINDOW_W
+    return y, x, (tokens < WINDOW_H * WINDOW_W) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+
+
+@triton.jit(do_not_specialize=["height", "width", "rows", "columns", "pad_y", "pad_x", "n_windows"])
+def _varied_window_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, offsets_ptr, stretch_ptr, bias_ptr, out_ptr,
+    q_strides, k_strides, v_strides, out_strides, height, width, rows, columns, pad_y, pad_x, n_windows, n_heads, scale,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """One program: one head, every `step`-th window, each a single tile."""
+    N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
+    head = tl.program_id(0) % n_heads
+    step = tl.num_programs(0) // n_heads
+    tokens = tl.arange(0, BLOCK)
+    exists = tokens < N_TOKENS
+    b_bias = 0.0
+    if HAS_BIAS:
+        b_bias = _load_bias(bias_ptr, head, tokens, N_TOKENS)
+    for window in range(tl.program_id(0) // n_heads, n_windows, step):
+        image, row, column, prediction = _place(window, head, rows, columns, n_heads)
+        at_y, at_x = _points(
+            offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width, pad_y, pad_x, WINDOW_H, WINDOW_W
+        )
+        y, x, real = _pixels(tokens, row, column, height, width, pad_y, pad_x, WINDOW_H, WINDOW_W)
+        q = tl.load(q_ptr + _offsets(image, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
+        k = _sample(_map_of(k_ptr, image, head, k_strides), at_y, at_x, exists, height, width, k_strides, HEAD_DIM)
+        v = _sample(_map_of(v_ptr, image, head, v_strides), at_y, at_x, exists, height, width, v_strides, HEAD_DIM)
+        weights, total = _weights(q, k, b_bias, exists, scale, HAS_BIAS)
+        out = tl.dot(weights.to(v.dtype), v, input_precision="ieee") / total[:, None]
+        tl.store(
+            out_ptr + _offsets(image, y, x, head, out_strides, HEAD_DIM),
+            out.to(out_ptr.dtype.element_ty),
+            mask=real[:, None],
+        )
+
+
+@triton.jit(do_not_specialize=["height", "width", "rows", "columns", "pad_y", "pad_x", "n_windows"])
+def _varied_window_bwd_kernel(
+    grad_ptr, q_ptr, k_ptr, v_ptr, offsets_ptr, stretch_ptr, bias_ptr,
+    d_q_ptr, d_samples_ptr, d_offsets_ptr, d_stretch_ptr, d_bias_ptr,
+    grad_strides, q_strides, k_strides, v_strides, d_q_strides,
+    height, width, rows, columns, pad_y, pad_x, n_windows, n_heads, scale,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Gradients of everything but the maps of keys and values, for which it leaves those of the samples.
+
+    Programs are those of `_varied_window_fwd_kernel`; each writes one partial gradient of the bias.
+    """
+    N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
+    head = tl.program_id(0) % n_heads
+    step = tl.num_programs(0) // n_heads
+    tokens = tl.arange(0, BLOCK)
+    exists = tokens < N_TOKENS
+    b_bias = 0.0
+    if HAS_BIAS:
+        b_bias = _load_bias(bias_ptr, head, tokens, N_TOKENS)
+        d_bias = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for window in tl.range(tl.program_id(0) // n_heads, n_windows, step, disable_licm=True):
+        image, row, column, prediction = _place(window, head, rows, columns, n_heads)
+        at_y, at_x = _points(
+            offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width, pad_y, pad_x, WINDOW_H, WINDOW_W
+        )
+        y, x, real = _pixels(tokens, row, column, height, width, pad_y, pad_x, WINDOW_H, WINDOW_W)
+        q = tl.load(q_ptr + _offsets(image, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
+        grad = tl.load(grad_ptr + _offsets(image, y, x, head, grad_strides, HEAD_DIM), mask=real[:, None], other=0.0)
+        k_map = _map_of(k_ptr, image, head, k_strides)
+        v_map = _map_of(v_ptr, image, head, v_strides)
+        k = _sample(k_map, at_y, at_x, exists, height, width, k_strides, HEAD_DIM)
+        v = _sample(v_map, at_y, at_x, exists, height, width, v_strides, HEAD_DIM)
+        weights, total = _weights(q, k, b_bias, exists, scale, HAS_BIAS)
+        weights = weights / total[:, None]
+        d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
+        d_logits = weights * (d_weights - tl.sum(weights * d_weights, 1)[:, None])
+        if HAS_BIAS:
+            d_bias += d_logits
+        d_scores = d_logits.to(q.dtype)
+        d_q = tl.dot(d_scores, k, input_precision="ieee") * scale
+        tl.store(d_q_ptr + _offsets(image, y, x, head, d_q_strides, HEAD_DIM), d_q.to(q.dtype), mask=real[:, None])
+        d_k = tl.dot(tl.trans(d_scores), q, input_precision="ieee") * scale
+        d_v = tl.dot(tl.trans(weights.to(v.dtype)), grad, input_precision="ieee")
+        samples = d_samples_ptr + (prediction * N_TOKENS + tokens)[:, None] * (2 * HEAD_DIM)
+        samples += tl.arange(0, HEAD_DIM)[None, :]
+        tl.store(samples, d_k.to(k.dtype), mask=exists[:, None])
+        tl.store(samples + HEAD_DIM, d_v.to(v.dtype), mask=exists[:, None])
+        # Sums over channels want another layout than products leave, and get it from memory.
+        tl.debug_barrier()
+        d_k = tl.load(samples, mask=exists[:, None], other=0.0).to(tl.float32)
+        d_v = tl.load(samples + HEAD_DIM, mask=exists[:, None], other=0.0).to(tl.float32)
+        at_y, at_x = _points(
+            offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width, pad_y, pad_x, WINDOW_H, WINDOW_W
+        )
+        d_y, d_x = _slopes(k_map, v_map, d_k, d_v, at_y, at_x, exists, height, width, k_strides, v_strides, HEAD_DIM)
+        from_middle_y = tokens // WINDOW_W - (WINDOW_H - 1) / 2
+        from_middle_x = tokens % WINDOW_W - (WINDOW_W - 1) / 2
+        d_moved = tl.join(tl.join(d_y, d_x), tl.join(d_y * from_middle_y, d_x * from_middle_x))
+        d_offsets, d_stretch = tl.split(tl.sum(d_moved, 0))
+        axes = 2 * prediction + tl.arange(0, 2)
+        tl.store(d_offsets_ptr + axes, d_offsets.to(d_offsets_ptr.dtype.element_ty))
+        tl.store(d_stretch_ptr + axes, d_stretch.to(d_stretch_ptr.dtype.element_ty))
+    if HAS_BIAS:
+        tl.store(d_bias_ptr + (tl.program_id(0) * BLOCK + tokens[:, None]) * BLOCK + tokens[None, :], d_bias)
+
+
+@triton.jit
+def _meets(low, high, first, LENGTH: tl.constexpr):
+    """Whether a sample between two coordinates, in any order, can have a neighbour among LENGTH pixels."""
+    return (tl.maximum(low, high) > first - 1) & (tl.minimum(low, high) < first + LENGTH)
+
+
+@triton.jit
+def _tents(at, exists, first, LENGTH: tl.constexpr):
+    """Share of each pixel from `first` on in samples at some coordinates, (pixels, samples); zero for NaN."""
+    shares = 1 - tl.abs(at[None, :] - (first + tl.arange(0, LENGTH))[:, None].to(tl.float32))
+    return tl.where((shares > 0) & exists[None, :], shares, 0.0)
+
+
+@triton.jit
+def _reaches(
+    offsets_ptr, stretch_ptr, image, listed, head, n_heads, top, left, height, width, rows, columns,
+    pad_y, pad_x, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+):  # fmt: skip
+    """Which of an image's listed windows have samples that a pixel of the tile has a share in."""
+    known = listed < rows * columns
+    predictions = (image.to(tl.int64) * (rows * columns) + tl.where(known, listed, 0)) * n_heads + head
+    down, right = _moved(offsets_ptr, predictions)
+    vertical, horizontal = _moved(stretch_ptr, predictions)
+    row, column = listed // columns, listed % columns
+    from_y = _coordinate(down, vertical, row, 0, height, pad_y, WINDOW_H)
+    to_y = _coordinate(down, vertical, row, WINDOW_H - 1, height, pad_y, WINDOW_H)
+    from_x = _coordinate(right, horizontal, column, 0, width, pad_x, WINDOW_W)
+    to_x = _coordinate(right, horizontal, column, WINDOW_W - 1, width, pad_x, WINDOW_W)
+    return known & _meets(from_y, to_y, top, TILE_H) & _meets(from_x, to_x, left, TILE_W)
+
+
+@triton.jit
+def _shares(
+    offsets_ptr, stretch_ptr, prediction, row, column, y, x, top, left, height, width,
+    pad_y, pad_x, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+):  # fmt: skip
+    """Bilinear weights of a tile's pixels in the samples at rows y and columns x of a window, (pixels, samples)."""
+    down, right = _moved(offsets_ptr, prediction)
+    vertical, horizontal = _moved(stretch_ptr, prediction)
+    at_y = _coordinate(down, vertical, row, y, height, pad_y, WINDOW_H)
+    at_x = _coordinate(right, horizontal, column, x, width, pad_x, WINDOW_W)
+    shares_y = _tents(at_y, y < WINDOW_H, top, TILE_H)
+    shares_x = _tents(at_x, x < WINDOW_W, left, TILE_W)
+    return shares_y[:, None, :, None] * shares_x[None, :, None, :]
+
+
+@triton.jit(do_not_specialize=["height", "width", "rows", "columns", "pad_y", "pad_x"])
+def _varied_window_bwd_dkdv_kernel(
+    d_samples_ptr, offsets_ptr, stretch_ptr, d_k_ptr, d_v_ptr, d_k_strides, d_v_strides,
+    height, width, rows, columns, pad_y, pad_x, n_heads,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, CHUNK_H: tl.constexpr, CHUNK_W: tl.constexpr, LIST: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Gradients of keys and values for one tile of pixels and one head: sums over the samples near them.
+
+    The windows that reach the tile are visited in raster order. Of each, a chunk of samples meets the tile in a
+    product with the matrix of bilinear weights.
+    """
+    head = tl.program_id(0) % n_heads
+    tile = tl.program_id(0) // n_heads
+    tile_columns = tl.cdiv(width, TILE_W)
+    per_image = tl.cdiv(height, TILE_H) * tile_columns
+    image = tile // per_image
+    top = (tile % per_image) // tile_columns * TILE_H
+    left = tile % tile_columns * TILE_W
+    n_local = rows * columns
+    channels = tl.arange(0, HEAD_DIM)
+    d_k = tl.zeros((TILE_H * TILE_W, HEAD_DIM), tl.float32)
+    d_v = tl.zeros((TILE_H * TILE_W, HEAD_DIM), tl.float32)
+    for first in range(0, n_local, LIST):
+        listed = first + tl.arange(0, LIST)
+        reach = _reaches(
+            offsets_ptr, stretch_ptr, image, listed, head, n_heads, top, left, height, width, rows, columns,
+            pad_y, pad_x, WINDOW_H, WINDOW_W, TILE_H, TILE_W,
+        )  # fmt: skip
+        local = tl.min(tl.where(reach, listed, n_local), 0)
+        while local < n_local:
+            prediction = (image.to(tl.int64) * n_local + local) * n_heads + head
+            for i in tl.static_range(0, WINDOW_H, CHUNK_H):
+                for j in tl.static_range(0, WINDOW_W, CHUNK_W):
+                    y, x = i + tl.arange(0, CHUNK_H), j + tl.arange(0, CHUNK_W)
+                    exists = tl.reshape((y < WINDOW_H)[:, None] & (x < WINDOW_W)[None, :], (CHUNK_H * CHUNK_W,))
+                    tokens = tl.reshape(y[:, None] * WINDOW_W + x[None, :], (CHUNK_H * CHUNK_W,))
+                    samples = d_samples_ptr + (prediction * (WINDOW_H * WINDOW_W) + tokens)[:, None] * (2 * HEAD_DIM)
+                    samples += channels[None, :]
+                    d_keys = tl.load(samples, mask=exists[:, None], other=0.0)
+                    d_values = tl.load(samples + HEAD_DIM, mask=exists[:, None], other=0.0)
+                    shares = _shares(
+                        offsets_ptr, stretch_ptr, prediction, local // columns, local % columns, y, x, top, left,
+                        height, width, pad_y, pad_x, WINDOW_H, WINDOW_W, TILE_H, TILE_W,
+                    )  # fmt: skip
+                    shares = tl.reshape(shares, (TILE_H * TILE_W, CHUNK_H * CHUNK_W)).to(d_keys.dtype)
+                    d_k = tl.dot(shares, d_keys, acc=d_k, input_precision="ieee")
+                    d_v = tl.dot(shares, d_values, acc=d_v, input_precision="ieee")
+            local = tl.min(tl.where(reach & (listed > local), listed, n_local), 0)
+    pixels = tl.arange(0, TILE_H * TILE_W)
+    y, x = top + pixels // TILE_W, left + pixels % TILE_W
+    inside = ((y < height) & (x < width))[:, None]
+    tl.store(
+        d_k_ptr + _offsets(image, y, x, head, d_k_strides, HEAD_DIM), d_k.to(d_k_ptr.dtype.element_ty), mask=inside
+    )
+    tl.store(
+        d_v_ptr + _offsets(image, y, x, head, d_v_strides, HEAD_DIM), d_v.to(d_v_ptr.dtype.element_ty), mask=inside
+    )
+
+
+# Heads whose channels take more than `_NARROW` bytes need more registers.
+CONFIGS = {
+    "fwd": Config(4, 2, 4),
+    "fwd_wide": Config(8, 1, 2),
+    "bwd": Config(4, 1, 2),
+    "bwd_wide": Config(8, 1, 1),
+    "bwd_dkdv": Config(4, 1),
+    "bwd_dkdv_wide": Config(8, 1),
+}
+_NARROW = 64
+_TILE = (8, 8)  # pixels whose gradients one program computes
+_CHUNK = 64  # samples that meet them at once
+_LIST = 64  # windows that are tried at once whether they reach the tile
+
+
+class _Problem:
+    """The launch parameters that all kernels of one call share."""
+
+    def __init__(
+        self, q: Tensor, offsets: Tensor, bias: Tensor | None, window: tuple[int, int], pad: tuple[int, int]
+    ) -> None:
+        self.batch, self.height, self.width, self.heads, self.head_dim = q.shape
+        self.rows, self.columns = offsets.shape[1:3]
+        self.row_bytes = self.head_dim * q.element_size()
+        self.window, self.tokens = window, window[0] * window[1]
+        self.n_windows = self.batch * self.rows * self.columns
+        self.scalars = (self.height, self.width, self.rows, self.columns, *pad)
+        self.constants: dict[str, Any] = {
+            "WINDOW_H": window[0],
+            "WINDOW_W": window[1],
+            "HEAD_DIM": self.head_dim,
+        }
+        self.block = max(16, triton.next_power_of_2(self.tokens))
+        self.tiling = {"HAS_BIAS": bias is not None, "BLOCK": self.block}
+        self.multiprocessors = multiprocessors(q.device)
+
+    def config(self, kernel: str) -> Config:
+        """How one of the kernels is launched."""
+        return CONFIGS[kernel if self.row_bytes <= _NARROW else f"{kernel}_wide"]
+
+    def walkers(self, per_multiprocessor: int) -> int:
+        """How many programs share the windows of one head, for so many programs of all heads on a multiprocessor."""
+        return min(self.n_windows, max(1, per_multiprocessor * self.multiprocessors // self.heads))
+
+
+def varied_window_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    stretch: Tensor,
+    bias: Tensor | None,
+    window: tuple[int, int],
+    pad_start: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """Fused forward; arguments as in `varied_window_attention_reference`."""
+    q, k, v = unit_stride(q, k, v)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    problem = _Problem(q, offsets, bias, window, pad_start)
+    config = problem.config("fwd")
+    launch(
+        _varied_window_fwd_kernel, (problem.walkers(config.programs) * problem.heads,),
+        q, k, v, offsets.contiguous(), stretch.contiguous(), None if bias is None else bias.contiguous(), out,
+        *map_strides(q, k, v, out), *problem.scalars, problem.n_windows, problem.heads, scale,
+        **problem.constants, **problem.tiling, **config.launch,
+    )  # fmt: skip
+    return out
+
+
+def varied_window_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    stretch: Tensor,
+    bias: Tensor | None,
+    window: tuple[int, int],
+    pad_start: tuple[int, int],
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Fused backward: contiguous gradients of all tensors (empty for an absent bias)."""
+    grad, q, k, v = unit_stride(grad, q, k, v)
+    d_q, d_k, d_v, d_offsets, d_stretch = (
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v, offsets, stretch)
+    )
+    if q.numel() == 0:
+        empty = empty_gradient(grad) if bias is None else torch.zeros_like(bias)
+        return d_q, d_k, d_v, d_offsets.zero_(), d_stretch.zero_(), empty
+    problem = _Problem(q, offsets, bias, window, pad_start)
+    config = problem.config("bwd")
+    offsets, stretch = offsets.contiguous(), stretch.contiguous()
+    walkers = problem.walkers(config.programs)
+    bias_slots = torch.empty(
+        (0 if bias is None else walkers, problem.heads, problem.block, problem.block),
+        dtype=torch.float32,
+        device=q.device,
+    )
+    # In the inputs' dtype, like the gradients that any attention returns for the keys and values it was given.
+    d_samples = torch.empty(
+        (problem.n_windows, problem.heads, problem.tokens, 2, problem.head_dim), dtype=q.dtype, device=q.device
+    )
+    launch(
+        _varied_window_bwd_kernel, (walkers * problem.heads,),
+        grad, q, k, v, offsets, stretch, None if bias is None else bias.contiguous(),
+        d_q, d_samples, d_offsets, d_stretch, bias_slots, *map_strides(grad, q, k, v, d_q),
+        *problem.scalars, problem.n_windows, problem.heads, scale,
+        **problem.constants, **problem.tiling, **config.launch,
+    )  # fmt: skip
+    _map_gradients(problem, d_samples, offsets, stretch, d_k, d_v)
+    d_bias = empty_gradient(grad)
+    if bias is not None:
+        d_bias = bias_slots.sum(0)[:, : problem.tokens, : problem.tokens].to(bias.dtype).contiguous()
+    return d_q, d_k, d_v, d_offsets, d_stretch, d_bias
+
+
+def _map_gradients(
+    problem: _Problem, d_samples: Tensor, offsets: Tensor, stretch: Tensor, d_k: Tensor, d_v: Tensor
+) -> None:
+    """Gives the gradients of the samples to the pixels they were mixed from."""
+    chunk_w = min(_CHUNK, triton.next_power_of_2(problem.window[1]))
+    chunk_h = min(_CHUNK // chunk_w, triton.next_power_of_2(problem.window[0]))
+    chunk_w = max(chunk_w, 16 // chunk_h)  # products need 16 samples
+    tiles = math.ceil(problem.height / _TILE[0]) * math.ceil(problem.width / _TILE[1])
+    launch(
+        _varied_window_bwd_dkdv_kernel, (problem.batch * tiles * problem.heads,),
+        d_samples, offsets, stretch, d_k, d_v, *map_strides(d_k, d_v), *problem.scalars, problem.heads,
+        TILE_H=_TILE[0], TILE_W=_TILE[1], CHUNK_H=chunk_h, CHUNK_W=chunk_w, LIST=_LIST,
+        **problem.constants, **problem.config("bwd_dkdv").launch,
+    )  # fmt: skip

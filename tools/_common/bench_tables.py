@@ -1,0 +1,130 @@
+"""Results of benchmarks on the screen and as pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from vitrail.tools._common.table import Bar, Column, Row, print_table, write_bars
+
+MODEL_COLUMNS = (
+    Column("model", "label", left=True),
+    Column("size", "size"),
+    Column("params M", "parameters", lambda n: f"{n / 1e6:.2f}"),
+    Column("GMACs", "flops", lambda n: f"{n / 2e9:.2f}"),
+    Column("images/s", "images_per_s", lambda x: f"{x:,.1f}"),
+    Column("p20 ms", "latency_p20_ms", lambda x: f"{x:.2f}"),
+    Column("p50 ms", "latency_p50_ms", lambda x: f"{x:.2f}"),
+    Column("p80 ms", "latency_p80_ms", lambda x: f"{x:.2f}"),
+    Column("memory MB", "peak_memory_bytes", lambda n: f"{n / 1e6:,.0f}"),
+    Column("speed", "speed_ratio", lambda x: f"{x:.2f}x"),
+)
+_KERNEL_COLUMNS = (
+    Column("implementation", "label", left=True),
+    Column("error", "relative_error", lambda x: f"{x:.1e}"),
+    Column("p20 ms", "p20_ms", lambda x: f"{x:.4f}"),
+    Column("p50 ms", "p50_ms", lambda x: f"{x:.4f}"),
+    Column("p80 ms", "p80_ms", lambda x: f"{x:.4f}"),
+    Column("bandwidth", "bandwidth_share", lambda x: f"{x:.0%}"),
+    Column("memory MB", "peak_memory_bytes", lambda n: f"{n / 1e6:,.0f}"),
+    Column("ours is", "ours_speedup", lambda x: f"{x:.2f}x"),
+)
+_HOST_COLUMNS = (
+    Column("implementation", "label", left=True),
+    Column("p20 us", "p20_ms", lambda x: f"{x * 1e3:.1f}"),
+    Column("p50 us", "p50_ms", lambda x: f"{x * 1e3:.1f}"),
+    Column("p80 us", "p80_ms", lambda x: f"{x * 1e3:.1f}"),
+    Column("ours is", "ours_speedup", lambda x: f"{x:.2f}x"),
+)
+
+
+def headline(row: Row) -> str:
+    """Device, versions and commit of a row."""
+    software = ", ".join(f"{name} {row[name]}" for name in ("torch", "triton", "timm") if row[name])
+    threads = f" ({row['threads']} threads)" if row["threads"] else ""
+    return f"{row['device']}{threads}; {software}; commit {row['commit'] or 'unknown'}"
+
+
+def kernel_headline(row: Row) -> str:
+    """The same with the dtype and the speed of a copy."""
+    return f"{headline(row)}; {row['dtype']}, copy {row['copy_bytes_per_s'] / 1e9:,.0f} GB/s"
+
+
+def show_kernels(console: Console, rows: Sequence[Row]) -> None:
+    """Prints the tables of a case, one for each pass."""
+    for title, members in _by_pass(rows).items():
+        first = members[0]
+        columns = _HOST_COLUMNS if first["host_time"] else _KERNEL_COLUMNS
+        what = "time on the host" if first["host_time"] else f"floor {first['floor_ms']:.4f} ms"
+        print_table(console, f"{title}, {what}", columns, [{**row, "label": kernel_label(row)} for row in members])
+
+
+def _by_pass(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(f"{row['operator']} {row['case']} {row['pass']}", []).append(row)
+    return groups
+
+
+def kernel_label(row: Row) -> str:
+    """Name of an implementation, marked * where it does a part of the job, and what there is to remark."""
+    waits = row["peak_memory_bytes"] is not None and not row["cuda_graph"] and not row["host_time"]
+    note = row["note"] or ("no CUDA graph: it waits for the GPU" if waits else None)
+    return row["implementation"] + "*" * (not row["whole_job"]) + (f" ({note})" if note else "")
+
+
+def draw_kernels(path: Path, rows: Sequence[Row]) -> None:
+    """Draws times in multiples of the floor, which is the line."""
+    axis = "time, in multiples of the floor: memory traffic alone (line: 20th to 80th percentile)"
+    bars = [_kernel_bar(title, row) for title, members in _by_pass(rows).items() for row in members if row["p50_ms"]]
+    write_bars(path, kernel_headline(rows[0]), axis, bars, limit=1.0)
+
+
+def _kernel_bar(title: str, row: Row) -> Bar:
+    middle, low, high = (row[key] / row["floor_ms"] for key in ("p50_ms", "p20_ms", "p80_ms"))
+    return Bar(title, kernel_label(row), middle, low, high, f"{row['p50_ms']:.3f} ms, {row['bandwidth_share']:.0%}")
+
+
+def model_label(row: Row) -> str:
+    """Name of a model and how it ran."""
+    how = ", ".join([*["compiled"] * (row["variant"] == "compiled"), *["CUDA graph"] * row["cuda_graph"]])
+    return f"{row['model']} ({how})" if how else row["model"]
+
+
+def model_work(row: Row) -> str:
+    """What all models of a table did."""
+    work = f"{row['mode']}, batch {row['batch_size']}, {row['precision']}"
+    return work + ", channels last" * row["channels_last"]
+
+
+def show_models(console: Console, rows: Sequence[Row]) -> None:
+    """Prints a table for each kind of work."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(model_work(row), []).append(row)
+    for work, members in groups.items():
+        shown = [
+            {
+                **row,
+                "label": model_label(row) + (f": {row['note']}" if row["note"] else ""),
+                "size": f"{row['height']}x{row['width']}",
+            }
+            for row in members
+        ]
+        print_table(console, f"{work}; speed against {members[0]['reference']}", MODEL_COLUMNS, shown)
+
+
+def draw_models(path: Path, rows: Sequence[Row]) -> None:
+    """Draws the throughput of models."""
+    axis = "images per second (line: 20th to 80th percentile)"
+    write_bars(path, headline(rows[0]), axis, [_model_bar(row) for row in rows if row["images_per_s"]])
+
+
+def _model_bar(row: Row) -> Bar:
+    low, high = (row["batch_size"] / row[key] * 1e3 for key in ("latency_p80_ms", "latency_p20_ms"))
+    speed = row["images_per_s"]
+    note = f"{speed:,.0f}/s, {row['speed_ratio'] or math.nan:.2f}x, {row['flops'] / 2e9:.1f} GMACs"
+    return Bar(model_work(row), model_label(row), speed, low, high, note)

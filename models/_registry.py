@@ -10,7 +10,6 @@ import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg
 
-
 PACKAGE = "package:"  # begins the address of a weights file that comes with the package
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # What the recipes of the same names, configs/digits and configs/cifar10, feed to a model.

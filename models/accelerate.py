@@ -92,7 +92,7 @@ def accelerate(model: nn.Module) -> Acceleration:
     Returns:
         The report; `undo()` on it restores the model.
 
-    Example:
+    Examples:
         >>> model = timm.create_model("swin_tiny_patch4_window7_224").cuda().half()
         >>> print(vitrail.accelerate(model))
     """

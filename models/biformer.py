@@ -267,7 +267,7 @@ default_cfgs = generate_default_cfgs(
         "biformer_s": _cfg(),
         "biformer_b": _cfg(),
         "biformer_stl": _cfg(),
-        **shipped_cfgs(_cfg, "biformer_n", "digits", pool_size=(2, 2), notes=None),
+        **shipped_cfgs(_cfg, "biformer_n", "cifar10", "digits", pool_size=(2, 2), notes=None),
     }
 )
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
 from _weights_server import Site, serve
+from PIL import Image
 from timm.models import PretrainedCfg
 
 import vitrail
@@ -238,7 +241,7 @@ def test_a_shipped_file_is_what_its_digest_says_and_gives_the_accuracy_of_the_ca
     stored = safetensors.torch.load_file(path)
     assert {value.dtype for value in stored.values()} <= {torch.float16, torch.int64}
     (told,) = (own for own in read_facts()[entry]["measured_here"] if own["weights"] == name)
-    if tag != "digits":  # other data are not at hand
+    if tag != "digits":
         return
     settings = timm.data.resolve_data_config({}, model=model)
     transform = {key: settings[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct")}
@@ -248,6 +251,25 @@ def test_a_shipped_file_is_what_its_digest_says_and_gives_the_accuracy_of_the_ca
         found = model(torch.stack([sample["images"] for sample in data])).argmax(1)
     right = (found == torch.tensor(data.source.labels)).sum().item()
     assert round(100 * right / len(data), 2) == told["top1"]
+
+
+def test_a_shipped_model_of_cifar10_recognises_its_test_images(data_dir: Path) -> None:
+    """A few hundred of them: the accuracy is that of the card within three standard deviations."""
+    from vitrail.tools._common.cards import read_facts
+
+    count = 400
+    archive = np.load(data_dir / "cifar10" / "test.npz")
+    data, offsets, labels = archive["jpeg"].tobytes(), archive["offsets"], archive["labels"][:count]
+    for name in (name for name in SHIPPED if name.endswith(".cifar10")):
+        model = timm.create_model(name, pretrained=True).eval()
+        assert tuple(archive["classes"]) == model.pretrained_cfg["label_names"]
+        transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
+        images = [Image.open(io.BytesIO(data[offsets[i] : offsets[i + 1]])) for i in range(count)]
+        with torch.inference_mode():
+            found = model(torch.stack([transform(image) for image in images])).argmax(1).numpy()
+        (told,) = (own for own in read_facts()[name.partition(".")[0]]["measured_here"] if own["weights"] == name)
+        share = told["top1"] / 100
+        assert abs((found == labels).mean() - share) < 3 * (share * (1 - share) / count) ** 0.5
 
 
 def test_a_damaged_or_missing_shipped_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +289,7 @@ def test_a_damaged_or_missing_shipped_file_is_refused(tmp_path: Path, monkeypatc
 
 def test_shipped_weights_adapt_like_any_other() -> None:
     model = timm.create_model("biformer_n.digits", pretrained=True, num_classes=3, in_chans=1)
-    whole = timm.create_model("biformer_n", pretrained=True)
+    whole = timm.create_model("biformer_n.digits", pretrained=True)
     assert model.head.fc.weight.shape[0] == 3
     assert torch.equal(model.stages[2].blocks[0].attn.qkv.weight, whole.stages[2].blocks[0].attn.qkv.weight)
     assert vitrail.create_model("biformer_n").num_classes == 10

@@ -77,7 +77,7 @@ def render(folder: Path) -> str:
         elif isinstance(content, list) and content and "operator" in content[0]:
             kernels += content
         elif isinstance(content, list) and content and "scaling" in content[0]:
-            scaling += [row for row in content if "scaling" in row]  # the others are loss curves
+            scaling += [row for row in content if "images_per_s" in row]  # the others are loss curves
         elif isinstance(content, list) and content and "images_per_s" in content[0]:
             models += content
         else:

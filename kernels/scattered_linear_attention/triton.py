@@ -364,8 +364,8 @@ def _most_warps(device: torch.device) -> int:
 def _warps_and_stages(q: Tensor) -> tuple[int, int]:
     """Warps a program and stages of the pipeline.
 
-    Measured on an H100 (bfloat16, 100,000 voxels, 4 heads of 32), microseconds forward / forward and backward: one warp,
-    three stages 96 / 327; two warps 107 / 354; four warps, two stages 147 / 507.
+    Measured on an H100 (bfloat16, 100,000 voxels, 4 heads of 32), microseconds forward / forward and backward: one
+    warp, three stages 96 / 327; two warps 107 / 354; four warps, two stages 147 / 507.
     """
     if q.element_size() == 2 and q.shape[2] <= 32:
         return 1, 3

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from vitrail.tools._common.fake_gpu import Backward, LiveStorages, accumulate, pretended_gpu
+from vitrail.tools._common.fake_gpu import Backward, LiveStorages, accumulate, pretended_gpu, row_sum_workspace
 from vitrail.tools._common.gpu_allocator import CachingAllocator
 from vitrail.tools._common.plan_links import (
     Cluster,
@@ -237,10 +237,24 @@ def test_attention_is_the_gpus_fused_one() -> None:
         del out
         Backward(accumulate, {}).run(losses)
         assert q.grad.shape == q.shape
-        masked = F.scaled_dot_product_attention(
-            q, q, q, attn_mask=torch.empty(1000, 1000, dtype=q.dtype, device="cuda")
-        )
+        assert live.peak_at == "aten._scaled_dot_product_cudnn_attention_backward.default"
+        single = q.detach().float().requires_grad_()
+        mask = torch.empty(1000, 1000, device="cuda")
+        masked = F.scaled_dot_product_attention(single, single, single, attn_mask=mask)
         assert "Efficient" in type(masked.grad_fn).__name__
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "nbytes"),
+    [
+        (50176, 384, 138_412_032),  # as seen on an H100, where a bias's gradient is summed
+        (12544, 1536, 138_412_032),
+        (3136, 3072, 77_070_336),
+        (200, 64, 0),
+    ],
+)
+def test_sums_over_rows_take_partial_sums(rows: int, columns: int, nbytes: int) -> None:
+    assert row_sum_workspace(rows, columns, 132) == nbytes
 
 
 ONE_HOST = Cluster(gpus=8, per_host=8, inside=100e9, between=10e9)

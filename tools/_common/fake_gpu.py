@@ -147,8 +147,8 @@ class LiveStorages(TorchDispatchMode):
 def _workspaces(func: Any, args: Any, result: Any) -> list[int]:
     """Bytes that an operator of PyTorch takes on a GPU besides its results, and gives back at its end.
 
-    Copies of operands in the layout that cuDNN and cuBLAS want, and the sums of FlashAttention's backward. What cuDNN's
-    convolutions ask for besides is not known without a GPU and left out.
+    Copies of operands in the layout that cuDNN and cuBLAS want, the float32 sums of attention's backward, and those of
+    a sum over rows. What cuDNN's convolutions ask for besides is not known without a GPU and left out.
     """
     if func is _aten.convolution.default:
         return _copies(args[:2], _map_format(result))
@@ -157,11 +157,56 @@ def _workspaces(func: Any, args: Any, result: Any) -> list[int]:
         return _copies(args[:3], _map_format(found[0])) if found else []
     if func.overloadpacket in (_aten.mm, _aten.bmm):
         return [_nbytes(x) for x in args[:2] if not _is_matrix(x)]
-    if func is _aten._scaled_dot_product_flash_attention_backward.default:
-        batch, heads, queries, dim = args[1].shape
-        rows = batch * heads * (-(-queries // 128) * 128)
-        return [4 * rows, 4 * rows * (-(-dim // 32) * 32)]
+    if func is _aten.sum.dim_IntList:
+        return (
+            [row_sum_workspace(args[0].numel() // result.numel(), result.numel())]
+            if _sums_rows(args[0], result)
+            else []
+        )
+    if func is _aten._scaled_dot_product_cudnn_attention_backward.default:
+        queries = args[1]
+        return [4 * (queries.numel() + queries.numel() // queries.shape[-1])]
     return []
+
+
+def _sums_rows(tensor: Tensor, result: Tensor) -> bool:
+    """Whether the last dimensions of a dense half-precision tensor remain of a sum: the gradient of a bias."""
+    kept = tuple(size for size in result.shape if size > 1)
+    return (
+        tensor.is_cuda
+        and tensor.is_contiguous()
+        and tensor.element_size() == 2
+        and 0 < result.numel() < tensor.numel()
+        and tensor.shape[tensor.dim() - len(kept) :] == kept
+        and result.numel() % 4 == 0
+    )
+
+
+def row_sum_workspace(rows: int, columns: int, multiprocessors: int | None = None) -> int:
+    """Bytes of the partial sums when a GPU adds up the rows of a half-precision matrix, as ATen's `Reduce.cuh` does.
+
+    A block of 32 x 4 threads has 128 columns, four a thread; where rows are many and columns few, several blocks share
+    the rows, and leave a float32 for each of their threads' columns and each column of the matrix.
+    """
+    wide = _last_power(min(columns // 4, 128))
+    high = min(_last_power(min(rows, 128)), 128 // min(wide, 32))
+    wide = min(wide, 128 // high)
+    each = rows
+    if each < max(high * 16, 1) and each < 256:
+        return 0
+    each = -(-each // high)
+    grid = -(-(columns // 4) // wide)
+    if multiprocessors is None:
+        multiprocessors = torch.cuda.get_device_properties().multi_processor_count
+    target = multiprocessors * (2048 // (wide * high))
+    if each < 256 or grid > target:
+        return 0
+    shared_by = max(min(-(-target // grid), -(-each // 16)), -(-each // 256))
+    return 4 * columns * shared_by * wide * 4 if shared_by > 1 else 0
+
+
+def _last_power(n: int) -> int:
+    return 1 << (n.bit_length() - 1)
 
 
 def _map_format(tensor: Tensor) -> torch.memory_format:
@@ -186,7 +231,7 @@ def _nbytes(tensor: Tensor) -> int:
 class Functions(TorchFunctionMode):
     """Sends `scaled_dot_product_attention` to the kernel that PyTorch chooses on a GPU, and keeps hold of Python nodes.
 
-    FlashAttention takes half precision without a mask, the memory-efficient kernel nearly anything else; both keep the
+    On Hopper cuDNN's kernel takes half precision, the memory-efficient kernel nearly anything else; both keep the
     log-sum-exp of the rows and no weights. PyTorch itself would look at the GPU, and without one write the weights out.
 
     Nodes of the graph that are written in Python, as those of this package's operators, can be reached from Python only
@@ -222,29 +267,33 @@ def _attend(
     if query.dim() != 4 or any(x.stride(-1) != 1 for x in (query, key, value)):
         return _attend_unfused(query, key, value, attn_mask, dropout_p, is_causal, scale)
     dim, half = query.shape[-1], query.dtype in (torch.float16, torch.bfloat16)
-    scale = dim**-0.5 if scale is None else scale
-    if half and attn_mask is None and dim == value.shape[-1] and dim <= 256:
-        query, key, value = (F.pad(x, (0, -dim % 8)) if dim % 8 else x for x in (query, key, value))
-        out = _aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
-        return out[..., :dim]
     multiple = 8 if half else 4
     if dim % multiple or value.shape[-1] % multiple:
         return _attend_unfused(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    mask = None if attn_mask is None else _align_mask(attn_mask, query, key)
+    scale = dim**-0.5 if scale is None else scale
     keep = any(x.requires_grad for x in (query, key, value))
+    if half and dim == value.shape[-1] and dim <= 128:
+        mask = None if attn_mask is None else _logit_mask(attn_mask, query, key)
+        return _aten._scaled_dot_product_cudnn_attention(
+            query, key, value, mask, keep, dropout_p, is_causal, scale=scale
+        )[0]
+    mask = None if attn_mask is None else _align_mask(attn_mask, query, key)
     return _aten._scaled_dot_product_efficient_attention(
         query, key, value, mask, keep, dropout_p, is_causal, scale=scale
     )[0]
 
 
-def _align_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """A mask of logits whose rows start at multiples of 16 elements, as the kernel wants them."""
+def _logit_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, float("-inf")).to(query.dtype)
-    keys = mask.shape[-1]
-    if keys % 16:
-        mask = F.pad(mask, (0, -keys % 16))[..., :keys]
     return mask.expand(*query.shape[:2], query.shape[2], key.shape[2])
+
+
+def _align_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A mask of logits whose rows start at multiples of 16 elements, as the kernel wants them."""
+    mask = _logit_mask(mask, query, key)
+    keys = mask.shape[-1]
+    return F.pad(mask, (0, -keys % 16))[..., :keys] if keys % 16 else mask
 
 
 def _attend_unfused(

@@ -22,7 +22,7 @@ from vitrail.tools._common.measure import environment
 from vitrail.tools._common.table import Row
 
 _CLASSES_SHOWN = 10
-_WARM_UP = 3
+_WARM_UP = 4  # replicas settle their buckets in the first three
 _WARM_UP_OF_GRAPH = 12  # replicas time their first ten iterations, by events that no graph can hold
 
 
@@ -192,7 +192,7 @@ class _Bench:
             self.report(f"{job}: ready{memory}")
 
     def _prepare(self, job: _Job) -> None:
-        """Builds the training step and takes it through its first iterations, counting memory in the later ones."""
+        """Builds the training step and takes it through its first iterations, counting memory in the last one."""
         settings = self.settings
         gc.collect()
         images, labels = _make_batch(settings, self.size, job.batch, 0)
@@ -207,8 +207,9 @@ class _Bench:
         stream = torch.cuda.Stream() if recorded else None
         with torch.cuda.stream(stream):
             train = self.build_step(job, settings.amp, sync_bn)
-            for turn in range(_WARM_UP_OF_GRAPH if recorded else _WARM_UP):
-                if on_gpu and turn == 1:
+            turns = _WARM_UP_OF_GRAPH if recorded else _WARM_UP
+            for turn in range(turns):
+                if on_gpu and turn == turns - 1:
                     torch.cuda.reset_peak_memory_stats(settings.device)
                 train(images, labels)
         _finish(settings)

@@ -48,13 +48,13 @@ CONFIGS: dict[int, dict[str, dict[int, Config]]] = {
     2: {
         "fwd": {32: Config(_SHARED, 128), 128: Config(_WARP, 32)},
         "bwd_dq": {32: Config(_SHARED, 128), 128: Config(_WARP, 32)},
-        "bwd_dkdv": {32: Config(_WARP, 32, 2), 128: Config(_WARP, 32)},
+        "bwd_dkdv": {32: Config(_WARP, 32, 2), 64: Config(_WARP, 32), 128: Config(_WARP, 16)},
         "bwd_drpb": {32: Config(_WARP, 64), 128: Config(_WARP, 32)},
         "bwd_dextra": {128: Config(_WARP, 32)},
     },
     4: {
         "fwd": {64: Config(_WARPS, 32), 128: Config(_WARPS, 16)},
-        "bwd_dq": {128: Config(_WARPS, 32)},
+        "bwd_dq": {64: Config(_WARPS, 32), 128: Config(_WARPS, 16)},
         "bwd_dkdv": {64: Config(_WARPS, 32), 128: Config(_WARPS, 16)},
         "bwd_drpb": {128: Config(_WARPS, 32)},
         "bwd_dextra": {128: Config(_WARPS, 32)},

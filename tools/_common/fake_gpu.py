@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from vitrail.kernels._common.dispatch import HAS_TRITON
 from vitrail.tools._common.gpu_allocator import Block, CachingAllocator
@@ -73,7 +73,9 @@ class LiveStorages(TorchDispatchMode):
                 result = func.redispatch(_CUDA_KERNELS, *args, **kwargs)
         else:
             result = func(*args, **kwargs)
-        if func.overloadpacket in flop_registry:
+        if func is _aten.convolution_backward.default:  # PyTorch's own formula takes groups for dense convolutions
+            self.flops += sum(args[-1][:2]) * conv_flop_count(args[1].shape, args[2].shape, args[0].shape, args[7])
+        elif func.overloadpacket in flop_registry:
             self.flops = flops + flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
         passing = [self.reserve(nbytes, "workspace", str(func)) for nbytes in _workspaces(func, args, result)]
         for leaf in tree_leaves(result):
@@ -369,7 +371,7 @@ class Backward:
 
 
 def _age(node: Any) -> float:
-    """When a node was made, in steps of PyTorch's count; Python's functions, which do not tell, after their inputs."""
+    """When a node was made, by PyTorch's count; Python functions, which do not tell, come after their inputs."""
     if not _is_python(node):
         return node._sequence_nr()
     inputs = [following for following, _ in node.next_functions if following is not None]

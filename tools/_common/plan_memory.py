@@ -55,7 +55,7 @@ class StepMemory:
         after_forward: Allocated between the forward and the backward pass.
         after_backward: Allocated between the backward pass and the optimizer's step.
         parts: What the peak consists of: parameters, optimizer state, gradients, batch, activations (made in the
-            forward pass and needed), passing (made in the backward pass), workspace (of cuBLAS, and of operators).
+            forward pass and still needed), passing (made in the backward pass), workspace (of cuBLAS and operators).
         peak_at: The operator that reached the peak.
         flops: Floating-point operations of the step.
     """
@@ -84,7 +84,7 @@ def measure_step(model: nn.Module, setting: Setting, device: torch.device | None
     """Runs a step without data and returns the memory that it takes.
 
     Args:
-        model: On the CPU, in training mode. Its parameters are replaced: it cannot be used any more.
+        model: In training mode, on any device. Its parameters are replaced: it cannot be used any more.
         setting: How it trains.
         device: A GPU unless given; there need not be one.
     """

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import timm
+from torch import nn
 
 from vitrail.tools._common.plan_links import Cluster, Traffic, replicas_traffic, shards_traffic
 from vitrail.tools._common.plan_memory import PARTS, Setting, StepMemory, build_model, find_units, measure_step
@@ -54,12 +56,12 @@ def plan_model(
     """
     size = size or tuple(timm.get_pretrained_cfg(name).input_size[1:])
     modes = ["single"] if cluster.gpus == 1 else ["shards"] if sharded else ["replicas", "shards"]
-    traffic = _find_traffic(name, size, amp, modes, cluster)
+    model = build_model(name, size).to("meta")
     rows = []
     for recompute in (True,) if checkpointing else (False, True):
         for mode in modes:
             setting = Setting(batch // cluster.gpus, size, amp, mode, cluster.gpus, recompute)
-            rows.append({"model": name, **_plan_setting(name, setting, traffic[mode], cluster, limits)})
+            rows.append({"model": name, **_plan_setting(model, setting, cluster, limits)})
     return rows
 
 
@@ -94,30 +96,29 @@ def _describe_traffic(row: Row) -> str:
     )
 
 
-def _find_traffic(
-    name: str, size: tuple[int, int], amp: str | None, modes: Sequence[str], cluster: Cluster
-) -> dict[str, Traffic]:
-    traffic = {"single": Traffic(0.0, 0.0, 0)}
-    model = build_model(name, size)
-    if "replicas" in modes:
+def _find_traffic(model: nn.Module, setting: Setting, cluster: Cluster) -> Traffic:
+    if setting.mode == "single":
+        return Traffic(0.0, 0.0, 0)
+    if setting.mode == "replicas":
         gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        traffic["replicas"] = replicas_traffic(gradients, _BUCKET, cluster)
-    if "shards" in modes:
-        traffic["shards"] = shards_traffic(find_units(model, amp), 4, cluster)  # gradients are reduced in float32
-    return traffic
+        return replicas_traffic(gradients, _BUCKET, cluster)
+    return shards_traffic(find_units(model, setting.amp), 4, cluster)  # gradients are reduced in float32
 
 
-def _plan_setting(name: str, setting: Setting, traffic: Traffic, cluster: Cluster, limits: Limits) -> Row:
+def _plan_setting(model: nn.Module, setting: Setting, cluster: Cluster, limits: Limits) -> Row:
     def measure(batch: int) -> StepMemory:
-        model = build_model(name, setting.size, setting.checkpointing)
-        return measure_step(model, replace(setting, batch=batch))
+        trained = copy.deepcopy(model)
+        trained.set_grad_checkpointing(setting.checkpointing)
+        return measure_step(trained, replace(setting, batch=batch))
 
+    traffic = _find_traffic(model, setting, cluster)
     found = measure(setting.batch)
     known = {setting.batch: found.reserved}
     arithmetic = found.flops / limits.flops
     sending = traffic.seconds(cluster)
     return {
-        "setting": setting.mode + (", checkpointing" if setting.checkpointing else ""),
+        "setting": {"single": "one GPU"}.get(setting.mode, setting.mode)
+        + (", checkpointing" if setting.checkpointing else ""),
         "mode": setting.mode,
         "checkpointing": setting.checkpointing,
         "img_size": list(setting.size),
@@ -152,18 +153,23 @@ def find_largest_batch(known: dict[int, int], measure: Callable[[int], int], mem
     while True:
         fitting = max((n for n, nbytes in known.items() if nbytes <= memory), default=0)
         beyond = min((n for n, nbytes in known.items() if nbytes > memory), default=None)
-        guess = _guess_batch(known, memory)
-        guess = max(guess, fitting + 1) if beyond is None else min(max(guess, fitting + 1), beyond - 1)
-        if guess <= fitting * (1 + _CLOSE) or (fitting == 0 and guess < 1):
+        guess = _guess_batch(known, fitting, beyond, memory)
+        is_close = known.get(fitting, 0) >= memory * (1 - _CLOSE)
+        if is_close or (beyond is not None and guess <= fitting * (1 + _CLOSE)):
             return fitting
         known[guess] = measure(guess)
 
 
-def _guess_batch(known: dict[int, int], memory: float) -> int:
-    """Where the line through the two largest known numbers, or through the only one and no bytes, meets the memory."""
-    (n, nbytes), *others = sorted(known.items(), reverse=True)
-    before, bytes_before = others[0] if others else (0, 0)
-    return int(n + (memory - nbytes) * (n - before) / max(nbytes - bytes_before, 1))
+def _guess_batch(known: dict[int, int], fitting: int, beyond: int | None, memory: float) -> int:
+    """Where the line through two known numbers meets the memory: those around it, or the two largest."""
+    if beyond is None:
+        before = max((n for n in known if n < fitting), default=0)
+        per_image = (known[fitting] - known.get(before, 0)) / (fitting - before)
+        guess = fitting + (memory - known[fitting]) / max(per_image, 1)
+        return int(min(max(guess, fitting * (1 + _CLOSE) + 1), 8 * fitting))
+    low = known.get(fitting, 0)
+    guess = int(fitting + (memory - low) * (beyond - fitting) / (known[beyond] - low))
+    return min(guess, beyond - 1)
 
 
 def _bound_efficiency(setting: Setting, sending: float, limits: Limits) -> tuple[float, float] | None:

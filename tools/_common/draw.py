@@ -251,7 +251,9 @@ def neighborhoods(model: nn.Module, image: Tensor, query: tuple[float, float]) -
 
 
 def decay_fields(model: nn.Module, image: Tensor, query: tuple[float, float]) -> list[Panel]:
-    """The decay around the query (circle) of the first, middle and last head, in the last block of every stage.
+    """The decay around the query (circle) in the last block of every stage; a head's number is its factor a token.
+
+    Of the first, the middle and the last head.
 
     Decomposed stages have the same field as full ones: the distances along rows and columns add up.
     """

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
 from vitrail.kernels._common.recording import padding_to, records_graph
-from vitrail.kernels.varied_window_attention import varied_window_attention
+from vitrail.kernels.varied_window_attention import varied_window_attention_packed
 from vitrail.layers._heads import head_width
 from vitrail.layers.window import relative_position_bias
 
@@ -107,19 +107,16 @@ class VariedWindowAttention(nn.Module):
             ValueError: The map is smaller than one window and `offset_norm` is not "padded".
         """
         qkv = self.qkv(x).view(x.shape[0], x.shape[1], x.shape[2], 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.unbind(3)
         offsets, stretch = self.predict_windows(x)
         bias = relative_position_bias(self.relative_position_bias_table, self.window_size)
         start = self.pad_start(x)
         if torch.jit.is_scripting():
-            y = torch.ops.vitrail.varied_window_attention(
-                q, k, v, offsets, stretch, bias, self.window_size, start, self.scale
+            y = torch.ops.vitrail.varied_window_attention_packed(
+                qkv, offsets, stretch, bias, self.window_size, start, self.scale
             )
         else:
-            y = varied_window_attention(
-                q,
-                k,
-                v,
+            y = varied_window_attention_packed(
+                qkv,
                 offsets,
                 stretch,
                 window_size=self.window_size,

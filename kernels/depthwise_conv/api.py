@@ -66,7 +66,9 @@ def depthwise_conv(
     pads = to_pair(_NAME, "pads", pads, 0)
     if pad_value is not None and not is_padded(pads):
         pad_value = None
-    x, weight, bias, residual = _cast(x, weight, bias, residual, keeps_x=skip)
+    if autocast_is_on(x):
+        x, weight, bias, residual = _cast(x, weight, bias, residual, keeps_x=skip)
+    _check_alike(x, weight=weight, bias=bias, residual=residual, pad_value=pad_value)
     arguments = (x, weight, bias, pad_value, residual, pads, gelu, skip)
     if choose_backend(_NAME, backend, fused_support(x, weight), x) == "triton":
         return torch.ops.vitrail.depthwise_conv(*arguments)
@@ -79,28 +81,32 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Ten
     height, width = weight.shape[2:]
     if height != width or width % 2 == 0:
         raise ValueError(f"{_NAME}: weight holds filters of {height} x {width}; allowed: odd squares")
-    channels = (x.shape[3],)
-    shapes = {"weight": (*channels, 1, height, width), "bias": channels, "residual": x.shape, "pad_value": channels}
-    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual), ("pad_value", pad)):
-        if tensor is not None:
-            check_shape(_NAME, name, tensor, shapes[name])
-            check_floating(_NAME, x=x, **{name: tensor})
-            if tensor.device != x.device:
-                raise ValueError(f"{_NAME}: {name} is on {tensor.device}, x is on {x.device}; they must agree")
+    check_floating(_NAME, x=x, weight=weight)
+    check_shape(_NAME, "weight", weight, (x.shape[3], 1, height, width))
+    for name, vector in (("bias", bias), ("pad_value", pad)):
+        if vector is not None:
+            check_floating(_NAME, **{name: vector})
+            check_shape(_NAME, name, vector, x.shape[3:])
+    if residual is not None:
+        check_floating(_NAME, residual=residual)
+        check_shape(_NAME, "residual", residual, x.shape)
+
+
+def _check_alike(x: Tensor, **others: Tensor | None) -> None:
+    """Raises `ValueError` unless all tensors have x's dtype and device; the padding's value may have another dtype."""
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype and name != "pad_value":
+            raise ValueError(f"{_NAME}: {name} has dtype {tensor.dtype}, x has {x.dtype}; they must agree")
+        if tensor.device != x.device:
+            raise ValueError(f"{_NAME}: {name} is on {tensor.device}, x is on {x.device}; they must agree")
 
 
 def _cast(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, keeps_x: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """One dtype for all under autocast; elsewhere they must have one. The padding's value follows x by itself."""
-    given = {"x": x, "weight": weight, "bias": bias, "residual": residual}
-    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-    if keeps_x and autocast_is_on(x):
-        tensors = {name: tensor.to(x.dtype) for name, tensor in tensors.items()}
-    else:
-        tensors = dict(zip(tensors, autocast_together(*tensors.values()), strict=True))
-    x = tensors["x"]
-    for name, tensor in tensors.items():
-        if tensor.dtype != x.dtype:
-            raise ValueError(f"{_NAME}: {name} has dtype {tensor.dtype}, x has {x.dtype}; they must agree")
-    return x, tensors["weight"], tensors.get("bias"), tensors.get("residual")
+    """One dtype for all: autocast's, or x's."""
+    dtype = x.dtype if keeps_x else autocast_together(x)[0].dtype
+    bias, residual = (None if t is None else t.to(dtype) for t in (bias, residual))
+    return x.to(dtype), weight.to(dtype), bias, residual

@@ -17,6 +17,18 @@ The gradients of the filter and the bias are sums over all pixels: a program tak
 taps' sums in registers and leaves them in a workspace, and a second kernel adds the workspace up in a fixed order.
 
 Numerics. Everything is accumulated in float32. GELU is exact; its backward recomputes the convolution. No atomics.
+
+Roofline (counted in code for sm_90, not timed). Of the instructions for bfloat16, multiply-adds are 38% with 3x3, 50%
+with 5x5 (25, and 25 others, a pixel and channel) and 62% with 7x7; the others load, mask and convert. On an
+H100 (132 x 128 lanes) 3x3 and 5x5 issue in about the time that their bytes take at 3 TB/s, 7x7 in twice that time: its
+49 multiply-adds alone take more than the bytes, and float32 sums leave no tensor cores to a depth-wise filter.
+
+Tried and rejected, by the same count: Triton's own conversion from bfloat16, three instructions a pair of channels in
+place of two (5x5: 1808 instructions a thread in place of 1600); programs of four warps for the filter's gradient, whose
+sums meet at 155 barriers. One load per output and tap, without patches, would be 25 loads and conversions for 5x5.
+
+Compilation. Unrolled code takes seconds to compile, most of all 7x7 in patches of 4 x 4 (13 seconds of one core; most
+of it goes to Triton's pass that chooses the layout of loads). Products are `tl.fma` to keep the code small.
 """
 
 # Kernels build tuples by adding to them: they cannot unpack.

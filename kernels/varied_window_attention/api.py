@@ -1,4 +1,4 @@
-"""Public function of varied-size window attention: meaning, argument checks, choice of the backend."""
+"""Public functions of varied-size window attention: meaning, argument checks, choice of the backend."""
 
 from __future__ import annotations
 
@@ -68,6 +68,51 @@ def varied_window_attention(
     """
     check_dims(_NAME, "q", q, "(B, H, W, heads, D)")
     check_alike(_NAME, q=q, k=k, v=v)
+    window, start, scale = _check_arguments(q, offsets, stretch, window_size, pad_start, bias, scale)
+    q, k, v = autocast_together(q, k, v)
+    arguments = (offsets, stretch, bias, window, start, scale)
+    if choose_backend(_NAME, backend, fused_support(q, offsets, window), q) == "triton":
+        return torch.ops.vitrail.varied_window_attention(q, k, v, *arguments)
+    return varied_window_attention_reference(q, k, v, *arguments)
+
+
+def varied_window_attention_packed(
+    qkv: Tensor,
+    offsets: Tensor,
+    stretch: Tensor,
+    *,
+    window_size: int | Sequence[int],
+    pad_start: int | Sequence[int] = 0,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`varied_window_attention` of queries, keys and values that one projection produced: (B, H, W, 3, heads, D).
+
+    Same result as `varied_window_attention(*qkv.unbind(3), ...)`; its backward writes the gradient of `qkv` directly
+    instead of stacking three. See `varied_window_attention` for the other arguments, the result and the errors.
+    """
+    check_dims(_NAME, "qkv", qkv, "(B, H, W, 3, heads, D)")
+    check_shape(_NAME, "qkv", qkv, (*qkv.shape[:3], 3, *qkv.shape[4:]))
+    window, start, scale = _check_arguments(qkv.select(3, 0), offsets, stretch, window_size, pad_start, bias, scale)
+    (qkv,) = autocast_together(qkv)
+    q, k, v = qkv.unbind(3)
+    arguments = (offsets, stretch, bias, window, start, scale)
+    if choose_backend(_NAME, backend, fused_support(q, offsets, window), q) == "triton":
+        return torch.ops.vitrail.varied_window_attention_packed(qkv, *arguments)
+    return varied_window_attention_reference(q, k, v, *arguments)
+
+
+def _check_arguments(
+    q: Tensor,
+    offsets: Tensor,
+    stretch: Tensor,
+    window_size: int | Sequence[int],
+    pad_start: int | Sequence[int],
+    bias: Tensor | None,
+    scale: float | None,
+) -> tuple[tuple[int, int], tuple[int, int], float]:
+    """Checks what both public functions share; returns the normalised window, padding and scale."""
     check_alike(_NAME, offsets=offsets, stretch=stretch)
     check_floating(_NAME, q=q, offsets=offsets)
     batch, height, width, heads, dim = q.shape
@@ -80,8 +125,4 @@ def varied_window_attention(
     if bias is not None:
         check_floating(_NAME, bias=bias)
         check_shape(_NAME, "bias", bias, (heads, window[0] * window[1], window[0] * window[1]))
-    q, k, v = autocast_together(q, k, v)
-    arguments = (offsets, stretch, bias, window, start, dim**-0.5 if scale is None else float(scale))
-    if choose_backend(_NAME, backend, fused_support(q, offsets, window), q) == "triton":
-        return torch.ops.vitrail.varied_window_attention(q, k, v, *arguments)
-    return varied_window_attention_reference(q, k, v, *arguments)
+    return window, start, dim**-0.5 if scale is None else float(scale)

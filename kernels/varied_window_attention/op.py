@@ -1,7 +1,7 @@
-"""Registration of `vitrail::varied_window_attention` with PyTorch.
+"""Registration of `vitrail::varied_window_attention` and `vitrail::varied_window_attention_packed` with PyTorch.
 
-The operator runs on any device: what `fused_support` accepts goes to the Triton kernels, everything else to the
-reference. It saves its inputs only; the backward samples anew.
+The operators run on any device: what `fused_support` accepts goes to the Triton kernels, everything else to the
+reference. They save their inputs only; the backward samples anew.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitrail.kernels._common.dispatch import Support, triton_support
-from vitrail.kernels._common.registration import register_operator
+from vitrail.kernels._common.registration import like_first_of_packed, register_operator
 from vitrail.kernels.varied_window_attention.reference import (
     varied_window_attention_gradients,
     varied_window_attention_reference,
@@ -23,10 +23,8 @@ from vitrail.kernels.varied_window_attention.reference import (
 
 MAX_WINDOW = 64  # tokens that the Triton kernels take
 
-_ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor stretch, Tensor? bias, int[] window_size, int[] pad_start, "
-    "float scale"
-)
+_TAIL = "Tensor offsets, Tensor stretch, Tensor? bias, int[] window_size, int[] pad_start, float scale"
+_TAIL_GRADIENTS = ("d_offsets", "d_stretch", "d_bias")
 
 
 def fused_support(q: Tensor, offsets: Tensor, window_size: Sequence[int]) -> Support:
@@ -40,28 +38,54 @@ def fused_support(q: Tensor, offsets: Tensor, window_size: Sequence[int]) -> Sup
     return support
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *rest: Any) -> Tensor:
-    if fused_support(q, offsets, rest[2]).ok:
+def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    if fused_support(q, rest[0], rest[3]).ok:
         from vitrail.kernels.varied_window_attention.triton import varied_window_attention_forward
 
-        return varied_window_attention_forward(q, k, v, offsets, *rest)
-    return varied_window_attention_reference(q, k, v, offsets, *rest)
+        return varied_window_attention_forward(q, k, v, *rest)
+    return varied_window_attention_reference(q, k, v, *rest)
 
 
-def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    if fused_support(q, offsets, rest[2]).ok:
+def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    if fused_support(q, rest[0], rest[3]).ok:
         from vitrail.kernels.varied_window_attention.triton import varied_window_attention_backward
 
-        return varied_window_attention_backward(grad, q, k, v, offsets, *rest)
-    return varied_window_attention_gradients(grad, q, k, v, offsets, *rest)
+        d_q, d_k, d_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        return d_q, d_k, d_v, *varied_window_attention_backward(grad, q, k, v, d_q, d_k, d_v, *rest)
+    return varied_window_attention_gradients(grad, q, k, v, *rest)
+
+
+def _packed_forward(qkv: Tensor, *rest: Any) -> Tensor:
+    q, k, v = qkv.unbind(3)
+    return _forward(q, k, v, *rest)
+
+
+def _packed_backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    q, k, v = qkv.unbind(3)
+    if fused_support(q, rest[0], rest[3]).ok:
+        from vitrail.kernels.varied_window_attention.triton import varied_window_attention_backward
+
+        d_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+        d_q, d_k, d_v = d_qkv.unbind(3)
+        return d_qkv, *varied_window_attention_backward(grad, q, k, v, d_q, d_k, d_v, *rest)
+    d_q, d_k, d_v, *others = varied_window_attention_gradients(grad, q, k, v, *rest)
+    return torch.stack((d_q, d_k, d_v), 3), *others
 
 
 register_operator(
     "varied_window_attention",
-    _ARGUMENTS,
-    ("d_q", "d_k", "d_v", "d_offsets", "d_stretch", "d_bias"),
+    f"Tensor q, Tensor k, Tensor v, {_TAIL}",
+    ("d_q", "d_k", "d_v", *_TAIL_GRADIENTS),
     _forward,
     _backward,
+)
+register_operator(
+    "varied_window_attention_packed",
+    f"Tensor qkv, {_TAIL}",
+    ("d_qkv", *_TAIL_GRADIENTS),
+    _packed_forward,
+    _packed_backward,
+    like_first_of_packed,
 )
 
 
@@ -78,8 +102,20 @@ def _forward_flops(
     return _flops(q, offsets, window, 2)
 
 
+@register_flop_formula(torch.ops.vitrail.varied_window_attention_packed)
+def _packed_forward_flops(qkv: Any, offsets: Any, stretch: Any, bias: Any, window: Any, *_: Any, **__: Any) -> int:
+    return _flops(qkv, offsets, window, 2)
+
+
 @register_flop_formula(torch.ops.vitrail.varied_window_attention_backward)
 def _backward_flops(
     grad: Any, q: Any, k: Any, v: Any, offsets: Any, stretch: Any, bias: Any, window: Any, *_: Any, **__: Any
 ) -> int:
     return _flops(q, offsets, window, 5)
+
+
+@register_flop_formula(torch.ops.vitrail.varied_window_attention_packed_backward)
+def _packed_backward_flops(
+    grad: Any, qkv: Any, offsets: Any, stretch: Any, bias: Any, window: Any, *_: Any, **__: Any
+) -> int:
+    return _flops(qkv, offsets, window, 5)

@@ -415,7 +415,8 @@ def _varied_window_bwd_dkdv_kernel(
     )
 
 
-# Heads whose channels take more than `_NARROW` bytes need more registers.
+# Heads whose channels take more than `_NARROW` bytes need more registers. The first backward kernel reads back what it
+# wrote: loads of a later window must not be moved before, as a pipeline of several stages does.
 CONFIGS = {
     "fwd": Config(4, 2, 4),
     "fwd_wide": Config(8, 1, 2),
@@ -492,24 +493,25 @@ def varied_window_attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
     offsets: Tensor,
     stretch: Tensor,
     bias: Tensor | None,
     window: tuple[int, int],
     pad_start: tuple[int, int],
     scale: float,
-) -> tuple[Tensor, ...]:
-    """Fused backward: contiguous gradients of all tensors (empty for an absent bias)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fused backward: fills `d_q`, `d_k`, `d_v`; returns the gradients of offsets, stretch and bias (empty if none)."""
     grad, q, k, v = unit_stride(grad, q, k, v)
-    d_q, d_k, d_v, d_offsets, d_stretch = (
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v, offsets, stretch)
-    )
+    offsets, stretch = offsets.contiguous(), stretch.contiguous()
     if q.numel() == 0:
-        empty = empty_gradient(grad) if bias is None else torch.zeros_like(bias)
-        return d_q, d_k, d_v, d_offsets.zero_(), d_stretch.zero_(), empty
+        d_bias = empty_gradient(grad) if bias is None else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
+        return torch.zeros_like(offsets), torch.zeros_like(stretch), d_bias
     problem = _Problem(q, offsets, bias, window, pad_start)
     config = problem.config("bwd")
-    offsets, stretch = offsets.contiguous(), stretch.contiguous()
+    d_offsets, d_stretch = torch.empty_like(offsets), torch.empty_like(stretch)
     walkers = problem.walkers(config.programs)
     bias_slots = torch.empty(
         (0 if bias is None else walkers, problem.heads, problem.block, problem.block),
@@ -531,7 +533,7 @@ def varied_window_attention_backward(
     d_bias = empty_gradient(grad)
     if bias is not None:
         d_bias = bias_slots.sum(0)[:, : problem.tokens, : problem.tokens].to(bias.dtype).contiguous()
-    return d_q, d_k, d_v, d_offsets, d_stretch, d_bias
+    return d_offsets, d_stretch, d_bias
 
 
 def _map_gradients(

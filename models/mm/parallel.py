@@ -84,7 +84,9 @@ def shard(
     for unit in find_shard_units(model, precision):
         # Autocast decides what computes in low precision, as without shards; inputs are left to it.
         policy = MixedPrecisionPolicy(
-            param_dtype=unit.precision, reduce_dtype=torch.float32 if unit.precision else None, cast_forward_inputs=False
+            param_dtype=unit.precision,
+            reduce_dtype=torch.float32 if unit.precision else None,
+            cast_forward_inputs=False,
         )
         fully_shard(unit.module, mesh=mesh, mp_policy=policy, reshard_after_forward=unit.reshard)
     return model

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.kernels._common.dispatch import HAS_TRITON, record_choices
-from vitrail.kernels.varied_window_attention import varied_window_attention
+from vitrail.kernels.varied_window_attention import varied_window_attention, varied_window_attention_packed
 from vitrail.kernels.window_attention import window_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -203,6 +203,36 @@ def test_registration(contiguous: bool, with_bias: bool) -> None:
     torch.library.opcheck(torch.ops.vitrail.varied_window_attention, arguments)
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=needs_triton)])
+def test_packed_is_the_same_as_separate(backend: str) -> None:
+    case = Case(1, (4, 5), 2, 16, (2, 3), (1, 0))
+    inputs = {name: x.to(DEVICE).requires_grad_() for name, x in make_inputs(case, torch.float32).items()}
+    tail = {name: inputs[name] for name in ("offsets", "stretch", "bias")}
+    qkv = torch.stack([inputs[name] for name in "qkv"], 3).detach().requires_grad_()
+    sizes = {"window_size": case.window, "pad_start": case.start, "scale": 0.7}
+    got = varied_window_attention_packed(qkv, **tail, **sizes, backend=backend)
+    want = varied_window_attention(**inputs, **sizes, backend=backend)
+    assert torch.equal(got, want)
+    grad = torch.randn_like(want)
+    d_qkv, *d_tail = torch.autograd.grad(got, [qkv, *tail.values()], grad)
+    d_inputs = torch.autograd.grad(want, list(inputs.values()), grad)
+    for ours, theirs in zip((*d_qkv.unbind(3), *d_tail), d_inputs, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_packed_operator() -> None:
+    case = Case(2, (3, 5), 2, 4, (2, 3), (1, 0))
+    inputs = make_inputs(case, torch.float64)
+    qkv = torch.stack([inputs[name] for name in "qkv"], 3)
+    tail = [inputs[name].requires_grad_() for name in ("offsets", "stretch", "bias")]
+    torch.library.opcheck(
+        torch.ops.vitrail.varied_window_attention_packed,
+        (qkv.requires_grad_(), *tail, case.window, case.start, 0.5),
+    )
+    with pytest.raises(ValueError, match=r"qkv has shape \(2, 3, 5, 2, 2, 4\); expected \(2, 3, 5, 3, 2, 4\)"):
+        varied_window_attention_packed(qkv[:, :, :, :2], *tail[:2], window_size=case.window)
+
+
 def test_strided_inputs_change_nothing() -> None:
     case = Case(2, (5, 6), 3, 4, (2, 3), (1, 1))
     inputs = make_inputs(case)
@@ -261,17 +291,24 @@ def test_compiles_in_one_graph_with_any_batch() -> None:
         torch.testing.assert_close(got, run(case, inputs))
 
 
-def test_flops_of_the_operator_are_those_of_the_reference() -> None:
+def run_packed_op(case: Case, inputs: dict[str, Tensor], scale: float) -> Tensor:
+    qkv = torch.stack([inputs[name] for name in "qkv"], 3)
+    tail = (inputs["offsets"], inputs["stretch"], inputs["bias"])
+    return torch.ops.vitrail.varied_window_attention_packed(qkv, *tail, case.window, case.start, scale)
+
+
+@pytest.mark.parametrize("operator", [run_op, run_packed_op])
+def test_flops_of_the_operator_are_those_of_the_reference(operator: Any) -> None:
     case = Case(2, (5, 7), 3, 8, (2, 3), (1, 0))
     inputs = {name: x.requires_grad_() for name, x in make_inputs(case, torch.float32).items()}
     counts = []
-    for function in (run, lambda case, inputs: run_op(case, inputs, 0.5)):
+    for function in (run, lambda case, inputs: operator(case, inputs, 0.5)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             function(case, inputs)
         counts.append(counter.get_total_flops())
     assert counts == [2 * 2 * (2 * 3 * 3 * 3 * 6 * 6 * 8)] * 2
     with FlopCounterMode(display=False) as counter:
-        run_op(case, inputs, 0.5).sum().backward()
+        operator(case, inputs, 0.5).sum().backward()
     assert counter.get_total_flops() == counts[0] * 7 // 2
 
 

@@ -31,7 +31,7 @@ def small_model(**kwargs: object) -> GatedSwinRMT:
 def run_block(block: GatedSwinRMTBlock, image: Tensor) -> dict[str, Tensor]:
     """The block's output and its attention's, NCHW float64."""
     x = image.permute(0, 2, 3, 1)
-    after_pos = x + block.pos(x)
+    after_pos = block.pos(x)
     outputs = {"out": block(x), "attn": block.attn(block.norm1(after_pos), after_pos)}
     return {name: y.permute(0, 3, 1, 2).double() for name, y in outputs.items()}
 

@@ -48,6 +48,13 @@ Images per second with random weights, medians; in brackets the speed against th
 each model ran in the same way. Training is forward, cross-entropy and backward. Memory is the most that a step of the
 eager model takes, weights included.
 """
+_SCALING = """\
+## Training on several GPUs
+
+Figures of `vitrail.tools.scale`: forward, loss, backward and AdamW on made-up images. Efficiency is the speed over that
+of one process times their number. Steps that are launched operation by operation depend on the host, which the
+processes share; those replayed as CUDA graphs do not.
+"""
 _VARIANTS = {"eager": ("eager", False), "compiled": ("compiled", False), "CUDA graph": ("eager", True)}
 _VARIANTS["compiled, CUDA graph"] = ("compiled", True)
 _PASSES = ("forward", "forward+backward")
@@ -61,6 +68,7 @@ def render(folder: Path) -> str:
     """
     kernels: list[Row] = []
     models: list[Row] = []
+    scaling: list[Row] = []
     trainings: dict[str, Row] = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
@@ -68,19 +76,23 @@ def render(folder: Path) -> str:
             trainings[path.name] = content
         elif isinstance(content, list) and content and "operator" in content[0]:
             kernels += content
+        elif isinstance(content, list) and content and "scaling" in content[0]:
+            scaling += [row for row in content if "images_per_s" in row]  # the others are loss curves
         elif isinstance(content, list) and content and "images_per_s" in content[0]:
             models += content
         else:
-            raise ValueError(f"{path} is no result file of vitrail.tools.benchmark or vitrail.tools.train")
+            raise ValueError(f"{path} is no result file of vitrail.tools.benchmark, scale or train")
     on_device = [row for row in kernels if not row["host_time"]]
     on_host = [row for row in kernels if row["host_time"]]
     one_kernel = ("operator", "case", "pass", "implementation")
     one_model = ("model", "mode", "variant", "cuda_graph", "batch_size", "height", "width")
+    one_scaling = ("model", "mode", "scaling", "launch", "processes", "batch_per_process")
     parts = [
         _INTRODUCTION,
         _section(_OPERATORS, on_device, one_kernel, _operators),
         _section(_HOST, on_host, one_kernel, _host),
         _section(_MODELS, models, one_model, _models),
+        _section(_SCALING, scaling, one_scaling, _scaling),
         _trainings(trainings),
     ]
     return "\n".join(part for part in parts if part)
@@ -111,7 +123,7 @@ def _grouped(rows: Iterable[Row], key: Any) -> dict[Any, list[Row]]:
 def _where(row: Row) -> str:
     """Machine, software, precision, commit and day."""
     software = ", ".join(f"{name} {row[name]}" for name in ("torch", "triton", "timm") if row[name])
-    precision = row.get("dtype", row.get("precision"))
+    precision = row.get("dtype") or row.get("precision") or row.get("amp") or "float32"
     return f"{row['device']}, {precision}; {software}; commit {row['commit'] or 'unknown'}, {row['date'][:10]}"
 
 
@@ -229,6 +241,21 @@ def _throughput(row: Row | None) -> str:
     if row is None or row["images_per_s"] is None:
         return row["note"] if row and row["note"] else "-"
     return f"{row['images_per_s']:,.0f} ({_shown(row['speed_ratio'], '.2f', 'x')})"
+
+
+def _scaling(rows: list[Row]) -> str:
+    """Speed, efficiency and memory of every setting."""
+    lines = [
+        (
+            *(str(row[key]) for key in ("model", "mode", "scaling", "launch", "processes", "batch_per_process")),
+            f"{row['images_per_s']:,.0f}",
+            f"{row['efficiency']:.1%}",
+            f"{row['peak_memory_bytes'] / 1e6:,.0f}",
+        )
+        for row in rows
+    ]
+    titles = ("model", "mode", "scaling", "launch", "processes", "images each", "images/s", "efficiency", "memory MB")
+    return _table(titles, lines, 4)
 
 
 def _trainings(results: dict[str, Row]) -> str:

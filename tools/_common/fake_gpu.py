@@ -271,7 +271,9 @@ def pretended_gpu(multiprocessors: int) -> Iterator[Functions]:
         replace(torch._C, "_current_graph_task_id", lambda: 0)
         # What is recomputed has the random numbers of the first time; here there are none.
         replace(torch.cuda, "_initialized", False)
-        replace(sys.modules["torch.optim.adam"], "_get_value", lambda value: 1.0 if isinstance(value, Tensor) else value)
+        replace(
+            sys.modules["torch.optim.adam"], "_get_value", lambda value: 1.0 if isinstance(value, Tensor) else value
+        )
         if HAS_TRITON:
             from triton.runtime.interpreter import InterpretedFunction
             from triton.runtime.jit import JITFunction
@@ -367,7 +369,7 @@ class Backward:
 
 
 def _age(node: Any) -> float:
-    """When a node was made, in steps of PyTorch's count; of Python's functions, which do not tell, after their inputs."""
+    """When a node was made, in steps of PyTorch's count; Python's functions, which do not tell, after their inputs."""
     if not _is_python(node):
         return node._sequence_nr()
     inputs = [following for following, _ in node.next_functions if following is not None]

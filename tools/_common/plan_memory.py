@@ -55,7 +55,7 @@ class StepMemory:
         after_forward: Allocated between the forward and the backward pass.
         after_backward: Allocated between the backward pass and the optimizer's step.
         parts: What the peak consists of: parameters, optimizer state, gradients, batch, activations (made in the
-            forward pass and still needed), passing (made in the backward pass), workspace (of cuBLAS, and of operators).
+            forward pass and needed), passing (made in the backward pass), workspace (of cuBLAS, and of operators).
         peak_at: The operator that reached the peak.
         flops: Floating-point operations of the step.
     """

@@ -89,7 +89,9 @@ def _describe_traffic(row: Row) -> str:
     sending, arithmetic = row["communication_ms"], row["arithmetic_ms"]
     # Two thirds of the arithmetic are the backward pass, behind which gradients travel.
     hidden = "it can hide behind" if sending <= arithmetic * 2 / 3 else "more than can surely hide behind"
-    return f"sending takes at least {sending:.2f} ms, {hidden} the backward pass of at least {arithmetic * 2 / 3:.2f} ms"
+    return (
+        f"sending takes at least {sending:.2f} ms, {hidden} the backward pass of at least {arithmetic * 2 / 3:.2f} ms"
+    )
 
 
 def _find_traffic(

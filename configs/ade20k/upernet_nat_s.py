@@ -1,0 +1,14 @@
+"""UPerNet on NAT-Small, ADE20K; published mIoU 48.0 % (multi-scale and flip 49.5 %).
+
+Source: Hassani et al., CVPR 2023 (arXiv 2204.07143), and github.com/SHI-Labs/Neighborhood-Attention-Transformer
+(commit d334f5bb). The authors train in half precision (`--amp fp16`). The rest is in `_upernet.py`.
+"""
+
+_base_ = "_upernet.py"
+
+model = dict(
+    backbone=dict(name="nat_s", pretrained=True, drop_path_rate=0.5),
+    decode_head=dict(in_channels=[96, 192, 384, 768]),
+    auxiliary_head=dict(in_channels=384),
+)
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={"rpb": dict(decay_mult=0.0)}))

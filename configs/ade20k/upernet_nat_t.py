@@ -1,0 +1,14 @@
+"""UPerNet on NAT-Tiny, ADE20K; published mIoU 47.1 % (multi-scale and flip 48.4 %).
+
+Source: Hassani et al., CVPR 2023 (arXiv 2204.07143), and github.com/SHI-Labs/Neighborhood-Attention-Transformer
+(commit d334f5bb). The authors train in half precision (`--amp fp16`). The rest is in `_upernet.py`.
+"""
+
+_base_ = "_upernet.py"
+
+model = dict(
+    backbone=dict(name="nat_t", pretrained=True, drop_path_rate=0.3),
+    decode_head=dict(in_channels=[64, 128, 256, 512]),
+    auxiliary_head=dict(in_channels=256),
+)
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={"rpb": dict(decay_mult=0.0)}))

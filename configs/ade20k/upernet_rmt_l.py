@@ -1,0 +1,18 @@
+"""UPerNet on RMT-Large, ADE20K; the authors publish no figure with their code.
+
+Source: Fan et al., CVPR 2024 (arXiv 2309.11523), and the configs of github.com/qhfan/RMT. Batch norms take the
+statistics of all processes. How many processes the authors use is not recorded; here it is 8. The authors train in
+half precision (`--amp fp16`). The rest is in `_upernet.py`.
+
+The backbone starts from the authors' ImageNet weights, which have to be fetched by hand: see the model card.
+"""
+
+_base_ = "_upernet.py"
+
+model = dict(
+    backbone=dict(name="rmt_l", checkpoint="checkpoints/rmt_l_in1k.pth", drop_path_rate=0.5),
+    decode_head=dict(in_channels=[112, 224, 448, 640]),
+    auxiliary_head=dict(in_channels=448),
+)
+
+sync_bn = "torch"

@@ -1,0 +1,26 @@
+"""Cascade Mask R-CNN on DiNAT-Large, COCO 3x; published 55.3 box AP and 47.8 mask AP.
+
+Source: Hassani and Shi, 2022 (arXiv 2209.15001), and github.com/SHI-Labs/Neighborhood-Attention-Transformer (commit
+d334f5bb). Dilations are those of the authors' detectors. They train it without mixed precision, the others in fp16
+(`--amp fp16`).
+
+The backbone starts from the authors' weights of ImageNet-22k, which have to be fetched by hand:
+projects/dinat/checkpoints/imagenet22k/dinat_large_in22k_224.pth at shi-labs.com.
+"""
+
+_base_ = ["_cascade_mask_rcnn_4conv1fc.py", "_3x.py"]
+
+model = dict(
+    backbone=dict(
+        name="dinat_l",
+        checkpoint="checkpoints/dinat_large_in22k_224.pth",
+        drop_path_rate=0.6,
+        dilations=((1, 28, 1), (1, 7, 1, 14), (1, 3, 1, 5, 1, 7), (1, 3, 1, 3, 1)),
+    ),
+    neck=dict(in_channels=[192, 384, 768, 1536]),
+)
+optim_wrapper = dict(
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=7.5e-5, betas=(0.9, 0.999), weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys={"rpb": dict(decay_mult=0.0)}),
+)

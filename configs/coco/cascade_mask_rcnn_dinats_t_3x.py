@@ -1,0 +1,22 @@
+"""Cascade Mask R-CNN on DiNAT_s-Tiny, COCO 3x; published 51.0 box AP and 44.1 mask AP.
+
+Source: Hassani and Shi, 2022 (arXiv 2209.15001), and github.com/SHI-Labs/Neighborhood-Attention-Transformer (commit
+d334f5bb). Dilations are those of the authors' detectors. The authors train in half precision (`--amp fp16`).
+"""
+
+_base_ = ["_cascade_mask_rcnn_4conv1fc.py", "_3x.py"]
+
+model = dict(
+    backbone=dict(
+        name="dinats_t",
+        pretrained=True,
+        drop_path_rate=0.3,
+        dilations=((1, 28), (1, 14), (1, 3, 1, 5, 1, 7), (1, 3)),
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
+optim_wrapper = dict(
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys={"rpb": dict(decay_mult=0.0)}),
+)

@@ -1,0 +1,21 @@
+"""Cascade Mask R-CNN on RMT-Small, COCO 3x; the authors publish no figure with their code.
+
+Source: Fan et al., CVPR 2024 (arXiv 2309.11523), and the configs of github.com/qhfan/RMT. Batch norms take the
+statistics of all processes. How many processes the authors use is not recorded; here it is 8.
+
+The backbone starts from the authors' ImageNet weights, which have to be fetched by hand: see the model card.
+"""
+
+_base_ = ["_cascade_mask_rcnn_4conv1fc.py", "_3x.py"]
+
+model = dict(
+    backbone=dict(name="rmt_s", checkpoint="checkpoints/rmt_s_in1k.pth", drop_path_rate=0.15),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+)
+optim_wrapper = dict(
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=4e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0.0),
+)
+
+sync_bn = "torch"

@@ -1,0 +1,17 @@
+"""Mask R-CNN on NAT-Tiny, COCO 3x; published 47.7 box AP and 42.6 mask AP.
+
+Source: Hassani et al., CVPR 2023 (arXiv 2204.07143), and github.com/SHI-Labs/Neighborhood-Attention-Transformer
+(commit d334f5bb). The authors train in half precision (`--amp fp16`).
+"""
+
+_base_ = ["_mask_rcnn.py", "_3x.py"]
+
+model = dict(
+    backbone=dict(name="nat_t", pretrained=True, drop_path_rate=0.2),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+)
+optim_wrapper = dict(
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys={"rpb": dict(decay_mult=0.0)}),
+)

@@ -82,8 +82,8 @@ PUBLISHED_PARAMETERS = {
     "coco/mask_rcnn_nat_mini_3x": 40,
     "coco/mask_rcnn_nat_s_3x": 70,
     "coco/mask_rcnn_dinats_s_3x": 69,
-    # VSA's Mask R-CNN is left out: 37 and 69 are published, 39.4 and 70.6 counted, while its Cascade R-CNN, with the same
-    # backbone and neck, is as published.
+    # VSA's Mask R-CNN is left out: 37 and 69 are published, 39.4 and 70.6 counted, while its Cascade R-CNN, with the
+    # same backbone and neck, is as published.
     "coco/cascade_mask_rcnn_nat_t_3x": 85,
     "coco/cascade_mask_rcnn_dinat_s_3x": 108,
     "coco/cascade_mask_rcnn_dinat_b_3x": 147,

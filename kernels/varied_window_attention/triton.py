@@ -26,6 +26,10 @@ Roofline. The forward must move four maps (q, k, v, out), 154 MB at batch 64, 56
 of each of 128 threads in the forward, 2,300 in the first backward kernel, and 300 for each tile it reaches in the
 second: all three are bound by instructions issued and by latency rather than by bytes.
 
+Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, batch 64, 7 x 7, CUDA-graph replay), milliseconds forward /
+forward and backward, and the compiled reference: 56 x 56 x 96, 3 heads 0.102 / 0.695, 1.19 / 1.83; 28 x 28 x 192,
+6 heads 0.054 / 0.379, 0.60 / 0.97.
+
 What was tried, judged by code compiled for sm_90 (bfloat16, D = 32, 7 x 7):
 
 =================================================  =====================================================================

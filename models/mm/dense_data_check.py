@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ from vitrail.models.mm.dense_data import classes_of, datasets_of, places_of
 from vitrail.models.mm.images import UnreadableImageError, load_image
 
 _TOLERANCE = 1.0  # pixels that a box may reach beyond its image: COCO's own are rounded
+_KEYS = {
+    "images": ("id", "file_name", "width", "height"),
+    "categories": ("id", "name"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "area"),
+}
 _LABEL_MODES = ("L", "P", "1", "I", "I;16")
 
 
@@ -36,7 +42,7 @@ def check_dense_data(config: Config, loaders: Sequence[str], limit: int | None) 
     findings = Findings()
     seen = set()  # a run that learns by heart has the same files for training and validation
     with DefaultScope.overwrite_default_scope(config.default_scope):
-        for loader in loaders:
+        for loader in sorted(loaders, key=lambda name: name.startswith("train")):  # evaluation asks for more
             for dataset in datasets_of(config[loader]["dataset"]):
                 classes_of(dataset)  # knows its type
                 files = tuple(places_of(dataset))
@@ -46,15 +52,17 @@ def check_dense_data(config: Config, loaders: Sequence[str], limit: int | None) 
                 if config.default_scope == "mmseg":
                     _check_masks(config, dataset, findings, limit)
                 elif str(dataset["type"]).endswith("CocoDataset"):
-                    _check_objects(dataset, findings, limit)
+                    _check_objects(dataset, findings, limit, is_evaluated=not loader.startswith("train"))
                 else:
                     findings.note("data sets of a type that is not checked", f"{loader} ({dataset['type']})")
     return findings
 
 
-def _check_objects(dataset: Mapping[str, Any], findings: Findings, limit: int | None) -> None:
+def _check_objects(dataset: Mapping[str, Any], findings: Findings, limit: int | None, is_evaluated: bool) -> None:
     path = places_of(dataset)[-1]
-    table = _read_table(path)
+    table = _read_table(path, is_evaluated)
+    _check_ids(path, table, findings)
+    has_masks = any(step.get("with_mask") for step in dataset.get("pipeline") or ())
     prefix = (dataset.get("data_prefix") or {}).get("img", "")
     folder = Path(dataset.get("data_root") or "") / prefix
     images = {image["id"]: image for image in table["images"]}
@@ -66,13 +74,19 @@ def _check_objects(dataset: Mapping[str, Any], findings: Findings, limit: int | 
             findings.fault(f"images of {path} that do not exist", str(folder / name))
     findings.count("images listed", len(images))
     for row in table["annotations"]:
-        _check_object(path, row, images.get(row.get("image_id")), findings)
+        image = images.get(row["image_id"])
+        if image is None:
+            findings.fault(f"objects of {path} whose image is not listed", _name(row))
+            continue
+        _check_box(path, row, image, findings)
+        if has_masks:
+            _check_outline(path, row, image, findings)
     findings.count("objects", len(table["annotations"]))
     for image in evenly(list(images.values()), limit):
         _check_image(folder / image["file_name"], (image["width"], image["height"]), findings)
 
 
-def _read_table(path: Path) -> dict[str, Any]:
+def _read_table(path: Path, is_evaluated: bool) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -81,11 +95,17 @@ def _read_table(path: Path) -> dict[str, Any]:
     lacking = [part for part in parts if not isinstance(table, dict) or not isinstance(table.get(part), list)]
     if lacking:
         raise ValueError(f"{path} is not in the format of COCO's instances: it has no list {', '.join(lacking)}")
-    for part, keys in (("images", ("id", "file_name", "width", "height")), ("categories", ("id", "name"))):
+    needed = dict(_KEYS)
+    if is_evaluated:
+        needed["annotations"] += ("iscrowd",)
+    for part, keys in needed.items():
         for row in table[part]:
-            absent = [key for key in keys if key not in row]
+            absent = [key for key in keys if not isinstance(row, dict) or key not in row]
             if absent:
                 raise ValueError(f"{path}: an entry of {part} has no {', '.join(absent)}: {str(row)[:80]}")
+    for image in table["images"]:
+        if not _is_number(image["width"]) or not _is_number(image["height"]):
+            raise ValueError(f"{path}: width and height of an image are not numbers: {str(image)[:80]}")
     return table
 
 
@@ -98,16 +118,21 @@ def _check_categories(path: Path, table: Mapping[str, Any], classes: Sequence[st
         if name not in names.values():
             findings.note(f"classes without a category in {path}", name)
     for row in table["annotations"]:
-        if row.get("category_id") not in names:
+        if row["category_id"] not in names:
             findings.fault(f"objects of {path} of an unknown category", _name(row))
 
 
-def _check_object(path: Path, row: Mapping[str, Any], image: Mapping[str, Any] | None, findings: Findings) -> None:
-    if image is None:
-        findings.fault(f"objects of {path} whose image is not listed", _name(row))
-        return
-    box = row.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(x) for x in box):
+def _check_ids(path: Path, table: Mapping[str, Any], findings: Findings) -> None:
+    for part in _KEYS:
+        numbers = Counter(row["id"] for row in table[part])
+        for number, count in numbers.items():
+            if count > 1:
+                findings.fault(f"ids of {path} that are not unique", f"{number} of {count} {part}")
+
+
+def _check_box(path: Path, row: Mapping[str, Any], image: Mapping[str, Any], findings: Findings) -> None:
+    box = row["bbox"]
+    if not _is_numbers(box) or len(box) != 4:
         findings.fault(f"objects of {path} without a box of four numbers", _name(row))
         return
     left, top, width, height = box
@@ -117,6 +142,21 @@ def _check_object(path: Path, row: Mapping[str, Any], image: Mapping[str, Any] |
     beyond = max(-left, -top, left + width - image["width"], top + height - image["height"])
     if beyond > _TOLERANCE:
         findings.fault(f"boxes of {path} outside their image", f"{_name(row)} ({beyond:g} pixels)")
+
+
+def _check_outline(path: Path, row: Mapping[str, Any], image: Mapping[str, Any], findings: Findings) -> None:
+    """Looks at an object's mask: polygons of x, y, x, y, ..., or run lengths of the whole image."""
+    outline = row.get("segmentation")
+    size = [image["height"], image["width"]]
+    if isinstance(outline, dict):
+        runs = outline.get("counts")
+        is_whole = isinstance(runs, str) or (_is_numbers(runs) and sum(runs) == math.prod(size))
+        if outline.get("size") != size or not is_whole:
+            findings.fault(f"masks of {path} whose run lengths are not of their image's size", _name(row))
+    elif not isinstance(outline, list) or not outline or not all(map(_is_numbers, outline)):
+        findings.fault(f"objects of {path} without a mask (polygons or run lengths in `segmentation`)", _name(row))
+    elif not any(len(part) >= 6 and len(part) % 2 == 0 for part in outline):
+        findings.note(f"objects of {path} whose outline has less than 3 points, not used by mmdetection", _name(row))
 
 
 def _check_masks(config: Config, dataset: Mapping[str, Any], findings: Findings, limit: int | None) -> None:
@@ -191,7 +231,11 @@ def _check_image(path: Path, size: tuple[int, int], findings: Findings) -> None:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return f"annotation {row.get('id')} of image {row.get('image_id')}"
+    return f"annotation {row['id']} of image {row['image_id']}"
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
 
 
 def _is_number(value: Any) -> bool:

@@ -26,7 +26,7 @@ from vitrail.layers.varying_window import VaryingWindowAttention
 from vitrail.models.mm import backbone, optim, vwformer  # noqa: F401 -- they register their parts
 from vitrail.tools._common.configs import packaged_configs
 
-CONFIGS = {name: path for name, path in packaged_configs().items() if "/vwformer_" in name}
+CONFIGS = {name: path for name, path in packaged_configs().items() if re.match("(ade20k|cityscapes)/vwformer_", name)}
 # name: parameters of the head, of the pixel decoder in the forms for masks (published where the source counts them)
 PARAMETERS = {
     "ade20k/vwformer_convnext_t": 7_624_726,

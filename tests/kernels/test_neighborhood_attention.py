@@ -350,7 +350,9 @@ def make_call(
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills memory with NaN that the kernels are to write."""
+    """Fills memory with NaN that the kernels are to write; lets few programs share the queries in the interpreter."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(launch, "WALKERS", dict.fromkeys(launch.WALKERS, 2))
     empty = torch.empty
 
     def poisoned(*args: object, **options: object) -> Tensor:
@@ -380,10 +382,10 @@ BFLOAT = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
     [
         ((Axis(5, 4), Axis(9, 3)), {"heads": 2}, ("views",), HALF),
         ((Axis(3, 3), Axis(10, 3)), {"scale": -0.3}, ("rpb",), FULL),
-        ((Axis(7, 3, dilation=2), Axis(5, 2, dilation=3)), {}, ("rpb",), HALF),
+        ((Axis(7, 3, dilation=2), Axis(5, 2, dilation=2)), {}, ("rpb",), HALF),
         ((Axis(4, 3, 2, causal=True), Axis(9, 4, 3)), {}, ("rpb",), FULL),
         ((Axis(9, 5, 5), Axis(6, 3, 2, 2, causal=True)), {"scale": 0.0}, (), HALF),
-        ((Axis(2, 3), Axis(5, 2, dilation=4)), {"batch": 2}, ("pad", "rpb"), FULL),
+        ((Axis(2, 3), Axis(5, 2, dilation=3)), {}, ("pad", "rpb"), FULL),
         ((Axis(2, 3, dilation=3), Axis(4, 5)), {}, (), HALF),
         ((Axis(3, 3), Axis(4, 3)), {"batch": 2}, ("extra",), FULL),
         ((Axis(21, 5),), {}, ("rpb",), HALF),
@@ -410,7 +412,7 @@ def test_fused_is_as_exact_as_eager(
     ("axes", "options", "own", "others"),
     [
         ((Axis(6, 4), Axis(9, 3)), (), (4, 4), 16),
-        ((Axis(3, 3), Axis(20, 5)), ("rpb",), (2, 8), 16),
+        ((Axis(3, 3), Axis(18, 5)), ("rpb",), (2, 8), 16),
         ((Axis(9, 7, 2), Axis(7, 7, 3)), ("pad",), (8, 8), 32),
     ],
     ids=str,

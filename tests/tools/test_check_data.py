@@ -37,8 +37,16 @@ def _masks(root: Path) -> Path:
 def _table() -> dict[str, Any]:
     images = [{"id": i, "file_name": f"{i}.jpg", "width": 32, "height": 24} for i in range(3)]
     boxes = [[0, 0, 32, 24], [-0.5, 3, 10, 10], [5, 5, 4, 4]]
-    rows = [{"id": i, "image_id": i, "category_id": 1, "bbox": box, "iscrowd": 0} for i, box in enumerate(boxes)]
+    row = {"category_id": 1, "area": 99, "iscrowd": 0, "segmentation": [[0, 0, 4, 0, 4, 4]]}
+    rows = [{"id": i, "image_id": i, "bbox": box, **row} for i, box in enumerate(boxes)]
+    rows[2] |= {"iscrowd": 1, "segmentation": {"size": [24, 32], "counts": [700, 60, 8]}}
     return {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "person"}]}
+
+
+def _without(key: str) -> dict[str, Any]:
+    table = _table()
+    del table["annotations"][1][key]
+    return table
 
 
 def _objects(root: Path, table: dict[str, Any]) -> Path:
@@ -106,7 +114,7 @@ def test_faults_of_objects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     table["images"].append({"id": 7, "file_name": "absent.jpg", "width": 32, "height": 24})
     table["images"][2]["width"] = 33
     table["categories"].append({"id": 9, "name": "gnome"})
-    other = {"image_id": 0, "category_id": 1, "bbox": [0, 0, 4, 4]}
+    other = {**table["annotations"][0], "bbox": [0, 0, 4, 4]}
     table["annotations"] += [
         {**other, "id": 10, "bbox": [20, 0, 14, 5]},
         {**other, "id": 11, "bbox": [0, -2, 4, 5]},
@@ -114,6 +122,12 @@ def test_faults_of_objects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         {**other, "id": 13, "bbox": [0, 0, 5]},
         {**other, "id": 14, "image_id": 99},
         {**other, "id": 15, "category_id": 5},
+        {**other, "id": 16, "segmentation": None},
+        {**other, "id": 17, "segmentation": "0,0,4,0"},
+        {**other, "id": 18, "segmentation": {"size": [24, 32], "counts": [700, 60]}},
+        {**other, "id": 19, "segmentation": {"size": [32, 24], "counts": "05"}},
+        {**other, "id": 20, "segmentation": [[0, 0, 4, 4]]},
+        {**other, "id": 20},
     ]
     root = _objects(tmp_path / "bad", table)
     (root / "images/train/1.jpg").write_bytes(b"")
@@ -128,6 +142,10 @@ def test_faults_of_objects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         r"1 objects of \S*json without a box of four numbers: annotation 13 ",
         r"1 objects of \S*json whose image is not listed: annotation 14 of image 99",
         r"1 objects of \S*json of an unknown category: annotation 15 ",
+        r"2 objects of \S*json without a mask .*: annotation 16 of image 0, annotation 17 ",
+        r"2 masks of \S*json whose run lengths are not of their image's size: annotation 18 .*, annotation 19 ",
+        r"note: 1 objects of \S*json whose outline has less than 3 points, not used by mmdetection: annotation 20 ",
+        r"1 ids of \S*json that are not unique: 20 of 2 annotations",
         r"1 images that cannot be read: \S*train/1\.jpg: the file is empty",
     ):
         assert re.search(message, shown), message
@@ -141,6 +159,10 @@ def test_unusable_data_and_calls(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("{", "instances_train.json is not a JSON file"),
         ('{"images": []}', "is not in the format of COCO's instances: it has no list annotations, categories"),
         ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "an entry of images has no file_name"),
+        ('{"images": [], "annotations": [3], "categories": []}', "an entry of annotations has no id, image_id"),
+        (json.dumps(_without("iscrowd")), "an entry of annotations has no iscrowd: "),
+        (json.dumps(_without("area")), "an entry of annotations has no area: "),
+        (json.dumps(_table()).replace('"width": 32', '"width": "32"'), "width and height of an image are not numbers"),
     ):
         table.write_text(content)
         assert _check(DETECTOR, objects) == 1

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vitrail.layers.gated_retention import SwatRetention, balanced_slopes
 from vitrail.layers.retention import manhattan_decay
 from vitrail.layers.routing import FullAttention
 from vitrail.layers.varied_window import VariedWindowAttention
@@ -92,6 +93,19 @@ def test_weights_stay_inside_the_window() -> None:
     assert torch.allclose(weights.sum((1, 2)), torch.ones(2))
     assert (weights[:, 4:, :4] > 0).all()
     assert weights[:, :4].abs().max() == weights[:, :, 4:].abs().max() == 0
+
+
+@pytest.mark.parametrize("gate_target", ["value", "output"])
+def test_weights_of_gated_retention_are_those_that_it_takes_values_with(gate_target: str) -> None:
+    layer, x = SwatRetention(32, 2, window_size=4, gate_target=gate_target), torch.randn(1, 9, 6, 32)
+    weights = draw.attention_weights(layer, (x, x), _QUERY)  # row 5, column 1
+    q, k, v = layer._project(x)
+    decay, slopes = manhattan_decay(2, 2.0, 4.0, q), balanced_slopes(2, False, q)
+    result = layer._attend(q, k, v, decay, slopes)
+    assert torch.allclose(torch.einsum("hyx,yxhd->hd", weights, v[0]), result[0, 5, 1], atol=1e-5)
+    assert (weights[:, 4:8, :4] > 0).all()
+    assert weights[:, :4].abs().max() == weights[:, 8:].abs().max() == weights[:, :, 4:].abs().max() == 0
+    assert "_attend" not in vars(layer)
 
 
 def test_a_query_attends_to_its_routed_regions() -> None:

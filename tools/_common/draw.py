@@ -20,6 +20,7 @@ from vitrail.kernels.routing_attention import region_routes
 from vitrail.kernels.routing_attention.reference import region_size
 from vitrail.layers.channel import ChannelAttention
 from vitrail.layers.explain import layer_inputs
+from vitrail.layers.gated_retention import SwatRetention
 from vitrail.layers.retention import Retention
 from vitrail.layers.routing import RoutingAttention
 from vitrail.layers.strip import EfficientLocalAttention
@@ -121,6 +122,17 @@ def attention_weights(layer: nn.Module, inputs: tuple[Any, ...], query: tuple[fl
         inputs: What it is called with; first the map, (1, H, W, C).
         query: Place (x, y) in fractions of the map.
     """
+    height, width = inputs[0].shape[1:3]
+    row, column = _token(query, height, width)
+    with torch.enable_grad():
+        values, result = (_retained if isinstance(layer, SwatRetention) else _projected)(layer, inputs)
+        (gradient,) = torch.autograd.grad(result[0, row, column].sum(), values)
+    gradient = gradient.reshape(*gradient.shape[:3], -1, layer.num_heads, layer.head_dim)[:, :height, :width, -1]
+    return gradient[0].mean(-1).permute(2, 0, 1)
+
+
+def _projected(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """What a layer projects its map to, the values last, and what attention makes of it, up to a gate's factors."""
     kept: dict[str, Tensor] = {}
 
     def keep_qkv(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -135,17 +147,28 @@ def attention_weights(layer: nn.Module, inputs: tuple[Any, ...], query: tuple[fl
         if hasattr(layer, name):
             handles.append(getattr(layer, name).register_forward_pre_hook(_without_gradient_of_values))
     try:
-        with torch.enable_grad():
-            layer(*inputs)
-            height, width = inputs[0].shape[1:3]
-            row, column = _token(query, height, width)
-            at_query = kept["result"].reshape(1, height, width, -1)[0, row, column].sum()
-            (gradient,) = torch.autograd.grad(at_query, kept["qkv"])
+        layer(*inputs)
     finally:
         for handle in handles:
             handle.remove()
-    values = gradient.reshape(*gradient.shape[:-1], 3, layer.num_heads, -1)[..., 2, :, :]
-    return values.mean(-1).reshape(height, width, layer.num_heads).permute(2, 0, 1)
+    return kept["qkv"], kept["result"].reshape(*inputs[0].shape[:3], -1)
+
+
+def _retained(layer: SwatRetention, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Gated values and the result of the retention; the norm between it and the projection hides the weights."""
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
+        v = v.detach().requires_grad_()
+        kept.append((v, type(layer)._attend(layer, q, k, v, *settings)))
+        return kept[-1][1]
+
+    layer._attend = attend  # type: ignore[method-assign]
+    try:
+        layer(*inputs)
+    finally:
+        del layer._attend
+    return kept[0]
 
 
 def _without_gradient_of_values(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -228,7 +251,9 @@ def neighborhoods(model: nn.Module, image: Tensor, query: tuple[float, float]) -
 
 
 def decay_fields(model: nn.Module, image: Tensor, query: tuple[float, float]) -> list[Panel]:
-    """The decay around the query (circle) of the first, middle and last head, in the last block of every stage.
+    """The decay around the query (circle) in the last block of every stage; a head's number is its factor a token.
+
+    Of the first, the middle and the last head.
 
     Decomposed stages have the same field as full ones: the distances along rows and columns add up.
     """

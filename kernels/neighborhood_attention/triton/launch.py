@@ -48,13 +48,13 @@ CONFIGS: dict[int, dict[str, dict[int, Config]]] = {
     2: {
         "fwd": {32: Config(_SHARED, 128), 128: Config(_WARP, 32)},
         "bwd_dq": {32: Config(_SHARED, 128), 128: Config(_WARP, 32)},
-        "bwd_dkdv": {32: Config(_WARP, 32, 2), 128: Config(_WARP, 32)},
+        "bwd_dkdv": {32: Config(_WARP, 32, 2), 64: Config(_WARP, 32), 128: Config(_WARP, 16)},
         "bwd_drpb": {32: Config(_WARP, 64), 128: Config(_WARP, 32)},
         "bwd_dextra": {128: Config(_WARP, 32)},
     },
     4: {
         "fwd": {64: Config(_WARPS, 32), 128: Config(_WARPS, 16)},
-        "bwd_dq": {128: Config(_WARPS, 32)},
+        "bwd_dq": {64: Config(_WARPS, 32), 128: Config(_WARPS, 16)},
         "bwd_dkdv": {64: Config(_WARPS, 32), 128: Config(_WARPS, 16)},
         "bwd_drpb": {128: Config(_WARPS, 32)},
         "bwd_dextra": {128: Config(_WARPS, 32)},
@@ -115,7 +115,7 @@ def queries_seeing(size: int, places: int, axis: _Axis) -> int:
     return min(size + kernel - 1 if causal else size + 2 * (kernel - 1), places)
 
 
-def choose_tiles(kernel: str, config: Config, places: tuple[int, int], axes: tuple[_Axis, _Axis]) -> Tiles:
+def choose_tiles(kernel: str, config: Config, places: tuple[int, ...], axes: tuple[_Axis, ...]) -> Tiles:
     """The tiles that do the least work on a dilation group of `places` (rows, columns)."""
     candidates = []
     for *own, warps in config.own:
@@ -395,8 +395,8 @@ def _run_drpb(problem: Problem, inputs: _Inputs, grad: Tensor, stats: Tensor, rp
     plan = problem.bwd_drpb
     tiles = plan.tiles
     rows, columns = (boxes_around(*sizes) for sizes in zip(tiles.own, tiles.others, problem.axes[1:], strict=True))
-    boxes = {"FIRST_Y": rows.first, "FIRST_X": columns.first, "BOXES_Y": rows.count, "BOXES_X": columns.count}
-    n_boxes = (2 * problem.axes[0][0] - 1) * rows.count * columns.count
+    boxes = {"FIRST_Y": rows.first, "FIRST_X": columns.first, "BOXES_Y": rows.number, "BOXES_X": columns.number}
+    n_boxes = (2 * problem.axes[0][0] - 1) * rows.number * columns.number
     n_slots = problem.batch * plan.slots
     # Away from the borders a tile of queries sees only few of the boxes: those are to fill the device.
     splits = problem.splits("bwd_drpb", tiles.steps * problem.axes[0][0] * problem.heads, n_slots)
@@ -441,11 +441,11 @@ class Boxes(NamedTuple):
 
     Attributes:
         first: First place of the first one, from the first query.
-        count: How many cover all distances.
+        number: How many cover all distances.
     """
 
     first: int
-    count: int
+    number: int
 
 
 def boxes_around(queries: int, keys: int, axis: _Axis) -> Boxes:

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from _exactness import allowed_error
 from _seeds import seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -313,9 +314,8 @@ def test_fused_is_as_exact_as_eager(seed: int, dtype: torch.dtype) -> None:
 
     for exact, ours, theirs in zip(run(torch.float64, "eager"), run(dtype, "triton"), run(dtype, "eager"), strict=True):
         scale = exact.norm() + 1e-12
-        bound = 2 * (theirs.double() - exact).norm() / scale + torch.finfo(dtype).eps
         assert ours.isfinite().all()
-        assert (ours.double() - exact).norm() / scale <= bound
+        assert (ours.double() - exact).norm() / scale <= allowed_error(exact, theirs, dtype)
 
 
 def test_choice_is_recorded_and_the_missing_kernel_is_named() -> None:

@@ -236,8 +236,8 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
         _build("biformer_n", checkpoint=tmp_path / "short.pth").init_weights()
     with pytest.raises(FileNotFoundError, match=r"absent\.pth"):
         _build("biformer_n", checkpoint=tmp_path / "absent.pth").init_weights()
-    with pytest.raises(ValueError, match="pretrained weights of biformer_t"):
-        _build("biformer_t", pretrained=True).init_weights()
+    with pytest.raises(ValueError, match="pretrained weights of mobilenetv2_ela_b"):
+        _build("mobilenetv2_ela_b", pretrained=True).init_weights()
 
 
 def test_neither_mmdet_nor_mmseg_is_imported() -> None:

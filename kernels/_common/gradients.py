@@ -30,6 +30,11 @@ def empty_gradient(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
+def zeros_or_empty(like: Tensor, tensor: Tensor | None) -> Tensor:
+    """The gradient of an input that has no influence: zeros, or `empty_gradient` where it is absent."""
+    return empty_gradient(like) if tensor is None else torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+
+
 def fake_gradients(grad: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """Shapes of a backward operator's results: a contiguous gradient of each tensor, an empty one if it is absent."""
     return tuple(

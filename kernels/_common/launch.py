@@ -68,6 +68,11 @@ def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """An optional tensor in the plain layout."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def map_strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
     """Strides over (B, H, W, heads) of each tensor."""
     return tuple(t.stride()[:4] for t in tensors)

@@ -56,8 +56,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitrail.kernels._common.gradients import empty_gradient
-from vitrail.kernels._common.launch import launch, map_strides, unit_stride
+from vitrail.kernels._common.gradients import zeros_or_empty
+from vitrail.kernels._common.launch import contiguous, launch, map_strides, unit_stride
 from vitrail.kernels._common.triton import finite, load_kv
 from vitrail.kernels.routing_attention.reference import region_size
 
@@ -452,7 +452,7 @@ def routing_attention_forward(
     problem = _Problem(q, pad_k, routes, n_regions, scale)
     routes = routes.contiguous()
     launch(
-        _routing_fwd_kernel, problem.grid, q, k, v, _contiguous(pad_k), _contiguous(pad_v),
+        _routing_fwd_kernel, problem.grid, q, k, v, contiguous(pad_k), contiguous(pad_v),
         _masks(routes) if problem.dense else routes, out, *map_strides(q, k, v, out), *problem.geometry, problem.topk,
         problem.heads, scale, **problem.options("fwd"),
     )  # fmt: skip
@@ -473,13 +473,13 @@ def routing_attention_backward(
     """Fused backward: the gradients of q, k, v, contiguous, and of pad_k and pad_v, empty if absent."""
     d_q, d_k, d_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     if q.numel() == 0:
-        return d_q, d_k, d_v, _zeros_or_empty(grad, pad_k), _zeros_or_empty(grad, pad_v)
+        return d_q, d_k, d_v, zeros_or_empty(grad, pad_k), zeros_or_empty(grad, pad_v)
     grad, q, k, v = unit_stride(grad, q, k, v)
     problem = _Problem(q, pad_k, routes, n_regions, scale)
-    inputs = (grad, q, k, v, _contiguous(pad_k), _contiguous(pad_v))
+    inputs = (grad, q, k, v, contiguous(pad_k), contiguous(pad_v))
     d_pad = _run_backward(problem, inputs, routes.contiguous(), (d_q, d_k, d_v))
     if pad_k is None or pad_v is None or not problem.has_pad:
-        return d_q, d_k, d_v, _zeros_or_empty(grad, pad_k), _zeros_or_empty(grad, pad_v)
+        return d_q, d_k, d_v, zeros_or_empty(grad, pad_k), zeros_or_empty(grad, pad_v)
     d_pad_k, d_pad_v = d_pad.sum(0).unbind(1)
     return d_q, d_k, d_v, d_pad_k.to(pad_k.dtype).contiguous(), d_pad_v.to(pad_v.dtype).contiguous()
 
@@ -528,11 +528,3 @@ def _masks(routes: Tensor) -> Tensor:
         num_warps=4,
     )  # fmt: skip
     return masks
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _zeros_or_empty(grad: Tensor, tensor: Tensor | None) -> Tensor:
-    return empty_gradient(grad) if tensor is None else torch.zeros_like(tensor, memory_format=torch.contiguous_format)

@@ -29,8 +29,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitrail.kernels._common.gradients import empty_gradient
-from vitrail.kernels._common.launch import Config, launch, map_strides, multiprocessors, unit_stride
+from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
+from vitrail.kernels._common.launch import Config, contiguous, launch, map_strides, multiprocessors, unit_stride
 from vitrail.kernels._common.triton import finite, load_kv
 
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -585,7 +585,7 @@ class _Problem:
     def laid_out(self, bias: Tensor | None) -> Tensor | None:
         """The bias as the kernels read it: for several tiles with -inf where a tile is larger than the window."""
         if bias is None or self.single_tile:
-            return _contiguous(bias)
+            return contiguous(bias)
         missing = self.constants["WHOLE"] + self.constants["REST"] - self.tokens
         return F.pad(bias, (0, missing, 0, missing), value=-math.inf).contiguous()
 
@@ -612,7 +612,7 @@ def window_attention_forward(
     if out.numel() == 0:
         return out
     problem = _Problem(q, bias, pad_k, window, shift, scale, roll_first)
-    tensors = (q, k, v, problem.laid_out(bias), _contiguous(pad_k), _contiguous(pad_v), out)
+    tensors = (q, k, v, problem.laid_out(bias), contiguous(pad_k), contiguous(pad_v), out)
     strides = map_strides(q, k, v, out)
     if problem.single_tile:
         config = CONFIGS["fwd"]
@@ -646,14 +646,14 @@ def window_attention_backward(
     """Fused backward: fills `d_q`, `d_k`, `d_v`; returns the gradients of bias and padding (empty if absent)."""
     grad, q, k, v = unit_stride(grad, q, k, v)
     if q.numel() == 0:
-        return _zeros_or_empty(grad, bias), _zeros_or_empty(grad, pad_k), _zeros_or_empty(grad, pad_v)
+        return zeros_or_empty(grad, bias), zeros_or_empty(grad, pad_k), zeros_or_empty(grad, pad_v)
     problem = _Problem(q, bias, pad_k, window, shift, scale, roll_first)
-    inputs = (grad, q, k, v, problem.laid_out(bias), _contiguous(pad_k), _contiguous(pad_v))
+    inputs = (grad, q, k, v, problem.laid_out(bias), contiguous(pad_k), contiguous(pad_v))
     run = _backward_single_tile if problem.single_tile else _backward_tiled
     bias_slots, pad_slots = run(problem, inputs, (d_q, d_k, d_v))
     d_bias = empty_gradient(grad) if bias is None else bias_slots.sum(0).to(bias.dtype)
     if pad_k is None or pad_v is None or not problem.has_pad:
-        return d_bias, _zeros_or_empty(grad, pad_k), _zeros_or_empty(grad, pad_v)
+        return d_bias, zeros_or_empty(grad, pad_k), zeros_or_empty(grad, pad_v)
     d_pad = pad_slots.sum(0)  # (heads, 2, D)
     return d_bias, d_pad[:, 0].to(pad_k.dtype).contiguous(), d_pad[:, 1].to(pad_v.dtype).contiguous()
 
@@ -710,11 +710,3 @@ def _slots(problem: _Problem, inputs: tuple[Any, ...], n_bias: int, n_pad: int) 
         torch.empty((n_bias, problem.heads, problem.tokens, problem.tokens), **options),
         torch.empty((n_pad, problem.heads, 2, problem.head_dim), **options),
     )
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _zeros_or_empty(grad: Tensor, tensor: Tensor | None) -> Tensor:
-    return empty_gradient(grad) if tensor is None else torch.zeros_like(tensor, memory_format=torch.contiguous_format)

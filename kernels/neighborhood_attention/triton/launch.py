@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from vitrail.kernels._common.gradients import empty_gradient
+from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
 from vitrail.kernels._common.launch import unit_stride
 from vitrail.kernels.neighborhood_attention.triton.backward import (
     neighborhood_bwd_dextra_kernel,
@@ -311,7 +311,7 @@ def neighborhood_attention_backward(
     """Fused backward: the gradients of all tensors, contiguous, empty where an optional one is absent."""
     d_q, d_k, d_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     if q.numel() == 0:
-        return d_q, d_k, d_v, *(_zeros_or_empty(grad, t) for t in (rpb, extra_k, extra_v, pad_k, pad_v))
+        return d_q, d_k, d_v, *(zeros_or_empty(grad, t) for t in (rpb, extra_k, extra_v, pad_k, pad_v))
     problem = problem_of(q, rpb, extra_k, pad_k, kernel_size, stride, dilation, is_causal, scale)
     inputs = _Inputs(q, k, v, rpb, extra_k, extra_v, pad_k, pad_v)
     (grad,) = unit_stride(grad)
@@ -385,7 +385,7 @@ def _run_dkdv(
     )  # fmt: skip
     _, _, pad_k, pad_v = inputs.given
     if pad_k is None or pad_v is None or not problem.has_pad:
-        return _zeros_or_empty(grad, pad_k), _zeros_or_empty(grad, pad_v)
+        return zeros_or_empty(grad, pad_k), zeros_or_empty(grad, pad_v)
     d_pad_k, d_pad_v = d_pads.sum(0).unbind(1)
     return d_pad_k.to(pad_k.dtype).contiguous(), d_pad_v.to(pad_v.dtype).contiguous()
 
@@ -419,7 +419,7 @@ def _run_dextra(problem: Problem, inputs: _Inputs, grad: Tensor, stats: Tensor) 
     """Gradients of the additional keys and values: sums over shares of the queries, added in their order."""
     extra_k, extra_v, _, _ = inputs.given
     if extra_k is None or extra_v is None or problem.n_extra == 0:
-        return _zeros_or_empty(grad, extra_k), _zeros_or_empty(grad, extra_v)
+        return zeros_or_empty(grad, extra_k), zeros_or_empty(grad, extra_v)
     plan = problem.bwd_dextra
     blocks = math.ceil(problem.n_extra / EXTRA_BLOCK)
     programs = problem.batch * blocks * problem.heads
@@ -455,10 +455,6 @@ def boxes_around(queries: int, keys: int, axis: _Axis) -> Boxes:
     before = math.ceil((kernel - 1 - start) / keys)
     behind = queries - 1 + (0 if causal else kernel - 1)
     return Boxes(-start - before * keys, before + math.ceil((start + behind + 1) / keys))
-
-
-def _zeros_or_empty(grad: Tensor, tensor: Tensor | None) -> Tensor:
-    return empty_gradient(grad) if tensor is None else torch.zeros_like(tensor, memory_format=torch.contiguous_format)
 
 
 @functools.cache

@@ -7,12 +7,12 @@ the smallest maps of the models (the last stage), on which the time goes into ca
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 from vitrail.tools._common.kernel_cases import (
     channel_attention,
     context_window_attention,
+    depthwise_conv,
     linear_attention,
     neighborhood_attention,
     retention,
@@ -39,8 +39,5 @@ OPERATORS: dict[str, Callable[[str], list[KernelCase]]] = {
     "context_window_attention": context_window_attention.cases,
     "scattered_linear_attention": scattered_linear_attention.cases,
     "sparse_conv": sparse_conv.cases,
+    "depthwise_conv": depthwise_conv.cases,
 }
-if importlib.util.find_spec("vitrail.kernels.depthwise_conv") is not None:
-    from vitrail.tools._common.kernel_cases import depthwise_conv
-
-    OPERATORS["depthwise_conv"] = depthwise_conv.cases

@@ -54,6 +54,16 @@ def _forget_compilations() -> Iterator[None]:
         torch._dynamo.reset()
 
 
+@pytest.fixture(autouse=True)
+def _forget_default_scope() -> Iterator[None]:
+    """A Runner of one test leaves its scope as the process's: the next test's heads would look for their losses there."""
+    yield
+    if "mmengine.registry.default_scope" in sys.modules:
+        from mmengine.registry import DefaultScope
+
+        DefaultScope._instance_dict.clear()
+
+
 @pytest.fixture(scope="session")
 def root_dir() -> Path:
     """The repository's root."""

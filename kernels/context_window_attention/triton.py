@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -38,18 +38,26 @@ from vitrail.kernels._common.launch import Config, launch, map_strides, unit_str
 from vitrail.kernels._common.triton import finite, token_offsets
 
 _LOG2E = tl.constexpr(math.log2(math.e))
-_BLOCK = 64  # tokens of a tile, at most
-_TILE_BYTES = 16384  # of one tile of tokens, at most
 _LEAST_STARTS = 8  # one kernel for all numbers of windows along an axis up to this
 _SUM_TILE = 2048  # numbers that a program adds up at once
 
-CONFIGS = {
-    "fwd": Config(4, 2),
-    "bwd": Config(4, 1),
-    "bwd_dq": Config(4, 2),
-    "bwd_dkdv": Config(4, 1),
-    "bwd_sum": Config(4, 1),
+
+class Tiles(NamedTuple):
+    """How a kernel is cut: tokens of a program's own block and of those it walks over, at most."""
+
+    own: int
+    others: int
+    config: Config
+
+
+# By kernel and bytes of a head's row, at most. "bwd" has no other block: it takes windows that are one block.
+TILES = {
+    "fwd": {128: Tiles(64, 64, Config(4, 2)), 256: Tiles(64, 64, Config(8, 2)), 512: Tiles(32, 32, Config(8, 2))},
+    "bwd": {128: Tiles(64, 64, Config(4, 1)), 256: Tiles(64, 64, Config(8, 1)), 512: Tiles(32, 32, Config(8, 1))},
+    "bwd_dq": {128: Tiles(64, 64, Config(4, 2)), 256: Tiles(64, 64, Config(8, 2)), 512: Tiles(32, 32, Config(8, 2))},
+    "bwd_dkdv": {128: Tiles(64, 64, Config(4, 1)), 256: Tiles(64, 64, Config(8, 1)), 512: Tiles(32, 32, Config(8, 1))},
 }
+_SUM_CONFIG = Config(4, 1)
 _SIZES = ["height", "width", "window_h", "window_w", "rows", "columns", "n_heads"]
 
 
@@ -110,21 +118,21 @@ def _logits(q, k, exists, scale):
 def _context_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, q_strides, k_strides, v_strides, out_strides, row_starts, column_starts,
     height, width, window_h, window_w, rows, columns, n_heads, scale,
-    N_STARTS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    N_STARTS: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program: one head, one block of queries, over all keys of their context."""
     geometry = (height, width, window_h, window_w, rows, columns)
     image, head, _window, first, y, x, context_y, context_x = _place(
-        geometry, row_starts, column_starts, n_heads, N_STARTS, BLOCK
+        geometry, row_starts, column_starts, n_heads, N_STARTS, OWN
     )
-    q_tokens = first + tl.arange(0, BLOCK)
+    q_tokens = first + tl.arange(0, OWN)
     real = _is_query(y, x, q_tokens, geometry)
     q = _load(q_ptr, _offsets(image, head, y, x, q_tokens, window_w, q_strides, HEAD_DIM), real)
-    maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    out = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
-    for start in range(0, window_h * window_w, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
+    maximum = tl.full((OWN,), float("-inf"), tl.float32)
+    total = tl.zeros((OWN,), tl.float32)
+    out = tl.zeros((OWN, HEAD_DIM), tl.float32)
+    for start in range(0, window_h * window_w, OTHERS):
+        tokens = start + tl.arange(0, OTHERS)
         exists = tokens < window_h * window_w
         k = _load(k_ptr, _offsets(image, head, context_y, context_x, tokens, window_w, k_strides, HEAD_DIM), exists)
         v = _load(v_ptr, _offsets(image, head, context_y, context_x, tokens, window_w, v_strides, HEAD_DIM), exists)
@@ -144,14 +152,14 @@ def _context_bwd_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, d_q_ptr, d_k_ptr, d_v_ptr,
     grad_strides, q_strides, k_strides, v_strides, d_q_strides, part_strides, row_starts, column_starts,
     height, width, window_h, window_w, rows, columns, n_heads, scale,
-    N_STARTS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    N_STARTS: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program: one head of one window that is a single block; its part of the gradients of keys and values."""
     geometry = (height, width, window_h, window_w, rows, columns)
     image, head, _window, _first, y, x, context_y, context_x = _place(
-        geometry, row_starts, column_starts, n_heads, N_STARTS, BLOCK
+        geometry, row_starts, column_starts, n_heads, N_STARTS, OWN
     )
-    tokens = tl.arange(0, BLOCK)
+    tokens = tl.arange(0, OWN)
     exists = tokens < window_h * window_w
     real = _is_query(y, x, tokens, geometry)
     q = _load(q_ptr, _offsets(image, head, y, x, tokens, window_w, q_strides, HEAD_DIM), real)
@@ -179,7 +187,7 @@ def _context_bwd_dq_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, d_q_ptr, stats_ptr,
     grad_strides, q_strides, k_strides, v_strides, d_q_strides, row_starts, column_starts,
     height, width, window_h, window_w, rows, columns, n_heads, scale,
-    N_STARTS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    N_STARTS: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program: gradient of one block of queries; leaves the rows' statistics for the kernel of the keys.
 
@@ -188,17 +196,17 @@ def _context_bwd_dq_kernel(
     geometry = (height, width, window_h, window_w, rows, columns)
     n_tokens = window_h * window_w
     image, head, window, first, y, x, context_y, context_x = _place(
-        geometry, row_starts, column_starts, n_heads, N_STARTS, BLOCK
+        geometry, row_starts, column_starts, n_heads, N_STARTS, OWN
     )
-    q_tokens = first + tl.arange(0, BLOCK)
+    q_tokens = first + tl.arange(0, OWN)
     real = _is_query(y, x, q_tokens, geometry)
     q = _load(q_ptr, _offsets(image, head, y, x, q_tokens, window_w, q_strides, HEAD_DIM), real)
     grad = _load(grad_ptr, _offsets(image, head, y, x, q_tokens, window_w, grad_strides, HEAD_DIM), real)
-    maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    correction = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, n_tokens, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
+    maximum = tl.full((OWN,), float("-inf"), tl.float32)
+    total = tl.zeros((OWN,), tl.float32)
+    correction = tl.zeros((OWN,), tl.float32)
+    for start in range(0, n_tokens, OTHERS):
+        tokens = start + tl.arange(0, OTHERS)
         exists = tokens < n_tokens
         k = _load(k_ptr, _offsets(image, head, context_y, context_x, tokens, window_w, k_strides, HEAD_DIM), exists)
         v = _load(v_ptr, _offsets(image, head, context_y, context_x, tokens, window_w, v_strides, HEAD_DIM), exists)
@@ -212,9 +220,9 @@ def _context_bwd_dq_kernel(
         maximum = new_maximum
     row_lse = maximum + tl.log2(total)
     correction = correction / total
-    d_q = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
-    for start in range(0, n_tokens, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
+    d_q = tl.zeros((OWN, HEAD_DIM), tl.float32)
+    for start in range(0, n_tokens, OTHERS):
+        tokens = start + tl.arange(0, OTHERS)
         exists = tokens < n_tokens
         k = _load(k_ptr, _offsets(image, head, context_y, context_x, tokens, window_w, k_strides, HEAD_DIM), exists)
         v = _load(v_ptr, _offsets(image, head, context_y, context_x, tokens, window_w, v_strides, HEAD_DIM), exists)
@@ -234,23 +242,23 @@ def _context_bwd_dkdv_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, d_k_ptr, d_v_ptr, stats_ptr,
     grad_strides, q_strides, k_strides, v_strides, part_strides, row_starts, column_starts,
     height, width, window_h, window_w, rows, columns, n_heads, scale,
-    N_STARTS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    N_STARTS: tl.constexpr, OWN: tl.constexpr, OTHERS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program: one window's part of the gradients of one block of keys and values, over all its queries."""
     geometry = (height, width, window_h, window_w, rows, columns)
     n_tokens = window_h * window_w
     image, head, window, first, y, x, context_y, context_x = _place(
-        geometry, row_starts, column_starts, n_heads, N_STARTS, BLOCK
+        geometry, row_starts, column_starts, n_heads, N_STARTS, OWN
     )
-    tokens = first + tl.arange(0, BLOCK)
+    tokens = first + tl.arange(0, OWN)
     exists = tokens < n_tokens
     k = _load(k_ptr, _offsets(image, head, context_y, context_x, tokens, window_w, k_strides, HEAD_DIM), exists)
     v = _load(v_ptr, _offsets(image, head, context_y, context_x, tokens, window_w, v_strides, HEAD_DIM), exists)
     stats_ptr += (window * n_heads + head).to(tl.int64) * (2 * n_tokens)
-    d_k = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
-    d_v = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
-    for start in range(0, n_tokens, BLOCK):
-        q_tokens = start + tl.arange(0, BLOCK)
+    d_k = tl.zeros((OWN, HEAD_DIM), tl.float32)
+    d_v = tl.zeros((OWN, HEAD_DIM), tl.float32)
+    for start in range(0, n_tokens, OTHERS):
+        q_tokens = start + tl.arange(0, OTHERS)
         real = _is_query(y, x, q_tokens, geometry)
         q = _load(q_ptr, _offsets(image, head, y, x, q_tokens, window_w, q_strides, HEAD_DIM), real)
         grad = _load(grad_ptr, _offsets(image, head, y, x, q_tokens, window_w, grad_strides, HEAD_DIM), real)
@@ -285,7 +293,7 @@ def _context_bwd_sum_kernel(
     d_k = tl.zeros((N_STARTS, BLOCK), tl.float32)
     d_v = tl.zeros((N_STARTS, BLOCK), tl.float32)
     for row in tl.static_range(N_STARTS):
-        y = token // width % height - _start(row_starts, row, N_STARTS)
+        y = token // width % height - row_starts[row].to(tl.int32)
         row_sees = (y >= 0) & (y < window_h) & (row < rows)
         pixel = ((image * rows + row) * window_h + y).to(tl.int64) * (columns * window_w) + x
         offsets = pixel[:, None] * channels + channel[None, :]
@@ -312,20 +320,29 @@ class _Problem:
         self.scalars = (*self.starts, height, width, *self.windows, self.heads, scale)
         self.rows = batch * rows * columns * self.heads
         self.row_bytes = self.head_dim * q.element_size()
-        most = min(_BLOCK, _TILE_BYTES // self.row_bytes)
-        self.block = min(most, max(16, triton.next_power_of_2(self.n_tokens)))
-        self.n_blocks = math.ceil(self.n_tokens / self.block)
         self.part_shape = (batch, rows * window[0], columns * window[1], self.heads, self.head_dim)
 
     def _filled(self, starts: Sequence[int]) -> tuple[float, ...]:
         """As many numbers for every call. Triton compiles anew for integers that are 1 or multiples of 16, not floats."""
         return (*map(float, starts), *(0.0,) * (self.n_starts - len(starts)))
 
+    def tiles(self, name: str) -> Tiles:
+        """The tiles of a kernel, no larger than the window."""
+        tiles = next(found for most, found in TILES[name].items() if self.row_bytes <= most)
+        most = max(16, triton.next_power_of_2(self.n_tokens))  # tensor cores take no fewer than 16 rows
+        return Tiles(min(tiles.own, most), min(tiles.others, most), tiles.config)
+
+    @property
+    def is_single(self) -> bool:
+        """Whether one program can compute all gradients of a window."""
+        return self.n_tokens <= self.tiles("bwd").own
+
     def launch(self, kernel: Any, name: str, *arguments: Any) -> None:
         """Runs a kernel whose programs each have one block of one window and head."""
+        own, others, config = self.tiles(name)
         launch(
-            kernel, (self.rows * self.n_blocks,), *arguments, *self.scalars, N_STARTS=self.n_starts, BLOCK=self.block,
-            HEAD_DIM=self.head_dim, **CONFIGS[name].launch,
+            kernel, (self.rows * math.ceil(self.n_tokens / own),), *arguments, *self.scalars, N_STARTS=self.n_starts,
+            OWN=own, OTHERS=others, HEAD_DIM=self.head_dim, **config.launch,
         )  # fmt: skip
 
 
@@ -366,7 +383,7 @@ def context_window_attention_backward(
     problem = _Problem(q, window, row_starts, column_starts, scale)
     parts = tuple(torch.empty(problem.part_shape, dtype=t.dtype, device=t.device) for t in (k, v))
     strides, part_strides = map_strides(*inputs), map_strides(parts[0])
-    if problem.n_blocks == 1:
+    if problem.is_single:
         problem.launch(
             _context_bwd_kernel, "bwd", *inputs, d_q, *parts, *strides, *map_strides(d_q), *part_strides
         )  # fmt: skip
@@ -386,5 +403,5 @@ def _add_parts(problem: _Problem, parts: tuple[Tensor, ...], d_k: Tensor, d_v: T
     launch(
         _context_bwd_sum_kernel, (batch * height * width * math.ceil(channels / block),), *parts, d_k, d_v,
         *problem.starts, height, width, *problem.windows, channels, N_STARTS=problem.n_starts, BLOCK=block,
-        **CONFIGS["bwd_sum"].launch,
+        **_SUM_CONFIG.launch,
     )  # fmt: skip

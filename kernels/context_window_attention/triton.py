@@ -293,7 +293,7 @@ def _context_bwd_sum_kernel(
     d_k = tl.zeros((N_STARTS, BLOCK), tl.float32)
     d_v = tl.zeros((N_STARTS, BLOCK), tl.float32)
     for row in tl.static_range(N_STARTS):
-        y = token // width % height - row_starts[row].to(tl.int32)
+        y = (token // width % height - row_starts[row]).to(tl.int32)  # in each window of a column of windows
         row_sees = (y >= 0) & (y < window_h) & (row < rows)
         pixel = ((image * rows + row) * window_h + y).to(tl.int64) * (columns * window_w) + x
         offsets = pixel[:, None] * channels + channel[None, :]

@@ -232,12 +232,12 @@ def random_call(
     """Inputs, gradient and places: windows cut off, contexts at will, k and v slices of one map or of any strides."""
     n_windows = [draw.randint(1, most_windows) for _ in window]
     size = [(n - 1) * length + draw.randint(1, length) for n, length in zip(n_windows, window, strict=True)]
-    context = [length + draw.randint(0, 4) for length in window]
+    context = [length + draw.randint(0, 2) for length in window]
     starts = [
         [draw.randint(0, c - length) for _ in range(n)]
         for n, length, c in zip(n_windows, window, context, strict=True)
     ]  # fmt: skip
-    batch, heads = draw.randint(1, 2), draw.randint(1, 2)
+    batch, heads = draw.choice([(1, 2), (2, 1)])
     q, grad = torch.randn(2, batch, *size, heads, dim, dtype=torch.float64).to(DEVICE, dtype).unbind(0)
     k, v = torch.randn(batch, *context, 2, heads, dim, dtype=torch.float64).to(DEVICE, dtype).unbind(3)
     if draw.random() < 0.3:
@@ -279,12 +279,12 @@ _DTYPES = pytest.mark.parametrize(
 
 @needs_triton
 @_DTYPES
-@pytest.mark.parametrize("window", [(2, 3), (5, 7), (1, 16)], ids=str)
+@pytest.mark.parametrize("window", [(2, 3), (3, 7), (1, 16)], ids=str)
 @pytest.mark.parametrize("seed", seeds(2))
 def test_fused_is_as_exact_as_eager(
     seed: int, window: tuple[int, int], dtype: torch.dtype, poison: None, small_tiles: None
 ) -> None:
-    assert_exact(*random_call(random.Random(f"{seed}{window}"), window, 3, 16, dtype))
+    assert_exact(*random_call(random.Random(f"{seed}{window}"), window, 3 if window == (2, 3) else 2, 16, dtype))
 
 
 @needs_triton

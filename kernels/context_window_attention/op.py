@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vitrail.kernels._common.dispatch import Support, triton_support
+from vitrail.kernels._common.dispatch import FUSED_HEAD_DIMS, Support, triton_support
 from vitrail.kernels._common.flops import window_flops
 from vitrail.kernels._common.registration import register_operator
 from vitrail.kernels.context_window_attention.reference import (
@@ -21,6 +21,7 @@ from vitrail.kernels.context_window_attention.reference import (
     context_window_attention_reference,
 )
 
+HEAD_DIMS = (*FUSED_HEAD_DIMS, 256, 512)  # VWFormer's head for ADE20K has one head of 512 channels
 MAX_WINDOWS = 32  # along an axis, that the Triton kernels take
 
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, int[] window_size, int[] row_starts, int[] column_starts, float scale"
@@ -28,7 +29,7 @@ _ARGUMENTS = "Tensor q, Tensor k, Tensor v, int[] window_size, int[] row_starts,
 
 def fused_support(q: Tensor, row_starts: Sequence[int], column_starts: Sequence[int]) -> Support:
     """The one place that says when context window attention is handed to the reference, and why."""
-    support = triton_support(q, q.shape[-1])
+    support = triton_support(q, q.shape[-1], HEAD_DIMS)
     n_windows = (len(row_starts), len(column_starts))
     if support.ok and max(n_windows) > MAX_WINDOWS:
         taken = f"Triton kernels take up to {MAX_WINDOWS} windows along an axis"

@@ -50,13 +50,20 @@ class Tiles(NamedTuple):
     config: Config
 
 
-# By kernel and bytes of a head's row, at most. "bwd" has no other block: it takes windows that are one block.
-TILES = {
-    "fwd": {128: Tiles(64, 64, Config(4, 2)), 256: Tiles(64, 64, Config(8, 2)), 512: Tiles(32, 32, Config(8, 2))},
-    "bwd": {128: Tiles(64, 64, Config(4, 1)), 256: Tiles(64, 64, Config(8, 1)), 512: Tiles(32, 32, Config(8, 1))},
-    "bwd_dq": {128: Tiles(64, 64, Config(4, 2)), 256: Tiles(64, 64, Config(8, 2)), 512: Tiles(32, 32, Config(8, 2))},
-    "bwd_dkdv": {128: Tiles(64, 64, Config(4, 1)), 256: Tiles(64, 64, Config(8, 1)), 512: Tiles(32, 32, Config(8, 1))},
+# By kernel and head width, at most. "bwd" has no other block: it takes windows that are one block of its own.
+_HALF = {
+    "fwd": {64: Tiles(64, 64, Config(4, 2)), 128: Tiles(64, 64, Config(8, 2)), 512: Tiles(32, 32, Config(8, 1))},
+    "bwd": {64: Tiles(64, 64, Config(4, 1)), 128: Tiles(64, 64, Config(8, 1)), 512: Tiles(16, 16, Config(8, 1))},
+    "bwd_dq": {64: Tiles(64, 64, Config(4, 2)), 128: Tiles(64, 64, Config(8, 2)), 512: Tiles(32, 16, Config(8, 1))},
+    "bwd_dkdv": {64: Tiles(64, 64, Config(4, 1)), 128: Tiles(64, 64, Config(8, 1)), 512: Tiles(32, 32, Config(8, 1))},
 }
+_FLOAT32 = {
+    32: Tiles(64, 64, Config(8, 1)),
+    64: Tiles(32, 32, Config(8, 1)),
+    128: Tiles(32, 16, Config(8, 1)),
+    512: Tiles(16, 16, Config(8, 1)),
+}
+TILES = {torch.float16: _HALF, torch.bfloat16: _HALF, torch.float32: dict.fromkeys(_HALF, _FLOAT32)}
 _SUM_CONFIG = Config(4, 1)
 _SIZES = ["height", "width", "window_h", "window_w", "rows", "columns", "n_heads"]
 
@@ -319,7 +326,7 @@ class _Problem:
         self.starts = (self._filled(row_starts), self._filled(column_starts))
         self.scalars = (*self.starts, height, width, *self.windows, self.heads, scale)
         self.rows = batch * rows * columns * self.heads
-        self.row_bytes = self.head_dim * q.element_size()
+        self.tiles_by_kernel = TILES[q.dtype]
         self.part_shape = (batch, rows * window[0], columns * window[1], self.heads, self.head_dim)
 
     def _filled(self, starts: Sequence[int]) -> tuple[float, ...]:
@@ -328,7 +335,7 @@ class _Problem:
 
     def tiles(self, name: str) -> Tiles:
         """The tiles of a kernel, no larger than the window."""
-        tiles = next(found for most, found in TILES[name].items() if self.row_bytes <= most)
+        tiles = next(found for most, found in self.tiles_by_kernel[name].items() if self.head_dim <= most)
         most = max(16, triton.next_power_of_2(self.n_tokens))  # tensor cores take no fewer than 16 rows
         return Tiles(min(tiles.own, most), min(tiles.others, most), tiles.config)
 

@@ -263,8 +263,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles and blocks of channels on a small map."""
     triton = pytest.importorskip("vitrail.kernels.context_window_attention.triton")
-    tiles = triton.Tiles(16, 16, triton.Config(1, 1))
-    monkeypatch.setattr(triton, "TILES", {name: {2048: tiles} for name in triton.TILES})
+    tiles = dict.fromkeys(triton.TILES[torch.float32], {16: triton.Tiles(16, 16, triton.Config(1, 1))})
+    monkeypatch.setattr(triton, "TILES", dict.fromkeys(triton.TILES, tiles))
     monkeypatch.setattr(triton, "_LEAST_STARTS", 2)
     monkeypatch.setattr(triton, "_SUM_TILE", 64)
 
@@ -309,7 +309,7 @@ def test_fused_of_empty_maps(seen: str) -> None:
 
 @needs_triton
 def test_registration_of_the_kernels(small_tiles: None) -> None:
-    (q, k, v), _, places = random_call(random.Random(1), (2, 3), 2, 16, torch.float32)
+    (q, k, v), _, places = random_call(random.Random(1), (2, 3), 1, 16, torch.float32)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(torch.ops.vitrail.context_window_attention, (*leaves, *places.values(), 0.5))
 
@@ -320,7 +320,7 @@ def test_registration_of_the_kernels(small_tiles: None) -> None:
 def test_fused_on_a_gpu(seed: int, dtype: torch.dtype, poison: None) -> None:
     draw = random.Random(seed)
     window = (draw.randint(1, 17), draw.randint(1, 17))
-    assert_exact(*random_call(draw, window, 9, draw.choice([16, 32, 64, 128]), dtype))
+    assert_exact(*random_call(draw, window, 9, draw.choice([16, 32, 64, 128, 256, 512]), dtype))
 
 
 def vwformer_call(
@@ -340,8 +340,9 @@ def vwformer_call(
 @_DTYPES
 @pytest.mark.parametrize("ratio", [2, 4, 8])
 @pytest.mark.parametrize("size", [(64, 64), (64, 256), (61, 83)], ids=str)
-def test_fused_on_vwformers_maps(size: tuple[int, int], ratio: int, dtype: torch.dtype) -> None:
-    assert_exact(*vwformer_call(size, ratio, 16, dtype))
+@pytest.mark.parametrize("heads", [1, 16])
+def test_fused_on_vwformers_maps(heads: int, size: tuple[int, int], ratio: int, dtype: torch.dtype) -> None:
+    assert_exact(*vwformer_call(size, ratio, heads, dtype))
 
 
 @pytest.mark.gpu

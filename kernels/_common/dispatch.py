@@ -69,9 +69,7 @@ def record_choices() -> Iterator[list[Choice]]:
         settings.recorder = outer
 
 
-def triton_support(
-    tensor: torch.Tensor, head_dim: int, head_dims: tuple[int, ...] = FUSED_HEAD_DIMS
-) -> Support:
+def triton_support(tensor: torch.Tensor, head_dim: int, head_dims: tuple[int, ...] = FUSED_HEAD_DIMS) -> Support:
     """The conditions that all our Triton kernels share: device, dtype and head width."""
     if not HAS_TRITON:
         return Support(False, "Triton is not installed")

@@ -34,8 +34,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitrail.kernels._common.gradients import zeros_or_empty
 from vitrail.kernels._common.launch import Config, launch, map_strides, unit_stride
-from vitrail.kernels._common.triton import finite, token_offsets
+from vitrail.kernels._common.triton import token_offsets
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LEAST_STARTS = 8  # one kernel for all numbers of windows along an axis up to this
@@ -58,9 +59,9 @@ _HALF = {
     "bwd_dkdv": {64: Tiles(64, 64, Config(4, 1)), 128: Tiles(64, 64, Config(8, 1)), 512: Tiles(32, 32, Config(8, 1))},
 }
 _FLOAT32 = {
-    32: Tiles(64, 64, Config(8, 1)),
+    32: Tiles(64, 32, Config(8, 1)),
     64: Tiles(32, 32, Config(8, 1)),
-    128: Tiles(32, 16, Config(8, 1)),
+    128: Tiles(16, 16, Config(4, 1)),
     512: Tiles(16, 16, Config(8, 1)),
 }
 TILES = {torch.float16: _HALF, torch.bfloat16: _HALF, torch.float32: dict.fromkeys(_HALF, _FLOAT32)}
@@ -330,7 +331,7 @@ class _Problem:
         self.part_shape = (batch, rows * window[0], columns * window[1], self.heads, self.head_dim)
 
     def _filled(self, starts: Sequence[int]) -> tuple[float, ...]:
-        """As many numbers for every call. Triton compiles anew for integers that are 1 or multiples of 16, not floats."""
+        """As many numbers for every call; as floats, since Triton compiles anew for integers 1 and multiples of 16."""
         return (*map(float, starts), *(0.0,) * (self.n_starts - len(starts)))
 
     def tiles(self, name: str) -> Tiles:
@@ -384,7 +385,7 @@ def context_window_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fused backward: the gradients of q, k and v, contiguous."""
     if q.numel() == 0:
-        return torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        return zeros_or_empty(grad, q), zeros_or_empty(grad, k), zeros_or_empty(grad, v)
     d_q, d_k, d_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     inputs = unit_stride(grad, q, k, v)
     problem = _Problem(q, window, row_starts, column_starts, scale)

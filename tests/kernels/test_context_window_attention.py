@@ -263,8 +263,9 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles and blocks of channels on a small map."""
     triton = pytest.importorskip("vitrail.kernels.context_window_attention.triton")
-    tiles = dict.fromkeys(triton.TILES[torch.float32], {16: triton.Tiles(16, 16, triton.Config(1, 1))})
-    monkeypatch.setattr(triton, "TILES", dict.fromkeys(triton.TILES, tiles))
+    small = {16: triton.Tiles(16, 16, triton.Config(1, 1))}
+    tiles = {dtype: {kernel: small for kernel in by_kernel} for dtype, by_kernel in triton.TILES.items()}
+    monkeypatch.setattr(triton, "TILES", tiles)
     monkeypatch.setattr(triton, "_LEAST_STARTS", 2)
     monkeypatch.setattr(triton, "_SUM_TILE", 64)
 
@@ -305,6 +306,18 @@ def test_fused_of_empty_maps(seen: str) -> None:
     out.sum().backward()
     assert out.shape == q.shape
     assert torch.equal(k.grad, torch.zeros_like(k))
+
+
+@needs_triton
+def test_every_supported_call_has_tiles() -> None:
+    from vitrail.kernels.context_window_attention import op, triton
+
+    for dtype, by_kernel in triton.TILES.items():
+        for dim in op.HEAD_DIMS:
+            q = torch.zeros(1, 9, 9, 1, dim, dtype=dtype, device=DEVICE)
+            assert op.fused_support(q, [0], [0]).ok
+            problem = triton._Problem(q, (9, 9), [0], [0], 1.0)
+            assert all(min(problem.tiles(kernel)[:2]) >= 16 for kernel in by_kernel)
 
 
 @needs_triton

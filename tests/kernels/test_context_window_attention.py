@@ -264,7 +264,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles and blocks of channels on a small map."""
     triton = pytest.importorskip("vitrail.kernels.context_window_attention.triton")
     small = {16: triton.Tiles(16, 16, triton.Config(1, 1))}
-    tiles = {dtype: {kernel: small for kernel in by_kernel} for dtype, by_kernel in triton.TILES.items()}
+    tiles = {dtype: dict.fromkeys(by_kernel, small) for dtype, by_kernel in triton.TILES.items()}
     monkeypatch.setattr(triton, "TILES", tiles)
     monkeypatch.setattr(triton, "_LEAST_STARTS", 2)
     monkeypatch.setattr(triton, "_SUM_TILE", 64)

@@ -162,7 +162,7 @@ def test_compiles_in_one_graph_with_any_batch() -> None:
 
 @needs_triton
 def test_fused_compiles_in_one_graph(small_tiles: None) -> None:
-    (q, k, v), grad, places = random_call(random.Random(2), (2, 3), 2, 16, torch.float32)
+    (q, k, v), grad, places = random_call(random.Random(2), (2, 3), 1, 16, torch.float32)
 
     def run(*inputs: Tensor) -> Tensor:
         return context_window_attention(*inputs, **places, backend="triton")
@@ -237,7 +237,7 @@ def random_call(
         [draw.randint(0, c - length) for _ in range(n)]
         for n, length, c in zip(n_windows, window, context, strict=True)
     ]  # fmt: skip
-    batch, heads = draw.choice([(1, 2), (2, 1)])
+    batch, heads = draw.choice([(1, 3), (2, 1)])
     q, grad = torch.randn(2, batch, *size, heads, dim, dtype=torch.float64).to(DEVICE, dtype).unbind(0)
     k, v = torch.randn(batch, *context, 2, heads, dim, dtype=torch.float64).to(DEVICE, dtype).unbind(3)
     if draw.random() < 0.3:
@@ -281,7 +281,7 @@ _DTYPES = pytest.mark.parametrize(
 @needs_triton
 @_DTYPES
 @pytest.mark.parametrize("window", [(2, 3), (3, 7), (1, 16)], ids=str)
-@pytest.mark.parametrize("seed", seeds(2))
+@pytest.mark.parametrize("seed", seeds(1))
 def test_fused_is_as_exact_as_eager(
     seed: int, window: tuple[int, int], dtype: torch.dtype, poison: None, small_tiles: None
 ) -> None:

@@ -40,7 +40,7 @@ from vitrail.kernels._common.triton import token_offsets
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LEAST_STARTS = 8  # one kernel for all numbers of windows along an axis up to this
-_SUM_TILE = 2048  # numbers that a program adds up at once
+_SUM_TILE = 1024  # numbers that a program adds up at once
 
 
 class Tiles(NamedTuple):
@@ -270,8 +270,8 @@ def _context_bwd_dkdv_kernel(
         real = _is_query(y, x, q_tokens, geometry)
         q = _load(q_ptr, _offsets(image, head, y, x, q_tokens, window_w, q_strides, HEAD_DIM), real)
         grad = _load(grad_ptr, _offsets(image, head, y, x, q_tokens, window_w, grad_strides, HEAD_DIM), real)
-        # An infinite log-sum-exp leaves queries beyond the map no weight.
-        row_lse = tl.load(stats_ptr + q_tokens, mask=real, other=float("inf"))
+        # Queries beyond the map are zero, and so is what they add.
+        row_lse = tl.load(stats_ptr + q_tokens, mask=real, other=0.0)
         correction = tl.load(stats_ptr + n_tokens + q_tokens, mask=real, other=0.0)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
         weights = tl.exp2(logits - row_lse[:, None])

@@ -40,7 +40,7 @@ from vitrail.kernels._common.triton import token_offsets
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LEAST_STARTS = 8  # one kernel for all numbers of windows along an axis up to this
-_SUM_TILE = 1024  # numbers that a program adds up at once
+_SUM_TILE = 2048  # numbers that a program adds up at once
 
 
 class Tiles(NamedTuple):
@@ -300,9 +300,9 @@ def _context_bwd_sum_kernel(
     x = column * window_w + x
     d_k = tl.zeros((N_STARTS, BLOCK), tl.float32)
     d_v = tl.zeros((N_STARTS, BLOCK), tl.float32)
-    for row in tl.static_range(N_STARTS):
-        y = (token // width % height - row_starts[row]).to(tl.int32)  # in each window of a column of windows
-        row_sees = (y >= 0) & (y < window_h) & (row < rows)
+    for row in range(rows):
+        y = token // width % height - _start(row_starts, row, N_STARTS)
+        row_sees = (y >= 0) & (y < window_h)
         pixel = ((image * rows + row) * window_h + y).to(tl.int64) * (columns * window_w) + x
         offsets = pixel[:, None] * channels + channel[None, :]
         mask = (sees & row_sees)[:, None] & (channel < channels)[None, :]

@@ -21,6 +21,10 @@ Numerics. Logits, softmax and all sums are float32; the weights, and each window
 the inputs' dtype, as the reference does. float32 inputs use full float32 products. The forward leaves nothing but its
 output; the backward finds the rows' log-sum-exp and softmax correction sum_j P_ij dP_ij anew. No atomics: parts are
 added in the order of the windows, so gradients are deterministic.
+
+Not yet run on a GPU: checked in Triton's interpreter, compiled for sm_90 by Triton 3.8 (bfloat16, D 32: 90 registers
+forward, 95 for a window of one block backward, 116 and 119 for several). Nothing spills but float32 heads of 512
+channels, by 8 to 40 bytes.
 """
 
 from __future__ import annotations

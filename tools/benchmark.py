@@ -35,12 +35,13 @@ from rich.console import Console
 from vitrail.tools._common import bench_tables
 from vitrail.tools._common.bench_kernels import PEERS, KernelSettings, bench_kernels
 from vitrail.tools._common.bench_models import SUITE, bench_models, bench_suite
-from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command, select_device, unknown_name
-from vitrail.tools._common.kernel_cases import OPERATORS
+from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command, select_device
+from vitrail.tools._common.kernel_cases import OPERATORS, choose_cases
 from vitrail.tools._common.measure import after
 from vitrail.tools._common.progress import Progress
 from vitrail.tools._common.ready_models import PRECISIONS, Settings, Variant
 from vitrail.tools._common.table import Row, write_csv, write_json
+from vitrail.tools._common.turns import Turns
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +72,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--kernels", nargs="*", metavar="NAME", help=f"measure operators instead: {', '.join(OPERATORS)} (default: all)"
     )
-    add("--cases", metavar="TEXT", default="", help="with --kernels: only cases whose name contains this text")
+    add(
+        "--cases",
+        nargs="+",
+        metavar="TEXT",
+        default=[],
+        help="with --kernels: only cases whose operator and name, as the tables have them, contain one of these texts",
+    )
+    add("--part", metavar="I/N", help="with --kernels: every N-th case from the I-th, so that N GPUs share the work")
+    add(
+        "--turns",
+        type=Path,
+        metavar="FILE",
+        help="processes on one GPU that are given the same file prepare at the same time and measure one at a time",
+    )
     add(
         "--peers",
         choices=PEERS,
@@ -130,8 +144,8 @@ def _check_kinds(options: argparse.Namespace) -> None:
         raise UsageError("name at least one model, or give --models or --kernels")
     if sum(kinds) > 1 or (options.kernels is not None and options.compare):
         raise UsageError("names of models, --models and --kernels exclude each other")
-    if options.kernels is None and (options.host or options.cases):
-        raise UsageError("--host and --cases belong to --kernels")
+    if options.kernels is None and (options.host or options.cases or options.part):
+        raise UsageError("--host, --cases and --part belong to --kernels")
     if options.models and (options.peers != "all" or options.time_limit is not None):
         raise UsageError("--peers and --time-limit belong to --models or --kernels")
     if options.suite is not None and (options.compile or options.cuda_graph):
@@ -147,9 +161,9 @@ def _benchmark(options: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # files and pipes have no width that a table must keep to
-    with Progress() as progress:
+    with Progress() as progress, Turns(options.turns) as turns:
         run = _run_models if options.models else _run_kernels if options.suite is None else _run_suite
-        rows = run(options, device, console, progress)
+        rows = run(options, device, console, progress, turns)
     for path in filter(None, (options.json, options.csv, options.plot)):
         console.print(f"wrote {path}", highlight=False)
     bad = sorted({f"{row['case']} ({row['note']})" for row in rows if _is_bad(row)})
@@ -170,10 +184,12 @@ def _write_tables(options: argparse.Namespace, rows: Sequence[Row]) -> None:
             write(path, rows)
 
 
-def _run_models(options: argparse.Namespace, device: torch.device, console: Console, progress: Progress) -> list[Row]:
+def _run_models(
+    options: argparse.Namespace, device: torch.device, console: Console, progress: Progress, turns: Turns
+) -> list[Row]:
     graph = options.cuda_graph
     variants = (Variant(graph=graph), Variant(True, graph)) if options.compile else (Variant(graph=graph),)
-    settings = _settings(options, device, variants, options.mode == "train", 3.0)
+    settings = _settings(options, device, variants, options.mode == "train", 3.0, turns)
     names = [*options.models, *options.compare]
     rows = bench_models(names, [*options.compare, *options.models][0], settings, progress.say)
     with progress.aside():
@@ -185,7 +201,9 @@ def _run_models(options: argparse.Namespace, device: torch.device, console: Cons
     return rows
 
 
-def _run_suite(options: argparse.Namespace, device: torch.device, console: Console, progress: Progress) -> list[Row]:
+def _run_suite(
+    options: argparse.Namespace, device: torch.device, console: Console, progress: Progress, turns: Turns
+) -> list[Row]:
     names = [*(options.suite or SUITE), *options.compare]
     if options.peers == "none":
         names = [name for name in names if "/" not in name]
@@ -211,7 +229,7 @@ def _run_suite(options: argparse.Namespace, device: torch.device, console: Conso
     late = after(options.time_limit)
     for train in (False, True):
         if options.mode in (None, "train" if train else "infer"):
-            settings = _settings(options, device, variants, train, 0.5)
+            settings = _settings(options, device, variants, train, 0.5, turns)
             bench_suite(names, reference, settings, progress.say, done, late)
     console.print("together:")
     bench_tables.show_models(console, rows)
@@ -221,7 +239,12 @@ def _run_suite(options: argparse.Namespace, device: torch.device, console: Conso
 
 
 def _settings(
-    options: argparse.Namespace, device: torch.device, variants: tuple[Variant, ...], train: bool, min_time: float
+    options: argparse.Namespace,
+    device: torch.device,
+    variants: tuple[Variant, ...],
+    train: bool,
+    min_time: float,
+    turns: Turns,
 ) -> Settings:
     return Settings(
         device=device,
@@ -232,18 +255,15 @@ def _settings(
         train=train,
         min_time=options.min_time or min_time,
         variants=variants,
+        turns=turns,
     )
 
 
-def _run_kernels(options: argparse.Namespace, device: torch.device, console: Console, progress: Progress) -> list[Row]:
-    for name in options.kernels:
-        if name not in OPERATORS:
-            raise unknown_name("operator", name, OPERATORS)
+def _run_kernels(
+    options: argparse.Namespace, device: torch.device, console: Console, progress: Progress, turns: Turns
+) -> list[Row]:
     suite = "cpu" if device.type == "cpu" else "host" if options.host else "gpu"
-    cases = [case for name in options.kernels or OPERATORS for case in OPERATORS[name](suite)]
-    chosen = [case for case in cases if options.cases in case.name]
-    if not chosen:
-        raise UsageError(f"no case contains {options.cases!r}; there are: {'; '.join(case.name for case in cases)}")
+    chosen = choose_cases(options.kernels, suite, options.cases, options.part)
     rows: list[Row] = []
 
     def done(new: list[Row]) -> None:
@@ -262,6 +282,7 @@ def _run_kernels(options: argparse.Namespace, device: torch.device, console: Con
         peers=options.peers,
         late=after(options.time_limit),
         host=options.host,
+        turns=turns,
     )
     bench_kernels(chosen, settings, progress.say, done)
     if options.plot:

@@ -25,6 +25,7 @@ from vitrail.tools._common.measure import (
     waits_for_gpu,
 )
 from vitrail.tools._common.table import Row
+from vitrail.tools._common.turns import Turns
 
 PASSES = ("forward", "forward+backward")
 PEERS = ("none", "fast", "all")
@@ -41,6 +42,7 @@ class KernelSettings:
         peers: "none" measures only this package's implementations, "fast" those too that need no compilation.
         late: Tells whether it is so late that no other peer shall be prepared.
         host: Measure the host's time of a call in place of the device's.
+        turns: Processes that share the device.
     """
 
     device: torch.device
@@ -49,6 +51,7 @@ class KernelSettings:
     peers: str = "all"
     late: Callable[[], bool] = never
     host: bool = False
+    turns: Turns = field(default_factory=Turns)
 
 
 @dataclass
@@ -92,16 +95,12 @@ def bench_kernels(
         report: Called with one line on what happens now.
         done: Called with the rows of a case as soon as it is done.
     """
-    bandwidth = copy_bandwidth(settings.device)
-    facts = {
-        **environment(settings.device),
-        "dtype": str(settings.dtype).removeprefix("torch."),
-        "copy_bytes_per_s": bandwidth,
-    }
+    facts = {**environment(settings.device), "dtype": str(settings.dtype).removeprefix("torch.")}
+    bandwidth = functools.cache(functools.partial(copy_bandwidth, settings.device, min(0.2, settings.min_time)))
     with torch._dynamo.config.patch(recompile_limit=256):  # every shape is a recompilation of the same code
         for case in cases:
             rows = _Bench(case, settings, bandwidth, report).rows()
-            done([{**row, **facts} for row in rows])
+            done([{**row, **facts, "copy_bytes_per_s": bandwidth()} for row in rows])
             _forget(settings.device)
 
 
@@ -112,9 +111,10 @@ class _Bench:
         self,
         case: KernelCase,
         settings: KernelSettings,
-        bandwidth: float,
+        bandwidth: Callable[[], float],
         report: Callable[[str], None],
     ) -> None:
+        """`bandwidth` is measured when it is first asked for: in this process's turn."""
         self.case, self.settings, self.bandwidth = case, settings, bandwidth
         self.report = lambda text: report(f"{case.operator} {case.name}: {text}")
         self.inputs = make_inputs(case, settings.device, settings.dtype, seed=0)
@@ -176,13 +176,14 @@ class _Bench:
                 entry.figures[kind]["note"] = self._try(entry, f"{verb} {entry.name}, {kind}", prepare)
         self.report(f"measuring {kind}")
         try:
-            measured = measure_in_turns(list(ready.values()), settings.device, settings.min_time, settings.host)
+            with settings.turns.measuring():
+                floor = bytes_moved(self.inputs, kind) / self.bandwidth()
+                measured = measure_in_turns(list(ready.values()), settings.device, settings.min_time, settings.host)
         except torch.OutOfMemoryError:
             for name in ready:
                 by_name[name].figures[kind]["note"] = "out of memory beside the others"
             measured, ready = [], {}
         timings = dict(zip(ready, measured, strict=True))
-        floor = bytes_moved(self.inputs, kind) / self.bandwidth
         for entry in self.entries:
             entry.figures[kind] |= _figures(timings.get(entry.name), timings.get(self.case.ours), floor)
 
@@ -225,7 +226,7 @@ class _Bench:
             "correct": entry.correct,
             "relative_error": entry.error,
             "checked_dtype": "float32" if self.case.jumps else str(self.settings.dtype).removeprefix("torch."),
-            "floor_ms": bytes_moved(self.inputs, kind) / self.bandwidth * 1e3,
+            "floor_ms": bytes_moved(self.inputs, kind) / self.bandwidth() * 1e3,
             **entry.figures[kind],
         }
 

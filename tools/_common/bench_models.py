@@ -234,7 +234,7 @@ def _peak_memory(step: Callable[[], object], device: torch.device, before: int) 
 def _measure(candidates: Sequence[_Candidate], base: _Base, settings: Settings) -> list[Row]:
     """Times candidates and the base in turns; the rows of the candidates."""
     ready = {id(c): c.timed for c in (*candidates, *base.candidates) if c.timed is not None}
-    with grad_mode(settings):
+    with grad_mode(settings), settings.turns.measuring():
         timings = measure_in_turns(list(ready.values()), settings.device, settings.min_time)
     timing_of = dict(zip(ready, timings, strict=True))
     of_base = {c.variant: timing_of.get(id(c)) for c in base.candidates}

@@ -183,12 +183,12 @@ def waits_for_gpu(run: Callable[[], object]) -> bool:
     return False
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that copying a large tensor moves, reads and writes together."""
+def copy_bandwidth(device: torch.device, min_time: float = 0.2) -> float:
+    """Bytes a second that copying a large tensor moves, reads and writes together; measured for `min_time` seconds."""
     size = 2**29 if device.type == "cuda" else 2**26
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    (timing,) = measure_in_turns([Timed(lambda: target.copy_(source))], device, 0.2)
+    (timing,) = measure_in_turns([Timed(lambda: target.copy_(source))], device, min_time)
     return 2 * size / timing.percentile(50)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import timm
@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vitrail
 from vitrail.tools._common.cli import UsageError, unknown_name
+from vitrail.tools._common.turns import Turns
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -44,6 +45,7 @@ class Settings:
     train: bool
     min_time: float
     variants: tuple[Variant, ...] = (Variant(),)
+    turns: Turns = field(default_factory=Turns)
 
 
 def resolve(name: str) -> tuple[str, str]:

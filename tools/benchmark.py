@@ -39,7 +39,7 @@ from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run
 from vitrail.tools._common.kernel_cases import OPERATORS, choose_cases
 from vitrail.tools._common.measure import after
 from vitrail.tools._common.progress import Progress
-from vitrail.tools._common.ready_models import PRECISIONS, Settings, Variant
+from vitrail.tools._common.ready_models import PRECISIONS, SOURCES, Settings, Variant
 from vitrail.tools._common.table import Row, write_csv, write_json
 from vitrail.tools._common.turns import Turns
 
@@ -58,8 +58,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "models",
         nargs="*",
         metavar="MODEL",
-        help="a name that timm.create_model knows; timm/NAME must be "
-        "timm's own, accelerated/NAME is timm's after vitrail.accelerate",
+        help="a name that timm.create_model knows, with arguments as in biformer_s:n_win=16; "
+        + "; ".join(f"{kind}/NAME is {meaning}" for kind, meaning in SOURCES.items()),
     )
     add("--compare", nargs="+", default=[], metavar="MODEL", help="more models; the first is the reference of `speed`")
     add(

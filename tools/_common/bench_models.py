@@ -164,9 +164,9 @@ def _prepare_step(name: str, variants: Sequence[Variant], settings: Settings, po
     """Builds a model, counts it, runs one step of it, measures its memory, and makes of the step what is asked for."""
     on_gpu = settings.device.type == "cuda"
     before = torch.cuda.memory_allocated(settings.device) if on_gpu else 0
-    source, entry_point = resolve(name)
-    model, size = build(source, entry_point, settings)
-    facts = _facts_of(name, source, model, size, settings)
+    source = resolve(name)
+    model, size = build(source, settings)
+    facts = _facts_of(name, source.kind, model, size, settings)
     candidates = [_Candidate({**facts, **_variant_facts(variant)}) for variant in variants]
     try:
         flops = count_flops(model, size, settings)

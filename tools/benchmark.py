@@ -166,14 +166,16 @@ def _benchmark(options: argparse.Namespace) -> int:
         rows = run(options, device, console, progress, turns)
     for path in filter(None, (options.json, options.csv, options.plot)):
         console.print(f"wrote {path}", highlight=False)
-    bad = sorted({f"{row['case']} ({row['note']})" for row in rows if _is_bad(row)})
+    bad = sorted({f"{row.get('case') or row['model']} ({row['note']})" for row in rows if _is_bad(row)})
     if bad:
-        raise ToolError(f"our own operators, not timed: {'; '.join(bad)}")
+        raise ToolError(f"our own, not timed: {'; '.join(bad)}")
     return 0
 
 
 def _is_bad(row: Row) -> bool:
-    """Whether one of our operators is wrong or failed."""
+    """Whether a model or one of our operators is wrong, or one of ours failed."""
+    if row["correct"] is False and "model" in row:
+        return True
     ours = row.get("implementation", "").startswith("vitrail")
     return ours and row["p50_ms"] is None and not row["note"].startswith(("skipped", "not compiled"))
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from vitrail.tools._common.cli import ToolError
 from vitrail.tools._common.measure import Timed, Timing, capture_graph, environment, measure_in_turns, never
+from vitrail.tools._common.model_check import ModelVerdict, check_model
 from vitrail.tools._common.ready_models import Settings, Variant, build, count_flops, grad_mode, make_step, resolve
 from vitrail.tools._common.table import Row
 
@@ -152,8 +153,10 @@ def _prepare(
         gc.collect()
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
-        if compiled and late():
-            facts = {**candidates[0].facts, "peak_memory_bytes": None, "note": "skipped: time limit"}
+        wrong = compiled and candidates and candidates[0].facts["correct"] is False
+        if wrong or (compiled and late()):
+            note = "wrong" if wrong else "skipped: time limit"
+            facts = {**candidates[0].facts, "peak_memory_bytes": None, "note": note}
             candidates += [_Candidate({**facts, **_variant_facts(variant)}) for variant in variants]
         else:
             candidates += _prepare_step(name, variants, settings, pool)
@@ -169,6 +172,10 @@ def _prepare_step(name: str, variants: Sequence[Variant], settings: Settings, po
     facts = _facts_of(name, source.kind, model, size, settings)
     candidates = [_Candidate({**facts, **_variant_facts(variant)}) for variant in variants]
     try:
+        if not variants[0].compiled:
+            _judge(candidates, check_model(source, model, size, settings))
+        if candidates[0].facts["correct"] is False:
+            return candidates
         flops = count_flops(model, size, settings)
         step = make_step(model, size, variants[0].compiled, settings)
         with grad_mode(settings):
@@ -182,6 +189,18 @@ def _prepare_step(name: str, variants: Sequence[Variant], settings: Settings, po
             if candidate.timed is None:
                 _blame(candidate, error, f"{name} cannot run on a {shape} {settings.precision} input")
     return candidates
+
+
+def _judge(candidates: Sequence[_Candidate], verdict: ModelVerdict | None) -> None:
+    if verdict is None:
+        return
+    for candidate in candidates:
+        candidate.facts |= {"relative_error": verdict.error, "correct": verdict.correct}
+        if not verdict.correct:
+            candidate.facts["note"] = "wrong"
+            candidate.error = ToolError(
+                f"{candidate.facts['model']} is wrong: its logits are off by {verdict.error:.1e}"
+            )
 
 
 def _blame(candidate: _Candidate, error: Exception, text: str) -> None:
@@ -206,6 +225,8 @@ def _facts_of(name: str, source: str, model: nn.Module, size: tuple[int, int, in
         "width": size[2],
         "channels_last": settings.channels_last,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "correct": None,
+        "relative_error": None,
         "flops": None,
         "peak_memory_bytes": None,
         "note": None,

@@ -101,8 +101,8 @@ def _parse_arguments(text: str) -> dict[str, Any]:
     return arguments
 
 
-def build(source: Source, settings: Settings) -> tuple[nn.Module, tuple[int, int, int]]:
-    """A model with random weights in the dtype, layout and mode asked for, and its (channels, height, width).
+def create(source: Source, settings: Settings) -> tuple[nn.Module, tuple[int, int, int]]:
+    """What a model is made of, and its (channels, height, width).
 
     A model that has to be told the size of its images is told, unless the name came with arguments.
     """
@@ -114,6 +114,12 @@ def build(source: Source, settings: Settings) -> tuple[nn.Module, tuple[int, int
     size = settings.img_size or (default[0], default[1])
     if list(size) != default and hasattr(model, "set_input_size") and not source.arguments:
         model.set_input_size(img_size=size)
+    return model, (channels, *size)
+
+
+def build(source: Source, settings: Settings) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A model with random weights in the dtype, layout and mode asked for, and its (channels, height, width)."""
+    model, size = create(source, settings)
     model = model.to(settings.device, PRECISIONS[settings.precision]).train(settings.train)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -121,7 +127,7 @@ def build(source: Source, settings: Settings) -> tuple[nn.Module, tuple[int, int
         raise UsageError(f"accelerated/{source.entry_point}: vitrail.accelerate replaces nothing in this model")
     if source.kind in ("eager", "authors"):
         compute_by_definition(model, as_authors=source.kind == "authors")
-    return model, (channels, *size)
+    return model, size
 
 
 def make_step(model: nn.Module, size: tuple[int, int, int], compiled: bool, settings: Settings) -> Callable[[], object]:
@@ -134,18 +140,19 @@ def make_step(model: nn.Module, size: tuple[int, int, int], compiled: bool, sett
     label = torch.zeros(settings.batch_size, dtype=torch.long, device=settings.device)
 
     def infer() -> Tensor:
-        with _autocast(settings):
+        with autocast(settings):
             return run(image)
 
     def train() -> tuple[Tensor | None, ...]:
-        with _autocast(settings):
+        with autocast(settings):
             loss = F.cross_entropy(run(image).float(), label)
         return torch.autograd.grad(loss, parameters, allow_unused=True)
 
     return train if settings.train else infer
 
 
-def _autocast(settings: Settings) -> AbstractContextManager[Any]:
+def autocast(settings: Settings) -> AbstractContextManager[Any]:
+    """Under which a model runs, if its precision is a mixed one."""
     if settings.precision != "amp-bf16":
         return nullcontext()
     # Cached casts of weights would be freed behind a CUDA graph's back.

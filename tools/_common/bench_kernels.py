@@ -7,9 +7,11 @@ import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.tools._common.kernel_cases.common import Implementation, KernelCase
 from vitrail.tools._common.kernel_check import Check, is_leaf, leaf, make_inputs
@@ -19,6 +21,7 @@ from vitrail.tools._common.measure import (
     capture_graph,
     copy_bandwidth,
     environment,
+    matmul_speed,
     measure_in_turns,
     nbytes,
     never,
@@ -96,12 +99,26 @@ def bench_kernels(
         done: Called with the rows of a case as soon as it is done.
     """
     facts = {**environment(settings.device), "dtype": str(settings.dtype).removeprefix("torch.")}
-    bandwidth = functools.cache(functools.partial(copy_bandwidth, settings.device, min(0.2, settings.min_time)))
+    limits = functools.cache(functools.partial(_measure_limits, settings))
     with torch._dynamo.config.patch(recompile_limit=256):  # every shape is a recompilation of the same code
         for case in cases:
-            rows = _Bench(case, settings, bandwidth, report).rows()
-            done([{**row, **facts, "copy_bytes_per_s": bandwidth()} for row in rows])
+            rows = _Bench(case, settings, limits, report).rows()
+            done([{**row, **facts, **limits()._asdict()} for row in rows])
             _forget(settings.device)
+
+
+class _Limits(NamedTuple):
+    """The two lines of the roofline: what a large copy moves, and what a large matrix product computes, in a second."""
+
+    copy_bytes_per_s: float
+    matmul_flops_per_s: float
+
+
+def _measure_limits(settings: KernelSettings) -> _Limits:
+    min_time = min(0.2, settings.min_time)
+    return _Limits(
+        copy_bandwidth(settings.device, min_time), matmul_speed(settings.device, settings.dtype, min_time)
+    )  # fmt: skip
 
 
 class _Bench:
@@ -111,13 +128,14 @@ class _Bench:
         self,
         case: KernelCase,
         settings: KernelSettings,
-        bandwidth: Callable[[], float],
+        limits: Callable[[], _Limits],
         report: Callable[[str], None],
     ) -> None:
-        """`bandwidth` is measured when it is first asked for: in this process's turn."""
-        self.case, self.settings, self.bandwidth = case, settings, bandwidth
+        """`limits` are measured when they are first asked for: in this process's turn."""
+        self.case, self.settings, self.limits = case, settings, limits
         self.report = lambda text: report(f"{case.operator} {case.name}: {text}")
         self.inputs = make_inputs(case, settings.device, settings.dtype, seed=0)
+        self.flops: dict[str, int] = {}
         self.entries = [_Entry(name, one) for name, one in case.implementations.items() if self._is_wanted(name, one)]
 
     def rows(self) -> list[Row]:
@@ -164,6 +182,8 @@ class _Bench:
 
         def prepare(entry: _Entry) -> None:
             runs, figures = self._runs(entry.one, kind), entry.figures[kind]
+            if entry.name == self.case.ours:
+                self.flops[kind] = _count_flops(runs[0])
             if on_gpu:
                 figures["peak_memory_bytes"] = _peak_memory(runs[0], settings.device)
                 figures["cuda_graph"] = not settings.host and not waits_for_gpu(runs[0])
@@ -177,7 +197,7 @@ class _Bench:
         self.report(f"measuring {kind}")
         try:
             with settings.turns.measuring():
-                floor = bytes_moved(self.inputs, kind) / self.bandwidth()
+                floor = self._floor(kind)
                 measured = measure_in_turns(list(ready.values()), settings.device, settings.min_time, settings.host)
         except torch.OutOfMemoryError:
             for name in ready:
@@ -210,6 +230,10 @@ class _Bench:
             sets += [self._like_inputs(seed) for seed in range(2, copies + 1)]
         return [_run_on(one, kind, inputs) for inputs in sets]
 
+    def _floor(self, kind: str) -> float:
+        """Seconds of the least traffic."""
+        return bytes_moved(self.inputs, kind) / self.limits().copy_bytes_per_s
+
     def _like_inputs(self, seed: int) -> list[Tensor]:
         """Other numbers, the same tables: an implementation may have made something of these."""
         drawn = make_inputs(self.case, self.settings.device, self.settings.dtype, seed)
@@ -226,7 +250,8 @@ class _Bench:
             "correct": entry.correct,
             "relative_error": entry.error,
             "checked_dtype": "float32" if self.case.jumps else str(self.settings.dtype).removeprefix("torch."),
-            "floor_ms": bytes_moved(self.inputs, kind) / self.bandwidth() * 1e3,
+            "floor_ms": self._floor(kind) * 1e3,
+            "flops": self.flops.get(kind),
             **entry.figures[kind],
         }
 
@@ -257,6 +282,13 @@ def _run_on(one: Implementation, kind: str, inputs: Sequence[Tensor]) -> Callabl
     leaves = [x for x in arguments if is_leaf(x)]
     grad = torch.randn_like(one.run(*arguments))
     return lambda: torch.autograd.grad(one.run(*arguments), leaves, grad)
+
+
+def _count_flops(run: Callable[[], object]) -> int:
+    """Floating-point operations of matrix products and convolutions in one call, two for each multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
 
 
 def _peak_memory(run: Callable[[], object], device: torch.device) -> int:

@@ -192,6 +192,15 @@ def copy_bandwidth(device: torch.device, min_time: float = 0.2) -> float:
     return 2 * size / timing.percentile(50)
 
 
+def matmul_speed(device: torch.device, dtype: torch.dtype, min_time: float = 0.2) -> float:
+    """Floating-point operations a second of a large matrix product; measured for `min_time` seconds."""
+    size = 8192 if device.type == "cuda" else 256
+    matrix = torch.randn(size, size, device=device).to(dtype)
+    out = torch.empty_like(matrix)
+    (timing,) = measure_in_turns([Timed(lambda: torch.mm(matrix, matrix, out=out))], device, min_time)
+    return 2 * size**3 / timing.percentile(50)
+
+
 def after(seconds: float | None) -> Callable[[], bool]:
     """A function that tells whether `seconds` have passed since now; with None they never do."""
     if seconds is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -96,7 +97,8 @@ def bench_suite(
 ) -> None:
     """Measures models one by one, each in alternation with the reference, so that results come as they are ready.
 
-    All models at once would not fit into a GPU's memory. What fails has a row without times that says so.
+    All models at once would not fit into a GPU's memory. What is compiled, which takes longest, comes last. What fails
+    has a row without times that says so.
 
     Args:
         names: As `resolve` takes them; each is measured once.
@@ -111,6 +113,20 @@ def bench_suite(
     """
     for name in (reference, *names):
         resolve(name)
+    for compiled in dict.fromkeys(variant.compiled for variant in settings.variants):
+        variants = tuple(variant for variant in settings.variants if variant.compiled == compiled)
+        _bench_in_turn(names, reference, dataclasses.replace(settings, variants=variants), report, done, late)
+
+
+def _bench_in_turn(
+    names: Sequence[str],
+    reference: str,
+    settings: Settings,
+    report: Report,
+    done: Callable[[list[Row]], None],
+    late: Callable[[], bool],
+) -> None:
+    """Measures models one by one; nothing of them is kept, once it returns."""
     base = _Base(reference, _prepare(reference, settings, _graph_pool(settings), report, late))
     found: list[_Candidate] = []
     for name in dict.fromkeys(names):
@@ -153,18 +169,14 @@ def _prepare(
         gc.collect()
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
-        wrong = compiled and candidates and candidates[0].facts["correct"] is False
-        if wrong or (compiled and late()):
-            note = "wrong" if wrong else "skipped: time limit"
-            facts = {**candidates[0].facts, "peak_memory_bytes": None, "note": note}
-            candidates += [_Candidate({**facts, **_variant_facts(variant)}) for variant in variants]
-        else:
-            candidates += _prepare_step(name, variants, settings, pool)
+        candidates += _prepare_step(name, variants, settings, pool, late)
     return candidates
 
 
-def _prepare_step(name: str, variants: Sequence[Variant], settings: Settings, pool: Any) -> list[_Candidate]:
-    """Builds a model, counts it, runs one step of it, measures its memory, and makes of the step what is asked for."""
+def _prepare_step(
+    name: str, variants: Sequence[Variant], settings: Settings, pool: Any, late: Callable[[], bool]
+) -> list[_Candidate]:
+    """Builds a model, checks and counts it, runs one step, measures its memory, makes of the step what is asked for."""
     on_gpu = settings.device.type == "cuda"
     before = torch.cuda.memory_allocated(settings.device) if on_gpu else 0
     source = resolve(name)
@@ -172,10 +184,13 @@ def _prepare_step(name: str, variants: Sequence[Variant], settings: Settings, po
     facts = _facts_of(name, source.kind, model, size, settings)
     candidates = [_Candidate({**facts, **_variant_facts(variant)}) for variant in variants]
     try:
-        if not variants[0].compiled:
-            _judge(candidates, check_model(source, model, size, settings))
-        if candidates[0].facts["correct"] is False:
-            return candidates
+        if variants[0].compiled and late():
+            return [_Candidate({**c.facts, "note": "skipped: time limit"}) for c in candidates]
+        verdict = check_model(source, model, size, settings)
+        if verdict is not None:
+            _note_verdict(candidates, verdict)
+            if not verdict.correct:
+                return candidates
         flops = count_flops(model, size, settings)
         step = make_step(model, size, variants[0].compiled, settings)
         with grad_mode(settings):
@@ -191,16 +206,13 @@ def _prepare_step(name: str, variants: Sequence[Variant], settings: Settings, po
     return candidates
 
 
-def _judge(candidates: Sequence[_Candidate], verdict: ModelVerdict | None) -> None:
-    if verdict is None:
-        return
+def _note_verdict(candidates: Sequence[_Candidate], verdict: ModelVerdict) -> None:
     for candidate in candidates:
         candidate.facts |= {"relative_error": verdict.error, "correct": verdict.correct}
         if not verdict.correct:
             candidate.facts["note"] = "wrong"
-            candidate.error = ToolError(
-                f"{candidate.facts['model']} is wrong: its logits are off by {verdict.error:.1e}"
-            )
+            name = candidate.facts["model"]
+            candidate.error = ToolError(f"{name} is wrong: its logits are off by {verdict.error:.1e}")
 
 
 def _blame(candidate: _Candidate, error: Exception, text: str) -> None:

@@ -77,7 +77,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar="TEXT",
         default=[],
-        help="with --kernels: only cases whose operator and name, as the tables have them, contain one of these texts",
+        help="with --kernels: only these cases, or those whose operator and name contain the text",
     )
     add("--part", metavar="I/N", help="with --kernels: every N-th case from the I-th, so that N GPUs share the work")
     add(

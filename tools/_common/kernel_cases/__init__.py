@@ -52,7 +52,7 @@ def choose_cases(
     Args:
         operators: Their names; none are all.
         suite: One of `SUITES`.
-        texts: Only cases whose operator and name contain one of these; none are all.
+        texts: Names of cases, or what their operator and name contain; none are all.
         part: "I/N" takes every N-th of them from the I-th.
 
     Raises:
@@ -62,16 +62,22 @@ def choose_cases(
         if operator not in OPERATORS:
             raise unknown_name("operator", operator, OPERATORS)
     found = [case for operator in operators or OPERATORS for case in OPERATORS[operator](suite)]
-    names = [f"{case.operator} {case.name}" for case in found]
-    for text in texts:
-        if not any(text in name for name in names):
-            raise UsageError(f"no case contains {text!r}; there are: {'; '.join(names)}")
-    wanted = zip(found, names, strict=True)
-    chosen = [case for case, name in wanted if not texts or any(text in name for text in texts)]
+    wanted = [_matching(text, found) for text in texts]
+    chosen = [case for case in found if not texts or any(case in cases for cases in wanted)]
     first, step = _parse_part(part or "1/1")
     if first > len(chosen):
         raise UsageError(f"--part is {part}, which leaves nothing of {len(chosen)} cases")
     return chosen[first - 1 :: step]
+
+
+def _matching(text: str, found: Sequence[KernelCase]) -> list[KernelCase]:
+    """The case of that name, else those whose operator and name contain it."""
+    names = [f"{case.operator} {case.name}" for case in found]
+    cases = [case for case in found if case.name == text]
+    cases = cases or [case for case, name in zip(found, names, strict=True) if text in name]
+    if not cases:
+        raise UsageError(f"no case contains {text!r}; there are: {'; '.join(names)}")
+    return cases
 
 
 def _parse_part(text: str) -> tuple[int, int]:

@@ -7,11 +7,12 @@ import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from vitrail.tools._common.kernel_cases.common import Implementation, KernelCase
 from vitrail.tools._common.kernel_check import Check, is_leaf, leaf, make_inputs
@@ -284,11 +285,26 @@ def _run_on(one: Implementation, kind: str, inputs: Sequence[Tensor]) -> Callabl
     return lambda: torch.autograd.grad(one.run(*arguments), leaves, grad)
 
 
+class _FlopCounter(TorchDispatchMode):
+    """Adds up floating-point operations of products and convolutions, two for each multiply-add.
+
+    PyTorch's own counter tells modules apart, too, and therefore cannot follow gradients of leaves through them.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def _count_flops(run: Callable[[], object]) -> int:
-    """Floating-point operations of matrix products and convolutions in one call, two for each multiply-add."""
-    with FlopCounterMode(display=False) as counter:
+    with _FlopCounter() as counter:
         run()
-    return counter.get_total_flops()
+    return counter.total
 
 
 def _peak_memory(run: Callable[[], object], device: torch.device) -> int:

@@ -166,8 +166,8 @@ def _prepare(
     for compiled in dict.fromkeys(variant.compiled for variant in settings.variants):
         variants = [variant for variant in settings.variants if variant.compiled == compiled]
         report(f"{'compiling' if compiled else 'preparing'} {name}, {_mode(settings)}")
-        gc.collect()
         if settings.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
         candidates += _prepare_step(name, variants, settings, pool, late)
     return candidates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -74,17 +75,23 @@ def resolve(name: str) -> Source:
     Raises:
         UsageError: There is no such model; the message names the nearest ones.
     """
-    ours = set(vitrail.list_models())
+    ours, all_names = _names()
     before, _, arguments = name.partition(":")
     kind, _, plain = before.rpartition("/")
     if kind and kind not in SOURCES:
         raise UsageError(f"model is {name!r}; allowed: NAME, and {'/NAME, '.join(SOURCES)}/NAME")
-    known = ours if kind in ("eager", "authors") else set(timm.list_models()) - (ours if kind else set())
+    known = ours if kind in ("eager", "authors") else all_names - (ours if kind else set())
     if kind == "authors":
-        known = {model for model in known if model.startswith("biformer")}
+        known = frozenset(model for model in known if model.startswith("biformer"))
     if plain.split(".")[0] not in known:
         raise unknown_name("model", before, [f"{kind}/{n}" for n in known] if kind else known)
     return Source(kind or ("vitrail" if plain in ours else "timm"), plain, _parse_arguments(arguments))
+
+
+@functools.cache
+def _names() -> tuple[frozenset[str], frozenset[str]]:
+    """Ours, and all that timm knows, ours among them."""
+    return frozenset(vitrail.list_models()), frozenset(timm.list_models())
 
 
 def _parse_arguments(text: str) -> dict[str, Any]:

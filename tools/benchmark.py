@@ -10,12 +10,13 @@ reference is the first --compare model, else the first model. Training is forwar
 an optimiser's step. --compile measures each model eager and compiled. GMACs are multiply-adds of one image's forward
 pass. Peak memory, on GPUs only, is what a step allocates at most, with the model's own weights. --models measures a
 fixed list, or the models it names, for inference and training, on GPUs eager, compiled and as CUDA graphs, each in
-alternation with timm's Swin-T.
+alternation with timm's Swin-T. A model of ours is timed only if its logits are those of its definition in float64.
 
 Operators are checked against a float64 reference, output and gradients, on at most four images of the batch, before
 they are timed; a wrong one of ours ends the command with status 1. The floor is the time in which their inputs could
 be read once and their results written once, at the speed of a large copy; `bandwidth` is the floor's share of the
-time. `ours is` tells how many times as fast as the row's implementation ours is. On a GPU all are replayed as CUDA
+time. The picture's roof is the floor, or where that is longer, the time of as many operations in a large matrix
+product. `ours is` tells how many times as fast as the row's implementation ours is. On a GPU all are replayed as CUDA
 graphs, on inputs that rotate where they would stay in the cache. Memory, on GPUs only, is what a call allocates at
 most. --host measures instead how long a call keeps the host, on the smallest maps.
 
@@ -82,7 +83,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--part", metavar="I/N", help="with --kernels: every N-th case from the I-th, so that N GPUs share the work")
     add(
         "--turns",
-        type=Path,
+        type=Turns,
+        default=Turns(),
         metavar="FILE",
         help="processes on one GPU that are given the same file prepare at the same time and measure one at a time",
     )
@@ -161,9 +163,9 @@ def _benchmark(options: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # files and pipes have no width that a table must keep to
-    with Progress() as progress, Turns(options.turns) as turns:
+    with Progress() as progress, options.turns:
         run = _run_models if options.models else _run_kernels if options.suite is None else _run_suite
-        rows = run(options, device, console, progress, turns)
+        rows = run(options, device, console, progress)
     for path in filter(None, (options.json, options.csv, options.plot)):
         console.print(f"wrote {path}", highlight=False)
     bad = sorted({f"{row.get('case') or row['model']} ({row['note']})" for row in rows if _is_bad(row)})
@@ -174,7 +176,7 @@ def _benchmark(options: argparse.Namespace) -> int:
 
 def _is_bad(row: Row) -> bool:
     """Whether a model or one of our operators is wrong, or one of ours failed."""
-    if row["correct"] is False and "model" in row:
+    if row.get("correct") is False and "model" in row:
         return True
     ours = row.get("implementation", "").startswith("vitrail")
     return ours and row["p50_ms"] is None and not row["note"].startswith(("skipped", "not compiled"))
@@ -186,12 +188,10 @@ def _write_tables(options: argparse.Namespace, rows: Sequence[Row]) -> None:
             write(path, rows)
 
 
-def _run_models(
-    options: argparse.Namespace, device: torch.device, console: Console, progress: Progress, turns: Turns
-) -> list[Row]:
+def _run_models(options: argparse.Namespace, device: torch.device, console: Console, progress: Progress) -> list[Row]:
     graph = options.cuda_graph
     variants = (Variant(graph=graph), Variant(True, graph)) if options.compile else (Variant(graph=graph),)
-    settings = _settings(options, device, variants, options.mode == "train", 3.0, turns)
+    settings = _settings(options, device, variants, options.mode == "train", 3.0)
     names = [*options.models, *options.compare]
     rows = bench_models(names, [*options.compare, *options.models][0], settings, progress.say)
     with progress.aside():
@@ -203,9 +203,7 @@ def _run_models(
     return rows
 
 
-def _run_suite(
-    options: argparse.Namespace, device: torch.device, console: Console, progress: Progress, turns: Turns
-) -> list[Row]:
+def _run_suite(options: argparse.Namespace, device: torch.device, console: Console, progress: Progress) -> list[Row]:
     names = [*(options.suite or SUITE), *options.compare]
     if options.peers == "none":
         names = [name for name in names if "/" not in name]
@@ -231,7 +229,7 @@ def _run_suite(
     late = after(options.time_limit)
     for train in (False, True):
         if options.mode in (None, "train" if train else "infer"):
-            settings = _settings(options, device, variants, train, 0.5, turns)
+            settings = _settings(options, device, variants, train, 0.5)
             bench_suite(names, reference, settings, progress.say, done, late)
     console.print("together:")
     bench_tables.show_models(console, rows)
@@ -241,12 +239,7 @@ def _run_suite(
 
 
 def _settings(
-    options: argparse.Namespace,
-    device: torch.device,
-    variants: tuple[Variant, ...],
-    train: bool,
-    min_time: float,
-    turns: Turns,
+    options: argparse.Namespace, device: torch.device, variants: tuple[Variant, ...], train: bool, min_time: float
 ) -> Settings:
     return Settings(
         device=device,
@@ -257,13 +250,11 @@ def _settings(
         train=train,
         min_time=options.min_time or min_time,
         variants=variants,
-        turns=turns,
+        turns=options.turns,
     )
 
 
-def _run_kernels(
-    options: argparse.Namespace, device: torch.device, console: Console, progress: Progress, turns: Turns
-) -> list[Row]:
+def _run_kernels(options: argparse.Namespace, device: torch.device, console: Console, progress: Progress) -> list[Row]:
     suite = "cpu" if device.type == "cpu" else "host" if options.host else "gpu"
     chosen = choose_cases(options.kernels, suite, options.cases, options.part)
     rows: list[Row] = []
@@ -284,7 +275,7 @@ def _run_kernels(
         peers=options.peers,
         late=after(options.time_limit),
         host=options.host,
-        turns=turns,
+        turns=options.turns,
     )
     bench_kernels(chosen, settings, progress.say, done)
     if options.plot:

@@ -198,13 +198,14 @@ class _Bench:
         self.report(f"measuring {kind}")
         try:
             with settings.turns.measuring():
-                floor = self._floor(kind)
+                self.limits()
                 measured = measure_in_turns(list(ready.values()), settings.device, settings.min_time, settings.host)
         except torch.OutOfMemoryError:
             for name in ready:
                 by_name[name].figures[kind]["note"] = "out of memory beside the others"
             measured, ready = [], {}
         timings = dict(zip(ready, measured, strict=True))
+        floor = self._floor(kind)
         for entry in self.entries:
             entry.figures[kind] |= _figures(timings.get(entry.name), timings.get(self.case.ours), floor)
 

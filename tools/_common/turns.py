@@ -19,8 +19,8 @@ class Turns:
         path: The file, made if it does not exist; None for a process that has nobody to wait for.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self._path = path
+    def __init__(self, path: str | Path | None = None) -> None:
+        self._path = path and Path(path)
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> Turns:

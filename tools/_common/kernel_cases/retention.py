@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from vitrail.kernels.retention import decomposed_retention, retention
 from vitrail.tools._common.kernel_cases.common import Implementation, Input, KernelCase, compiled, flex, normal
@@ -133,7 +134,6 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, distance: Tensor, decay: Tensor) -> T
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, distance: Tensor, decay: Tensor) -> Tensor:
     """The decay in the score function, without a mask in memory."""
-    from torch.nn.attention.flex_attention import flex_attention
 
     def score(value: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return value + distance[query, key] * decay[head]

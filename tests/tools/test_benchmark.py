@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -216,31 +217,42 @@ def test_cases_that_do_not_exist_are_refused(arguments: tuple[Any, ...]) -> None
         choose_cases(*arguments)
 
 
-def test_nobody_measures_while_another_prepares(tmp_path: Path) -> None:
-    """Two processes of a GPU, here two threads with their own files."""
-    events = []
-    first_prepares = threading.Event()
+def test_processes_prepare_together_and_measure_one_by_one(tmp_path: Path) -> None:
+    """Processes of a GPU, here threads with files of their own; each has two rounds."""
+    events: list[tuple[str, int]] = []
+    together = threading.Barrier(3)
 
-    def second() -> None:
+    def process(number: int) -> None:
         with Turns(tmp_path / "turns") as turns:
-            events.append("second prepares")
-            first_prepares.set()
-            with turns.measuring():
-                events.append("second measures")
+            for _ in range(2):
+                turns.prepare()
+                events.append(("prepares", number))
+                together.wait(10)
+                time.sleep(0.02 * number)
+                with turns.measuring() as alone:
+                    assert alone
+                    events.append(("begins", number))
+                    time.sleep(0.01)
+                    events.append(("ends", number))
 
-    with Turns(tmp_path / "turns") as turns:
-        thread = threading.Thread(target=second)
+    threads = [threading.Thread(target=process, args=(number,)) for number in range(3)]
+    for thread in threads:
         thread.start()
-        assert first_prepares.wait(10)
-        thread.join(0.2)
-        events.append("first is ready")
-        with turns.measuring():
-            measured = [*events, "first measures"]
-            thread.join(0.2)
-            assert events == measured[:-1]
-    thread.join(10)
-    assert events[:2] == ["second prepares", "first is ready"]
-    assert events[-1] == "second measures"
+    for thread in threads:
+        thread.join(20)
+    assert len(events) == 18
+    for start in (0, 9):
+        assert [what for what, _ in events[start : start + 9]] == ["prepares"] * 3 + ["begins", "ends"] * 3
+        assert all(events[start + k][1] == events[start + k + 1][1] for k in (3, 5, 7))
+
+
+def test_patience_with_a_slow_process_ends(tmp_path: Path) -> None:
+    with Turns(tmp_path / "turns") as slow, Turns(tmp_path / "turns", patience=0.1) as ready:
+        slow.prepare()
+        with ready.measuring() as alone:
+            assert not alone
+        with slow.measuring() as alone:
+            assert alone
 
 
 def test_peers_can_be_left_out(tmp_path: Path) -> None:
@@ -434,7 +446,7 @@ def test_every_suite_has_cases_of_every_operator(suite: str) -> None:
 def test_host_times(tmp_path: Path) -> None:
     arguments = ["--kernels", "strip_gate", "--host", "--peers", "none", *_QUICK, "--json", str(tmp_path / "rows.json")]
     assert main([*arguments, "--turns", str(tmp_path / "turns")]) == 0
-    assert (tmp_path / "turns").exists()
+    assert (tmp_path / "turns.measuring").exists()
     rows = _rows(tmp_path / "rows.json")
     assert all(row["host_time"] and row["p50_ms"] > 0 for row in rows)
 

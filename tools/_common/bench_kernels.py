@@ -141,6 +141,7 @@ class _Bench:
 
     def rows(self) -> list[Row]:
         """Checks, then measures every pass."""
+        self.settings.turns.prepare()
         self._check()
         for kind in PASSES:
             self._measure(kind)
@@ -177,6 +178,7 @@ class _Bench:
     def _measure(self, kind: str) -> None:
         """Times what is right, all in turns."""
         settings, on_gpu = self.settings, self.settings.device.type == "cuda"
+        settings.turns.prepare()
         pool = torch.cuda.graph_pool_handle() if on_gpu else None
         ready: dict[str, Timed] = {}
         by_name = {entry.name: entry for entry in self.entries}
@@ -197,17 +199,18 @@ class _Bench:
                 entry.figures[kind]["note"] = self._try(entry, f"{verb} {entry.name}, {kind}", prepare)
         self.report(f"measuring {kind}")
         try:
-            with settings.turns.measuring():
+            with settings.turns.measuring() as alone:
                 self.limits()
                 measured = measure_in_turns(list(ready.values()), settings.device, settings.min_time, settings.host)
         except torch.OutOfMemoryError:
             for name in ready:
                 by_name[name].figures[kind]["note"] = "out of memory beside the others"
-            measured, ready = [], {}
+            measured, ready, alone = [], {}, True
         timings = dict(zip(ready, measured, strict=True))
         floor = self._floor(kind)
         for entry in self.entries:
             entry.figures[kind] |= _figures(timings.get(entry.name), timings.get(self.case.ours), floor)
+            entry.figures[kind]["alone"] = alone
 
     def _try(self, entry: _Entry, what: str, step: Callable[[_Entry], None]) -> str | None:
         """Does a step for one implementation; what goes wrong is returned as a note on it, and the run goes on."""

@@ -75,6 +75,7 @@ def bench_models(names: Sequence[str], reference: str, settings: Settings, repor
     """
     for name in names:
         resolve(name)
+    settings.turns.prepare()
     pool = _graph_pool(settings)
     candidates = []
     for name in dict.fromkeys(names):
@@ -127,9 +128,11 @@ def _bench_in_turn(
     late: Callable[[], bool],
 ) -> None:
     """Measures models one by one; nothing of them is kept, once it returns."""
+    settings.turns.prepare()
     base = _Base(reference, _prepare(reference, settings, _graph_pool(settings), report, late))
     found: list[_Candidate] = []
     for name in dict.fromkeys(names):
+        settings.turns.prepare()
         found.clear()  # gives the last model's memory back
         if name == reference:
             found = base.candidates[:]
@@ -267,11 +270,11 @@ def _peak_memory(step: Callable[[], object], device: torch.device, before: int) 
 def _measure(candidates: Sequence[_Candidate], base: _Base, settings: Settings) -> list[Row]:
     """Times candidates and the base in turns; the rows of the candidates."""
     ready = {id(c): c.timed for c in (*candidates, *base.candidates) if c.timed is not None}
-    with grad_mode(settings), settings.turns.measuring():
+    with grad_mode(settings), settings.turns.measuring() as alone:
         timings = measure_in_turns(list(ready.values()), settings.device, settings.min_time)
     timing_of = dict(zip(ready, timings, strict=True))
     of_base = {c.variant: timing_of.get(id(c)) for c in base.candidates}
-    facts = {"reference": base.name, **environment(settings.device)}
+    facts = {"reference": base.name, "alone": alone, **environment(settings.device)}
     return [
         {**c.facts, **_figures(timing_of.get(id(c)), of_base.get(c.variant), settings), **facts} for c in candidates
     ]

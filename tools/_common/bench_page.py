@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitrail.tools._common.bench_tables import kernel_label, products_ms
+from vitrail.tools._common.bench_tables import BESIDE, kernel_label, products_ms
 from vitrail.tools._common.table import Row
 
 _INTRODUCTION = """\
@@ -260,7 +260,8 @@ def _model_line(rows: list[Row], used: Sequence[str]) -> tuple[str, ...]:
 def _throughput(row: Row | None) -> str:
     if row is None or row["images_per_s"] is None:
         return row["note"] if row and row["note"] else "-"
-    return f"{row['images_per_s']:,.0f} ({_shown(row['speed_ratio'], '.2f', 'x')})"
+    beside = "" if row.get("alone", True) else f", {BESIDE}"
+    return f"{row['images_per_s']:,.0f} ({_shown(row['speed_ratio'], '.2f', 'x')}{beside})"
 
 
 def _scaling(rows: list[Row]) -> str:

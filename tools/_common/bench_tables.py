@@ -41,6 +41,9 @@ _HOST_COLUMNS = (
 )
 
 
+BESIDE = "beside others that compiled"
+
+
 def headline(row: Row) -> str:
     """Device, versions and commit of a row."""
     software = ", ".join(f"{name} {row[name]}" for name in ("torch", "triton", "timm") if row[name])
@@ -74,6 +77,8 @@ def kernel_label(row: Row) -> str:
     """Name of an implementation, marked * where it does a part of the job, and what there is to remark."""
     waits = row["peak_memory_bytes"] is not None and not row["cuda_graph"] and not row["host_time"]
     note = row["note"] or ("no CUDA graph: it waits for the GPU" if waits else None)
+    if not row.get("alone", True):
+        note = f"{note}; {BESIDE}" if note else BESIDE
     return row["implementation"] + "*" * (not row["whole_job"]) + (f" ({note})" if note else "")
 
 
@@ -105,7 +110,8 @@ def _kernel_bar(title: str, row: Row) -> Bar:
 
 def model_label(row: Row) -> str:
     """Name of a model and how it ran."""
-    how = ", ".join([*["compiled"] * (row["variant"] == "compiled"), *["CUDA graph"] * row["cuda_graph"]])
+    beside = [BESIDE] * (not row.get("alone", True))
+    how = ", ".join([*["compiled"] * (row["variant"] == "compiled"), *["CUDA graph"] * row["cuda_graph"], *beside])
     return f"{row['model']} ({how})" if how else row["model"]
 
 

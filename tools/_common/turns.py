@@ -2,50 +2,86 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+
+_PATIENCE = 60.0  # seconds
+_LOCKS = ("preparing", "waiting", "measuring")
 
 
 class Turns:
-    """Between `with Turns(path) as turns:` and its end this process is one of those that were given the same file.
+    """Between `with Turns(path) as turns:` and its end this process is one of those that were given the same path.
 
-    Each holds a shared lock on the file while it prepares, and an exclusive one while it measures: nobody measures
-    before all have prepared. The system takes the lock from a process that ends, in whatever way.
+    They go in step: who is ready waits until nobody prepares, all measure one after the other, then all prepare again.
+    Who waits for one that takes very long to prepare gives up, and measures beside it. The locks are files, which the
+    system unlocks when a process ends, in whatever way.
 
     Args:
-        path: The file, made if it does not exist; None for a process that has nobody to wait for.
+        path: Beginning of the files' names; None for a process that has nobody to wait for.
+        patience: For how many seconds to wait for those that prepare.
     """
 
-    def __init__(self, path: str | Path | None = None) -> None:
-        self._path = path and Path(path)
-        self._file: IO[bytes] | None = None
+    def __init__(self, path: str | Path | None = None, patience: float = _PATIENCE) -> None:
+        self._path = path
+        self._patience = patience
+        self._files: dict[str, int] = {}
+        self._prepares = False
 
     def __enter__(self) -> Turns:
         if self._path:
-            self._file = self._path.open("ab")
-            self._lock(exclusive=False)
+            self._files = {name: os.open(f"{self._path}.{name}", os.O_RDWR | os.O_CREAT) for name in _LOCKS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._file:
-            self._file.close()
+        for file in self._files.values():
+            os.close(file)
+        self._files = {}
+
+    def prepare(self) -> None:
+        """Waits until all that are ready have measured; from then on nobody measures before this process is ready."""
+        if not self._files or self._prepares:
+            return
+        import fcntl  # not on Windows
+
+        fcntl.flock(self._files["waiting"], fcntl.LOCK_EX)
+        fcntl.flock(self._files["preparing"], fcntl.LOCK_SH)
+        fcntl.flock(self._files["waiting"], fcntl.LOCK_UN)
+        self._prepares = True
 
     @contextmanager
-    def measuring(self) -> Iterator[None]:
-        """Waits until nobody else prepares or measures, and keeps the others waiting until its end."""
-        self._lock(exclusive=True)
+    def measuring(self) -> Iterator[bool]:
+        """Waits until nobody else prepares or measures; yields False if somebody still prepares."""
+        if not self._files:
+            yield True
+            return
+        import fcntl
+
+        fcntl.flock(self._files["waiting"], fcntl.LOCK_SH)
+        fcntl.flock(self._files["preparing"], fcntl.LOCK_UN)
+        self._prepares = False
+        fcntl.flock(self._files["measuring"], fcntl.LOCK_EX)
         try:
-            yield
+            yield self._nobody_prepares()
         finally:
-            self._lock(exclusive=False)
+            for name in _LOCKS:
+                fcntl.flock(self._files[name], fcntl.LOCK_UN)
 
-    def _lock(self, exclusive: bool) -> None:
-        if self._file:
-            import fcntl  # not on Windows
+    def _nobody_prepares(self) -> bool:
+        import fcntl
 
-            fcntl.flock(self._file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        end = time.monotonic() + self._patience
+        while True:
+            try:
+                fcntl.flock(self._files["preparing"], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    return False
+                time.sleep(0.05)
+            else:
+                return True

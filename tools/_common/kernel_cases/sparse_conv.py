@@ -33,7 +33,7 @@ _SHAPES = {
         _Shape(200_000, 128),
         _Shape(100_000, 32, (1, 1, 13), True),
     ),
-    "cpu": (_Shape(300, 8), _Shape(300, 4, (1, 1, 5), True)),
+    "cpu": (_Shape(100, 8), _Shape(100, 4, (1, 1, 5), True)),
     "host": (_Shape(2_000, 128),),
 }
 

@@ -186,7 +186,7 @@ class _Bench:
         def prepare(entry: _Entry) -> None:
             runs, figures = self._runs(entry.one, kind), entry.figures[kind]
             if entry.name == self.case.ours:
-                self.flops[kind] = _count_flops(runs[0])
+                self.flops[kind] = round(_count_flops(runs[0]) * self.case.needed(*self.inputs))
             if on_gpu:
                 figures["peak_memory_bytes"] = _peak_memory(runs[0], settings.device)
                 figures["cuda_graph"] = not settings.host and not waits_for_gpu(runs[0])

@@ -98,6 +98,10 @@ def compiled(run: Callable[..., Tensor], prepare: Prepare = _as_given, **rest: A
     return Implementation(torch.compile(run, dynamic=False, fullgraph=True), prepare, plain=run, **rest)
 
 
+def _all(*inputs: Tensor) -> float:
+    return 1.0
+
+
 @dataclass(frozen=True)
 class KernelCase:
     """An operator at one size.
@@ -111,6 +115,7 @@ class KernelCase:
         ours: The implementation that the others are compared to.
         jumps: Rounding may change the result as a whole, because something is chosen by size. Then the check is in
             float32, whatever the run is in, and what is compiled is checked uncompiled.
+        needed: From the inputs to the part of the operations, counted by shapes, that these inputs call for.
     """
 
     operator: str
@@ -120,6 +125,7 @@ class KernelCase:
     implementations: Mapping[str, Implementation]
     ours: str = "vitrail"
     jumps: bool = False
+    needed: Callable[..., float] = _all
 
 
 def stack_qkv(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:

@@ -60,7 +60,13 @@ def _case(shape: _Shape) -> KernelCase:
         implementations["index_add"] = Implementation(_index_add, _pairs)
         implementations["index_add compiled"] = compiled(_index_add, _pairs)
     features = parameter(shape.n_voxels, shape.channels)
-    return KernelCase("sparse_conv", str(shape), (features, weight, _table(shape)), eager, implementations)
+    inputs = (features, weight, _table(shape))
+    return KernelCase("sparse_conv", str(shape), inputs, eager, implementations, needed=_present)
+
+
+def _present(features: Tensor, weight: Tensor, table: Tensor) -> float:
+    """How many of the neighbours are there."""
+    return (table >= 0).float().mean().item()
 
 
 def _table(shape: _Shape) -> Input:

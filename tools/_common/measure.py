@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import platform
 import statistics
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 _LEAST_ROUNDS = 5
 _CHUNKS_PER_MEASUREMENT = 8
@@ -190,6 +192,22 @@ def copy_bandwidth(device: torch.device) -> float:
     target = torch.empty_like(source)
     (timing,) = measure_in_turns([Timed(lambda: target.copy_(source))], device, 0.2)
     return 2 * size / timing.percentile(50)
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a call allocates at most, over what there was before; its result counts, until it is there."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(itertools.accumulate(changes), default=0)
 
 
 def after(seconds: float | None) -> Callable[[], bool]:

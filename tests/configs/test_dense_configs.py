@@ -29,6 +29,7 @@ from vitrail.tools._common.configs import packaged_configs, read_config
 
 FOLDERS = ("ade20k", "camvid", "coco", "coco_sample")
 # VWFormer's have tests of their own, but for the one of CamVid.
+CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"
 NAMES = [
     name
     for name in packaged_configs()
@@ -346,3 +347,18 @@ def test_large_crops_reach_pipelines_and_padding() -> None:
         assert [loader.dataset.pipeline[1].scale for loader in (config.val_dataloader, config.test_dataloader)] == [
             (2560, 640)
         ] * 2
+
+
+@pytest.mark.parametrize("name", ["_upernet", "_vwformer", "_vwformer_masks"])
+def test_bases_of_two_sizes_differ_in_nothing_else(name: str) -> None:
+    small, large = (
+        (CONFIG_FOLDER / f"ade20k/{name}_{size}.py").read_text().split('"""', 2)[2] for size in ("512", "640")
+    )
+    assert large.replace("2560", "2048").replace("640", "512") == small != large
+
+
+def test_the_two_cascades_differ_in_their_box_heads_alone() -> None:
+    cascades = [Config.fromfile(CONFIG_FOLDER / f"coco/_cascade_mask_rcnn{end}.py") for end in ("", "_4conv1fc")]
+    heads = [config.model.roi_head.pop("bbox_head") for config in cascades]
+    assert heads[0] != heads[1]
+    assert cascades[0].to_dict() == cascades[1].to_dict()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import logging
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,24 @@ def _on_meta(name: str) -> nn.Module:
     return _built(json.dumps(parts), _config(name).default_scope)
 
 
+@functools.cache
+def _groups(model: nn.Module, wrapper: bytes, scope: str) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups; configs that differ in their schedules share them."""
+    logging.disable(logging.INFO)  # mmengine lists every parameter
+    try:
+        with DefaultScope.overwrite_default_scope(scope):
+            return build_optim_wrapper(model, pickle.loads(wrapper)).optimizer.param_groups
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@functools.cache
+def _check_transforms(pipeline: bytes, scope: str) -> None:
+    with DefaultScope.overwrite_default_scope(scope):
+        for transform in pickle.loads(pipeline):
+            TRANSFORMS.build(transform)
+
+
 def test_the_expected_configs_are_packaged() -> None:
     assert {form.format(name) for form, names in EXPECTED.items() for name in names.split()} == set(NAMES)
 
@@ -130,14 +150,12 @@ def test_model_optimizer_and_pipelines_build(name: str) -> None:
     assert is_dense(config)
     model = _on_meta(name)
     parts = config.to_dict()
-    with DefaultScope.overwrite_default_scope(config.default_scope):
-        optimizer = build_optim_wrapper(model, parts["optim_wrapper"]).optimizer
-        for loader in ("train_dataloader", "val_dataloader"):
-            for transform in parts[loader]["dataset"]["pipeline"]:
-                TRANSFORMS.build(transform)
-    owned = sorted(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    for loader in ("train_dataloader", "val_dataloader"):
+        _check_transforms(pickle.dumps(parts[loader]["dataset"]["pipeline"]), config.default_scope)
+    groups = _groups(model, pickle.dumps(parts["optim_wrapper"]), config.default_scope)
+    owned = sorted(id(parameter) for group in groups for parameter in group["params"])
     assert owned == sorted(id(parameter) for parameter in model.parameters())
-    spared = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
+    spared = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
     norms = [m for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm))]
     assert all((id(p) in spared) != bool(DECAYS_NORMS.search(name)) for m in norms for p in m.parameters())
     biases = [p for key, p in model.named_parameters() if key.endswith((".rpb", ".relative_position_bias_table"))]

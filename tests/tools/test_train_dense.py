@@ -78,6 +78,8 @@ def _options(root: Path, **changes: Any) -> list[str]:
 
 def _segmenter_options(root: Path, **changes: Any) -> list[str]:
     small = {
+        "model.decode_head.channels": 16,
+        "model.auxiliary_head.channels": 8,
         "model.data_preprocessor.size": "(32,32)",
         "train_dataloader.dataset.pipeline.2.scale": "(64,48)",
         "train_dataloader.dataset.pipeline.3.crop_size": "(32,32)",
@@ -88,12 +90,27 @@ def _segmenter_options(root: Path, **changes: Any) -> list[str]:
     return _options(root, **{**small, **changes})
 
 
+# A step of the whole Mask R-CNN takes minutes in bfloat16 on a CPU.
+_DETECTOR_WIDTHS = [
+    *(f"model.{part}" for part in ("neck.out_channels", "rpn_head.in_channels", "rpn_head.feat_channels")),
+    *(f"model.roi_head.{kind}_roi_extractor.out_channels" for kind in ("bbox", "mask")),
+    *(f"model.roi_head.bbox_head.{name}" for name in ("in_channels", "fc_out_channels")),
+    *(f"model.roi_head.mask_head.{name}" for name in ("in_channels", "conv_out_channels")),
+]
+_DETECTOR_REGIONS = [
+    *(f"model.train_cfg.{part}.sampler.num" for part in ("rpn", "rcnn")),
+    *(f"model.{part}.max_per_img" for part in ("train_cfg.rpn_proposal", "test_cfg.rpn", "test_cfg.rcnn")),
+]
+
+
 def _detector_options(root: Path, **changes: Any) -> list[str]:
     small = {
         "model.backbone.depths": "(1,1,1,1)",
         "model.backbone.dims": "(32,32,64,64)",
         "model.backbone.num_heads": "(1,1,2,2)",
         "model.neck.in_channels": "[32,32,64,64]",
+        **dict.fromkeys(_DETECTOR_WIDTHS, 32),
+        **dict.fromkeys(_DETECTOR_REGIONS, 16),
         "train_dataloader.dataset.pipeline.2.scale": "(96,64)",
         "val_dataloader.dataset.pipeline.1.scale": "(96,64)",
         "train_cfg.max_iters": 2,

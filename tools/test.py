@@ -77,8 +77,8 @@ def _find(options: argparse.Namespace) -> tuple[Path, Path]:
         weights = Path(options.checkpoint).expanduser()
     elif weights is not None and not weights.exists():
         raise UsageError(
-            f"{weights} does not exist: the training has not ended; --checkpoint {weights.parent / 'last.pth'} measures "
-            "what there is"
+            f"{weights} does not exist: the training has not ended; "
+            f"--checkpoint {weights.parent / 'last.pth'} measures what there is"
         )
     if weights is None:
         raise UsageError("a config alone has no weights: give --checkpoint, or a run's work folder")

@@ -11,34 +11,12 @@ from vitrail.tools._common.cli import UsageError, unknown_name
 
 # What is read of a config after its file. Other names at its top are the file's own: their values have gone where they
 # are used, and to change them later would change nothing.
-_PARTS = [
-    "auto_scale_lr",
-    "compile",
-    "custom_hooks",
-    "custom_imports",
-    "data_root",
-    "ddp",
-    "default_hooks",
-    "default_scope",
-    "env_cfg",
-    "find_unused_parameters",
-    "load_from",
-    "log_processor",
-    "model",
-    "optim_wrapper",
-    "param_scheduler",
-    "randomness",
-    "sync_bn",
-    "test_cfg",
-    "test_dataloader",
-    "test_evaluator",
-    "train_cfg",
-    "train_dataloader",
-    "val_cfg",
-    "val_dataloader",
-    "val_evaluator",
-    "visualizer",
-]
+_PARTS = (
+    *("model", "train_dataloader", "val_dataloader", "test_dataloader", "val_evaluator", "test_evaluator", "train_cfg"),
+    *("val_cfg", "test_cfg", "optim_wrapper", "param_scheduler", "auto_scale_lr", "default_hooks", "custom_hooks"),
+    *("data_root", "load_from", "randomness", "compile", "ddp", "find_unused_parameters", "sync_bn", "env_cfg"),
+    *("log_processor", "visualizer", "custom_imports", "default_scope"),
+)
 
 
 def packaged_configs() -> dict[str, Path]:

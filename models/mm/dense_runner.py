@@ -41,7 +41,13 @@ from vitrail.models.mm.dense_config_check import (
     check_metric,
     check_settings,
 )
-from vitrail.models.mm.dense_data import check_classes, check_data_folders, classes_of, datasets_of
+from vitrail.models.mm.dense_data import (
+    check_classes,
+    check_data_folders,
+    classes_of,
+    datasets_of,
+    naming_unreadable_images,
+)
 from vitrail.models.mm.dense_data_check import check_dense_data
 from vitrail.models.mm.ops import install_operators
 from vitrail.models.mm.runner import DeviceRunner, default_visualizer, unwrap
@@ -79,6 +85,15 @@ class DenseRunner(DeviceRunner):
             CheckpointError: They do not fit.
         """
         load_dense_weights(unwrap(self.model), weights, source)
+
+    def train(self) -> nn.Module:
+        """Trains from the start or from where the checkpoint left off.
+
+        Raises:
+            ValueError: An image cannot be read.
+        """
+        with naming_unreadable_images():
+            return super().train()
 
     def validation_follows(self) -> bool:
         """Whether the epoch or iteration that is being trained ends with a validation."""
@@ -150,6 +165,9 @@ def complete_dense_config(config: Config, resumes: bool = False) -> Config:
     for name in ("model", "train_dataloader", "val_dataloader", "optim_wrapper", "train_cfg"):
         if not isinstance(config[name], Mapping):
             raise ValueError(f"the config's {name} is {config[name]!r}; expected a dict")
+    for name in _LOADERS:
+        if not isinstance(config[name].get("dataset"), Mapping):
+            raise ValueError(f"the config's {name}.dataset is {config[name].get('dataset')!r}; expected a dict")
     parts = copy.deepcopy(config.to_dict())
     _move_data_root(parts)
     parts.setdefault("test_dataloader", copy.deepcopy(parts["val_dataloader"]))
@@ -273,10 +291,11 @@ def evaluate_dense(
         with blaming("test_evaluator"):
             evaluator = Evaluator(config.to_dict()["test_evaluator"])
         evaluator.dataset_meta = loader.dataset.metainfo
-        for done, batch in enumerate(loader, start=1):
-            evaluator.process(data_samples=model.test_step(batch), data_batch=batch)
-            if on_batch is not None:
-                on_batch(done, len(loader))
+        with naming_unreadable_images():
+            for done, batch in enumerate(loader, start=1):
+                evaluator.process(data_samples=model.test_step(batch), data_batch=batch)
+                if on_batch is not None:
+                    on_batch(done, len(loader))
         return {name: float(value) for name, value in evaluator.evaluate(len(loader.dataset)).items()}
 
 

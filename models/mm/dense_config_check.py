@@ -39,7 +39,8 @@ def blaming(part: str) -> Iterator[None]:
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         text = text.split(" Please check whether")[0]
         place = traceback.extract_tb(error.__traceback__)[-1]  # many assertions of the libraries say nothing
-        where = "" if isinstance(error, (KeyError, ValueError)) else f" ({place.name} of {Path(place.filename).name})"
+        clear = isinstance(error, (KeyError, ValueError)) or "argument" in text
+        where = "" if clear else f" ({place.name} of {Path(place.filename).name})"
         raise ValueError(f"{part}: {text or place.line}{where}") from error
 
 

@@ -193,7 +193,7 @@ def _check_masks(
             if path.name not in known:
                 findings.note("masks without an image", str(path))
     for image, mask in evenly(usable, limit):
-        _check_mask(image, mask, allowed, findings)
+        _check_mask(image, mask, allowed, range(first, count + first), findings)
 
 
 def _ignored_by(model: Mapping[str, Any]) -> int:
@@ -202,7 +202,7 @@ def _ignored_by(model: Mapping[str, Any]) -> int:
     return (head[-1] if isinstance(head, (list, tuple)) else head).get("ignore_index", 255)
 
 
-def _check_mask(image: Path, path: Path, allowed: np.ndarray, findings: Findings) -> None:
+def _check_mask(image: Path, path: Path, allowed: np.ndarray, classes: range, findings: Findings) -> None:
     try:
         with Image.open(path) as mask:
             mask.load()
@@ -219,6 +219,8 @@ def _check_mask(image: Path, path: Path, allowed: np.ndarray, findings: Findings
     if wrong:
         shown = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
         findings.fault("masks with labels out of range", f"{path} ({shown})")
+    elif not any(int(x) in classes for x in present):
+        findings.note("masks in which no pixel has a class", str(path))
     _check_image(image, size, findings)
 
 

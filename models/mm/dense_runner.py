@@ -199,6 +199,10 @@ def build_model(config: Config) -> nn.Module:
     """
     scope = config["default_scope"]
     register_library(scope)
+    inference = config.model.get("test_cfg") or {}
+    lacking = [name for name in ("crop_size", "stride") if name not in inference]
+    if inference.get("mode") == "slide" and lacking:
+        raise ValueError(f"model.test_cfg has mode 'slide' and no {', '.join(lacking)}")
     with DefaultScope.overwrite_default_scope(scope), blaming("model"):
         return MODELS.build(ConfigDict(copy.deepcopy(config.model.to_dict())))
 

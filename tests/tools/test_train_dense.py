@@ -229,9 +229,17 @@ def test_weights_of_a_run_are_measured(tmp_path: Path, capsys: pytest.CaptureFix
         ([SEGMENTER], 2, "a config alone has no weights"),
         (["digits/biformer_n", *wrong], 2, "use vitrail-validate"),
         ([str(tmp_path)], 2, "not the work folder"),
+        ([str(tmp_path / "absent")], 2, "absent does not exist"),
+        ([str(folder), "--output", str(tmp_path)], 2, "a folder; expected the name of a file"),
     ):
         assert test_command([*arguments, "--device", "cpu"]) == status
         assert re.search(message, capsys.readouterr().err)
+    Image.fromarray(np.full((40, 64), 3, np.uint8)).save(root / "ann_dir/test/0.png")
+    assert test_command([str(folder), "--device", "cpu"]) == 1
+    assert "1 images of another size than their annotations" in capsys.readouterr().err
+    (folder / "model.safetensors").unlink()
+    assert test_command([str(folder), "--device", "cpu"]) == 2
+    assert re.search(r"the training has not ended; --checkpoint \S*last\.pth", capsys.readouterr().err)
 
 
 def test_problems_are_named_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,12 +252,38 @@ def test_problems_are_named_before_anything_is_written(tmp_path: Path, capsys: p
         (_segmenter_options(root, **{"model.decode_head.type": "UperHead"}), r"UperHead"),
         (_segmenter_options(root, **{"train_dataloader.dataset.type": "CamVid"}), r"CamVid"),
         (_segmenter_options(root, **{"model.decode_head.in_channels": "(1,2)"}), r"model: "),
+        (
+            _segmenter_options(root, **{"model.auxiliary_head.in_channels": 64}),
+            r"auxiliary_head\.in_channels is \[64\]",
+        ),
+        (_segmenter_options(root, **{"train_cfg.max_iters": "many"}), r"train_cfg\.max_iters is 'many'"),
+        (_segmenter_options(root, **{"train_dataloader.batchsize": 2}), r"train_dataloader: .*'batchsize'"),
+        (_segmenter_options(root, **{"optim_wrapper.optimizer.lr": "x"}), r"optim_wrapper: .*'float' and 'str'"),
+        (_segmenter_options(root, **{"model.test_cfg.mode": "slide"}), r"mode 'slide' and no crop_size, stride"),
+        (_segmenter_options(root, load_from="absent.pth"), r"absent\.pth does not exist"),
     ):
         assert _train(SEGMENTER, folder, changes=changes) == 1
         error = capsys.readouterr().err
         assert error.count("\n") == 1, error
         assert re.search(message, error), error
         assert not folder.exists()
+
+
+def test_problems_that_show_in_training_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = _write_segmentation_data(tmp_path / "data")
+    for number, (changes, message) in enumerate(
+        (
+            ({"train_dataloader.batch_size": 1}, "a process needs 2 images in a batch"),
+            (
+                {"default_hooks.checkpoint.save_best": "mIOU", "train_cfg.max_iters": 1},
+                "'mIOU'; the validation measures",
+            ),
+        )
+    ):
+        assert _train(SEGMENTER, tmp_path / f"run{number}", changes=_segmenter_options(root, **changes)) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1, error
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ _COLUMNS = (
     Column("speed", "speed_ratio", lambda x: f"{x:.2f}x"),
 )
 _BACKBONE, _CHANNELS, _STRIDES = "convnext_tiny", (96, 192, 384, 768), (4, 8, 16, 32)
-_CLASSES = 150
+_CLASSES, _WIDTH = 150, 512  # as published
 _LARGEST_DIFFERENCE = 1e-4  # of the two forms' logits in float32, relative to the largest
 
 Forward = Callable[[Sequence[Tensor]], Tensor]
@@ -115,14 +115,15 @@ def _make_heads(device: torch.device | str) -> dict[str, _Head]:
 
     common: dict[str, Any] = {
         "num_classes": _CLASSES,
-        "channels": 512,
+        "channels": _WIDTH,
         "align_corners": False,
         "norm_cfg": {"type": "BN"},
         "in_index": [0, 1, 2, 3],
         "in_channels": list(_CHANNELS),
     }
     with torch.device(device):
-        varying, upernet = VWHead(**common), UPerHead(pool_scales=(1, 2, 3, 6), **common)
+        varying = VWHead(decoder={"dim": _WIDTH}, **common)
+        upernet = UPerHead(pool_scales=(1, 2, 3, 6), **common)
     for attention in varying.decoder.attentions:
         nn.init.ones_(attention.norm.weight)  # which is zero at first, and would hide the attention from comparisons
     written_out = lambda maps: varying.cls_seg(literal_decoder(varying.decoder, maps))  # noqa: E731

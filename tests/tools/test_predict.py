@@ -23,6 +23,11 @@ SMALL_DETECTOR = [
     "model.backbone.dims=(32,32,64,64)",
     "model.backbone.num_heads=(1,1,2,2)",
     "model.neck.in_channels=[32,32,64,64]",
+    *(f"model.{part}=32" for part in ("neck.out_channels", "rpn_head.in_channels", "rpn_head.feat_channels")),
+    *(f"model.roi_head.{kind}_roi_extractor.out_channels=32" for kind in ("bbox", "mask")),
+    *(f"model.roi_head.bbox_head.{name}=32" for name in ("in_channels", "fc_out_channels")),
+    *(f"model.roi_head.mask_head.{name}=32" for name in ("in_channels", "conv_out_channels")),
+    "model.test_cfg.rpn.max_per_img=50",
     "val_dataloader.dataset.pipeline.1.scale=(96,64)",
 ]
 

@@ -23,7 +23,7 @@ from mmengine.registry import HOOKS
 
 from vitrail.models.mm.checkpoint import read_checkpoint
 from vitrail.tools._common.configs import packaged_configs
-from vitrail.tools.test import main as test_command
+from vitrail.tools.test import main as measure_run
 from vitrail.tools.train import main
 
 _spec = importlib.util.spec_from_file_location("_vitrail_test_runs", Path(__file__).parent / "_runs.py")
@@ -160,7 +160,6 @@ class KillHook(Hook):
         if runner.iter == 4:
             os.kill(os.getpid(), signal.SIGKILL)
 
-from vitrail.tools.test import main as test_command
 from vitrail.tools.train import main
 import vitrail.models.mm.dense_runner as runner
 runner._OWN_HOOKS = (*runner._OWN_HOOKS, "KillHook")
@@ -215,7 +214,7 @@ def test_weights_of_a_run_are_measured(tmp_path: Path, capsys: pytest.CaptureFix
     root, folder = _write_segmentation_data(tmp_path / "data"), tmp_path / "run"
     assert _train(SEGMENTER, folder, changes=_segmenter_options(root, **{"train_cfg.max_iters": 3})) == 0
     trained = json.loads((folder / "metrics.json").read_text())["held_out"]
-    assert test_command([str(folder), "--device", "cpu"]) == 0
+    assert measure_run([str(folder), "--device", "cpu"]) == 0
     assert "mIoU" in capsys.readouterr().out
     measured = json.loads((folder / "results.json").read_text())
     assert {name: measured[name] for name in ("mIoU", "mAcc", "aAcc")} == {
@@ -232,13 +231,13 @@ def test_weights_of_a_run_are_measured(tmp_path: Path, capsys: pytest.CaptureFix
         ([str(tmp_path / "absent")], 2, "absent does not exist"),
         ([str(folder), "--output", str(tmp_path)], 2, "a folder; expected the name of a file"),
     ):
-        assert test_command([*arguments, "--device", "cpu"]) == status
+        assert measure_run([*arguments, "--device", "cpu"]) == status
         assert re.search(message, capsys.readouterr().err)
     Image.fromarray(np.full((40, 64), 3, np.uint8)).save(root / "ann_dir/test/0.png")
-    assert test_command([str(folder), "--device", "cpu"]) == 1
+    assert measure_run([str(folder), "--device", "cpu"]) == 1
     assert "1 images of another size than their annotations" in capsys.readouterr().err
     (folder / "model.safetensors").unlink()
-    assert test_command([str(folder), "--device", "cpu"]) == 2
+    assert measure_run([str(folder), "--device", "cpu"]) == 2
     assert re.search(r"the training has not ended; --checkpoint \S*last\.pth", capsys.readouterr().err)
 
 

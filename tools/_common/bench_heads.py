@@ -63,7 +63,7 @@ class _Head(NamedTuple):
 
 
 def bench_heads(settings: HeadSettings, report: Callable[[str], None], done: Callable[[list[Row]], None]) -> None:
-    """Counts the heads, checks that both forms of VWFormer agree, and times all in alternation.
+    """Counts the heads, checks that both forms of VWFormer agree, and times all in alternation; processor time on CPUs.
 
     The heads have ADE20K's 150 classes and random weights and take random maps of the shapes that ConvNeXt-T makes.
 
@@ -198,7 +198,9 @@ def _measure(heads: dict[str, _Head], size: tuple[int, int], settings: HeadSetti
                 figures[name] = _no_figures("out of memory")
                 gc.collect()
                 torch.cuda.empty_cache()
-        timings = measure_in_turns([Timed(steps[name]) for name in ready], settings.device, settings.min_time)
+        on_cpu = settings.device.type == "cpu"
+        runs = [Timed(steps[name]) for name in ready]
+        timings = measure_in_turns(runs, settings.device, settings.min_time, cpu_time=on_cpu)
     timing_of = dict(zip(ready, timings, strict=True))
     for name, timing in timing_of.items():
         figures[name] = {"peak_memory_bytes": ready[name], "note": None, **_times(timing, timing_of.get(REFERENCE))}

@@ -55,7 +55,7 @@ _HEADS = """\
 Decode heads of segmenters for 150 classes on the maps of one backbone: VWFormer's, the same function as its authors
 write it out, and UPerNet's, in alternation. GMACs are those of one image; with the backbone, ConvNeXt-T's are added.
 Inference / training, which is forward and backward; speed is against UPerNet's, memory what a step takes at most
-beside weights and maps.
+beside weights and maps. Times of a CPU are processor time, of all threads together.
 """
 _SCALING = """\
 ## Training on several GPUs

@@ -136,7 +136,7 @@ def check_channels(model: nn.Module) -> None:
         ValueError: The numbers of channels differ.
     """
     made = getattr(getattr(model, "backbone", None), "channels", None)
-    if made is None:
+    if not isinstance(made, Sequence):
         return
     made = list(made)
     neck = getattr(getattr(model, "neck", None), "in_channels", None)

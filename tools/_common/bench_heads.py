@@ -91,8 +91,9 @@ def bench_heads(settings: HeadSettings, report: Callable[[str], None], done: Cal
         report(f"{'training' if settings.train else 'inference'} at {size[0]}x{size[1]}")
         figures = _measure(heads, size, settings) if size in settings.timed_sizes else {}
         counted = _count(size)
-        done([{**_facts(name, heads[name], settings, size), **counted[name],
-               **figures.get(name, _no_figures("counted only")), **facts} for name in NAMES])  # fmt: skip
+        unmeasured = _no_figures("counted only")
+        done([{**_facts(n, heads[n], settings, size), **counted[n], **figures.get(n, unmeasured), **facts}
+              for n in NAMES])  # fmt: skip
 
 
 def show(console: Console, rows: Sequence[Row]) -> None:
@@ -105,10 +106,13 @@ def show(console: Console, rows: Sequence[Row]) -> None:
 
 def _make_heads(device: torch.device | str) -> dict[str, _Head]:
     """The heads by `NAMES`; both forms of VWFormer are of one module."""
+    from vitrail.models.mm.ops import install_operators
+
+    install_operators()  # before mmseg is imported, which asks for them
     try:
         from mmseg.models.decode_heads import UPerHead
 
-        from vitrail.models.mm.vwformer import VWHead  # isort: split -- installs the operators that mmseg asks for
+        from vitrail.models.mm.vwformer import VWHead
     except ImportError as error:
         raise ToolError(f"--heads needs mmsegmentation ({error}): pip install 'vitrail[mm]'") from error
     from vitrail.tools._common.literal_vwformer import literal_decoder
@@ -126,10 +130,12 @@ def _make_heads(device: torch.device | str) -> dict[str, _Head]:
         upernet = UPerHead(pool_scales=(1, 2, 3, 6), **common)
     for attention in varying.decoder.attentions:
         nn.init.ones_(attention.norm.weight)  # which is zero at first, and would hide the attention from comparisons
-    written_out = lambda maps: varying.cls_seg(literal_decoder(varying.decoder, maps))  # noqa: E731
-    return dict(
-        zip(NAMES, (_Head(varying, varying), _Head(varying, written_out), _Head(upernet, upernet)), strict=True)
-    )
+
+    def written_out(maps: Sequence[Tensor]) -> Tensor:
+        return varying.cls_seg(literal_decoder(varying.decoder, maps))
+
+    pairs = ((varying, varying), (varying, written_out), (upernet, upernet))
+    return {name: _Head(*pair) for name, pair in zip(NAMES, pairs, strict=True)}
 
 
 def _make_maps(batch: int, size: tuple[int, int], device: torch.device | str, dtype: torch.dtype) -> list[Tensor]:
@@ -145,7 +151,7 @@ def _difference(heads: dict[str, _Head], settings: HeadSettings) -> float:
     maps = _make_maps(1, settings.timed_sizes[0], settings.device, torch.float32)
     ours, theirs = (heads[name] for name in NAMES[:2])
     ours.module.eval()
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         y, expected = ours.forward(maps), theirs.forward(maps)
     return float((y - expected).abs().max() / expected.abs().max())
 

@@ -42,9 +42,8 @@ def literal_attention(layer: VaryingWindowAttention, x: Tensor) -> Tensor:
 
 def _copy_shift(x: Tensor, window: int, ratio: int, dim: int) -> Tensor:
     size, skipped = x.shape[dim], (ratio + 1) * window // 2
-    left = torch.arange(skipped, ratio * window)
-    right = torch.arange(size - ratio * window, size - skipped)
-    return x.index_select(dim, torch.cat((left, torch.arange(size), right)).to(x.device))
+    spans = ((skipped, ratio * window), (0, size), (size - ratio * window, size - skipped))
+    return x.index_select(dim, torch.cat([torch.arange(*span, device=x.device) for span in spans]))
 
 
 def literal_decoder(decoder: VWDecoder, maps: Sequence[Tensor]) -> Tensor:

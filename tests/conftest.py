@@ -6,12 +6,13 @@ import importlib.util
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,6 +40,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_is_drawn_on_meta() -> Iterator[None]:
+    """Truncated normals are clamped in Python there, most of the time of building a model, and leave nothing."""
+    import timm.layers.weight_init as timm_init
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((timm_init, "_trunc_normal_"), (torch.nn.init, "_no_grad_trunc_normal_")):
+            patch.setattr(module, name, _drawn_elsewhere(getattr(module, name)))
+        yield
+
+
+def _drawn_elsewhere(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda tensor, *args, **kwargs: tensor if tensor.is_meta else draw(tensor, *args, **kwargs)
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
     random.seed(0)
@@ -56,7 +72,7 @@ def _forget_compilations() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _forget_default_scope() -> Iterator[None]:
-    """A Runner of one test leaves its scope as the process's: the next test's heads would look for their losses there."""
+    """A Runner of one test leaves its scope as the process's: the next test's heads would look there for losses."""
     yield
     if "mmengine.registry.default_scope" in sys.modules:
         from mmengine.registry import DefaultScope

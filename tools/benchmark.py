@@ -3,6 +3,7 @@
     vitrail-benchmark biformer_s davit_t --compare timm/davit_tiny --batch-size 64 --precision bf16
     vitrail-benchmark --models --precision bf16 --json models.json
     vitrail-benchmark --kernels window_attention --json kernels.json --plot kernels.png
+    vitrail-benchmark --heads --precision amp-bf16 --json heads.json
 
 Models have random weights. Throughput is the batch size over the median latency. `speed` is the median, over rounds
 in which all models had their turn, of the reference's time over the model's, both running in the same way; the
@@ -27,13 +28,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from vitrail.tools._common import bench_tables
+from vitrail.tools._common import bench_heads, bench_tables
 from vitrail.tools._common.bench_kernels import PEERS, KernelSettings, bench_kernels
 from vitrail.tools._common.bench_models import SUITE, bench_models, bench_suite
 from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command, select_device
@@ -73,6 +74,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--kernels", nargs="*", metavar="NAME", help=f"measure operators instead: {', '.join(OPERATORS)} (default: all)"
     )
+    add("--heads", action="store_true", help="measure decode heads of segmenters instead")
     add(
         "--cases",
         nargs="+",
@@ -102,17 +104,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="after this time --kernels prepares no more peers, --models compiles no more",
     )
     add("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
-    add("--batch-size", type=int, help="images in a batch of models (default: 128 on a GPU, 8 on a CPU)")
+    add(
+        "--batch-size",
+        type=int,
+        help="images in a batch of models (default: 128 on a GPU, 8 on a CPU; with --heads 2, 1 on a CPU)",
+    )
     add("--img-size", type=int, nargs="+", metavar=("H", "W"), help="default: each model's own")
     add("--precision", choices=PRECISIONS, default="float32", help="default: float32")
-    add("--mode", choices=("infer", "train"), help="default: infer; both with --models")
+    add("--mode", choices=("infer", "train"), help="default: infer; both with --models, and with --heads on a GPU")
     add("--channels-last", action="store_true", help="weights and images in channels-last layout")
     add("--compile", action="store_true", help="measure each model eager and with torch.compile")
     add("--cuda-graph", action="store_true", help="replay each step as a CUDA graph, without the host's work")
     add(
         "--min-time",
         type=float,
-        help="seconds of measurement for each model (default 3; 0.5 with --models) or kernel and pass (0.5)",
+        help="seconds of measurement for each model (default 3; 0.5 with --models) or head, kernel and pass (0.5)",
     )
     add("--json", type=Path, metavar="FILE", help="write all figures, with device, versions and commit")
     add("--csv", type=Path, metavar="FILE", help="the same as a table")
@@ -141,15 +147,17 @@ def _check_options(options: argparse.Namespace) -> None:
 
 def _check_kinds(options: argparse.Namespace) -> None:
     """Raises `UsageError` where options belong to different kinds of measurement."""
-    kinds = [bool(options.models), options.suite is not None, options.kernels is not None]
+    kinds = [bool(options.models), options.suite is not None, options.kernels is not None, options.heads]
     if not any(kinds):
-        raise UsageError("name at least one model, or give --models or --kernels")
-    if sum(kinds) > 1 or (options.kernels is not None and options.compare):
-        raise UsageError("names of models, --models and --kernels exclude each other")
+        raise UsageError("name at least one model, or give --models, --kernels or --heads")
+    if sum(kinds) > 1 or ((options.kernels is not None or options.heads) and options.compare):
+        raise UsageError("names of models, --models, --kernels and --heads exclude each other")
     if options.kernels is None and (options.host or options.cases or options.part):
         raise UsageError("--host, --cases and --part belong to --kernels")
-    if options.models and (options.peers != "all" or options.time_limit is not None):
+    if (options.models or options.heads) and (options.peers != "all" or options.time_limit is not None):
         raise UsageError("--peers and --time-limit belong to --models or --kernels")
+    if options.heads and (options.compile or options.cuda_graph or options.channels_last or options.plot):
+        raise UsageError("--compile, --cuda-graph, --channels-last and --plot do not belong to --heads")
     if options.suite is not None and (options.compile or options.cuda_graph):
         raise UsageError(
             "--models measures compiled models and CUDA graphs anyway; --peers fast leaves out compiled ones"
@@ -164,8 +172,7 @@ def _benchmark(options: argparse.Namespace) -> int:
     if not console.is_terminal:
         console.width = max(console.width, 120)  # files and pipes have no width that a table must keep to
     with Progress() as progress, options.turns:
-        run = _run_models if options.models else _run_kernels if options.suite is None else _run_suite
-        rows = run(options, device, console, progress)
+        rows = _chosen(options)(options, device, console, progress)
     for path in filter(None, (options.json, options.csv, options.plot)):
         console.print(f"wrote {path}", highlight=False)
     bad = sorted({f"{row.get('case') or row['model']} ({row['note']})" for row in rows if _is_bad(row)})
@@ -186,6 +193,13 @@ def _write_tables(options: argparse.Namespace, rows: Sequence[Row]) -> None:
     for path, write in ((options.json, write_json), (options.csv, write_csv)):
         if path:
             write(path, rows)
+
+
+def _chosen(options: argparse.Namespace) -> Callable[..., list[Row]]:
+    """The kind of measurement."""
+    if options.heads:
+        return _run_heads
+    return _run_models if options.models else _run_kernels if options.suite is None else _run_suite
 
 
 def _run_models(options: argparse.Namespace, device: torch.device, console: Console, progress: Progress) -> list[Row]:
@@ -235,6 +249,34 @@ def _run_suite(options: argparse.Namespace, device: torch.device, console: Conso
     bench_tables.show_models(console, rows)
     if options.plot:
         bench_tables.draw_models(options.plot, rows)
+    return rows
+
+
+def _run_heads(options: argparse.Namespace, device: torch.device, console: Console, progress: Progress) -> list[Row]:
+    on_gpu = device.type == "cuda"
+    size = options.img_size and (options.img_size[0], options.img_size[-1])
+    sizes = (size,) if size else bench_heads.SIZES
+    rows: list[Row] = []
+
+    def done(new: list[Row]) -> None:
+        with progress.aside():
+            if not rows:
+                console.print(bench_tables.headline(new[0]), highlight=False)
+            bench_heads.show(console, new)
+        rows.extend(new)
+        _write_tables(options, rows)
+
+    for mode in (options.mode,) if options.mode else ("infer", "train") if on_gpu else ("infer",):
+        settings = bench_heads.HeadSettings(
+            device=device,
+            batch_size=options.batch_size or (2 if on_gpu or mode == "train" else 1),
+            sizes=sizes,
+            timed_sizes=sizes if on_gpu else sizes[:1],
+            precision=options.precision,
+            train=mode == "train",
+            min_time=options.min_time or 0.5,
+        )
+        bench_heads.bench_heads(settings, progress.say, done)
     return rows
 
 

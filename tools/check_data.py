@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command
+from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, check_output_file, run_command
 from vitrail.tools._common.configs import find_config_or_run, read_config
 
 
@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(options: argparse.Namespace) -> int:
     if options.sample is not None and options.sample < 1:
         raise UsageError(f"--sample is {options.sample}; allowed: at least 1")
+    output = Path(options.output).expanduser() if options.output else None
+    if output:
+        check_output_file(output, "--output")
     path, _ = find_config_or_run(options.config)
     config = read_config(path, options.cfg_options)
 
@@ -47,8 +50,9 @@ def _check(options: argparse.Namespace) -> int:
 
     console = Console(highlight=False, soft_wrap=True)
     findings = check_data(config, options.sample) if is_dense(config) else _check_images(config, options, console)
-    if options.output:
-        save_json(Path(options.output).expanduser(), findings.to_json())
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        save_json(output, findings.to_json())
     console.print(f"looked at {', '.join(f'{number:,} {kind}' for kind, number in findings.checked.items())}")
     for word, kinds in (("note", findings.notes), ("fault", findings.faults)):
         for kind, names in kinds.items():

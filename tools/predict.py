@@ -26,12 +26,14 @@ from vitrail.tools._common.cli import (
     ArgumentParser,
     ToolError,
     UsageError,
+    check_output_folder,
     describe_device,
     run_command,
     select_device,
 )
 from vitrail.tools._common.configs import find_config_or_run, read_config
 
+_RESULTS = "results.json"
 _WAITING = 4  # batches of images of different shapes that wait in memory for others of their shape
 
 
@@ -92,6 +94,8 @@ def _predict(options: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     if not predictor.named:
         console.print("the names of the classes are not known here: --classes FILE gives them")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / _RESULTS).unlink(missing_ok=True)  # of an earlier run: it must not speak for this one if that is killed
     outcome = _run(predictor, targets, options.batch_size, console)
     facts = {"config": str(path), "weights": str(weights), "device": describe_device(device)}
     _finish(console, output, facts, outcome, others)
@@ -125,8 +129,7 @@ def _plan(source: Path, output: Path) -> tuple[dict[Path, Path], list[str]]:
 
     if not source.exists():
         raise UsageError(f"{source} does not exist: expected an image or a folder of images")
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"the results cannot go to {output} (--output): it is a file")
+    check_output_folder(output, "--output")
     if source.is_file():
         found, others, root = [source], [], source.parent
     else:
@@ -223,10 +226,9 @@ def _read_classes(path: str | None) -> list[str] | None:
 def _finish(console: Console, output: Path, facts: dict[str, Any], outcome: _Outcome, others: list[str]) -> None:
     from vitrail.models.mm.report import save_json
 
-    output.mkdir(parents=True, exist_ok=True)
     lost = outcome.unreadable
     save_json(
-        output / "results.json",
+        output / _RESULTS,
         {**facts, "images": outcome.done, "unreadable": lost, "not_images": others},
     )
     console.print(f"{outcome.done:,} images predicted, in {output}", markup=False)
@@ -234,7 +236,7 @@ def _finish(console: Console, output: Path, facts: dict[str, Any], outcome: _Out
         console.print(f"left out {len(others):,} files that are not named like images: {_some(others)}", markup=False)
     if lost:
         first = "; ".join(f"{name} ({reason})" for name, reason in list(lost.items())[:5])
-        more = f"; and {len(lost) - 5:,} more, all in {output / 'results.json'}" if len(lost) > 5 else ""
+        more = f"; and {len(lost) - 5:,} more, all in {output / _RESULTS}" if len(lost) > 5 else ""
         raise ToolError(f"{len(lost):,} of {outcome.done + len(lost):,} images cannot be read: {first}{more}")
 
 

@@ -16,7 +16,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from vitrail.tools._common.cli import ArgumentParser, UsageError, describe_device, run_command, select_device
+from vitrail.tools._common.cli import (
+    ArgumentParser,
+    UsageError,
+    check_output_file,
+    describe_device,
+    run_command,
+    select_device,
+)
 from vitrail.tools._common.configs import find_config_or_run, read_config
 
 
@@ -41,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _test(options: argparse.Namespace) -> int:
     device = select_device(options.device)
     path, weights = _find(options)
+    output = Path(options.output).expanduser() if options.output else weights.parent / "results.json"
+    check_output_file(output, "--output")
     config = read_config(path, options.cfg_options)
 
     from vitrail.models.mm.dense_runner import evaluate_dense, is_dense
@@ -54,7 +63,7 @@ def _test(options: argparse.Namespace) -> int:
         metrics = evaluate_dense(
             config, weights, device, lambda done, total: progress.update(task, completed=done, total=total)
         )
-    output = Path(options.output) if options.output else weights.parent / "results.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
     save_json(output, {"config": str(path), "weights": str(weights), "device": describe_device(device), **metrics})
     console.print(_table(metrics))
     console.print(f"results in {output}", markup=False)
@@ -66,6 +75,11 @@ def _find(options: argparse.Namespace) -> tuple[Path, Path]:
     path, weights = find_config_or_run(options.config)
     if options.checkpoint:
         weights = Path(options.checkpoint).expanduser()
+    elif weights is not None and not weights.exists():
+        raise UsageError(
+            f"{weights} does not exist: the training has not ended; "
+            f"--checkpoint {weights.parent / 'last.pth'} measures what there is"
+        )
     if weights is None:
         raise UsageError("a config alone has no weights: give --checkpoint, or a run's work folder")
     return path, weights

@@ -134,6 +134,14 @@ def _run(runner: Any, task: Any) -> None:
         raise ToolError(str(error)) from error
     except torch.OutOfMemoryError:
         raise
+    except UnreadableImageError as error:
+        raise ToolError(f"{message_of(error)}; {_SKIPPING}") from error
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ToolError(
+            f"{error}: a batch norm over one number; a process needs 2 images in a batch (train_dataloader.batch_size)"
+        ) from error
     except RuntimeError as error:
         if not any(sign in str(error) for sign in _SIGNS_OF_LOSS):
             raise
@@ -141,8 +149,6 @@ def _run(runner: Any, task: Any) -> None:
             f"process {runner.rank} lost its connection to another process of the job, which has ended; the last "
             f"checkpoint is whole, --resume --work-dir {runner.work_dir} goes on with it, on any number of processes"
         ) from error
-    except UnreadableImageError as error:
-        raise ToolError(f"{message_of(error)}; {_SKIPPING}") from error
 
 
 def _run_name(given: str, path: Path) -> str:

@@ -1,16 +1,12 @@
-"""What the ADE20K recipes of UPerNet share at 512 x 512: 160k iterations, 8 processes of 2 images.
+"""What the ADE20K recipes of UPerNet share: the heads and 160k iterations; data stand beside this file.
 
 Source: Xiao et al., ECCV 2018 (arXiv 1807.10221); the recipe is that of Swin, which the authors of both families use.
-
-`data_root` holds `images/{training,validation}/*.jpg` and `annotations/{training,validation}/*.png` of the same names,
-masks with 0 for pixels of no class and 1 to 150 (ADEChallengeData2016). Another place: --cfg-options data_root=FOLDER.
 
 No training with these files has been run to its end.
 """
 
 default_scope = "mmseg"
 custom_imports = dict(imports=["vitrail.models.mm.backbone"], allow_failed_imports=False)
-data_root = "data/ade/ADEChallengeData2016"
 
 model = dict(
     type="EncoderDecoder",
@@ -51,48 +47,6 @@ model = dict(
     test_cfg=dict(mode="whole"),
 )
 
-train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations"),
-    dict(type="RandomResize", scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
-    dict(type="RandomCrop", crop_size=(512, 512), cat_max_ratio=0.75),
-    dict(type="RandomFlip", prob=0.5),
-    dict(type="PhotoMetricDistortion"),
-    dict(type="PackSegInputs"),
-]
-test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(2048, 512), keep_ratio=True),
-    dict(type="LoadAnnotations"),
-    dict(type="PackSegInputs"),
-]
-train_dataloader = dict(
-    batch_size=2,
-    num_workers=4,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(
-        type="ADE20KDataset",
-        data_root=data_root,
-        data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
-        pipeline=train_pipeline,
-    ),
-)
-val_dataloader = dict(
-    batch_size=1,
-    num_workers=4,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        type="ADE20KDataset",
-        data_root=data_root,
-        data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
-        pipeline=test_pipeline,
-    ),
-)
-test_dataloader = val_dataloader
-val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
-test_evaluator = val_evaluator
-
-auto_scale_lr = dict(enable=True, base_batch_size=16)
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),

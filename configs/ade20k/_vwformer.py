@@ -1,4 +1,4 @@
-"""What the ADE20K recipes of VWFormer's decode head share at 512 x 512: 160k iterations, 4 processes of 4 images.
+"""What the ADE20K recipes of VWFormer's decode head share: the head and 160k iterations; data stand beside this file.
 
 Source: Yan et al., ICLR 2024 (arXiv 2404.16573), and the configs of github.com/yan-hao-tian/VW (commit 9bc1891). There
 is no auxiliary head. The authors train ConvNeXt in half precision (`--amp fp16`).
@@ -8,7 +8,6 @@ No training with these files has been run to its end.
 
 default_scope = "mmseg"
 custom_imports = dict(imports=["vitrail.models.mm.backbone", "vitrail.models.mm.vwformer"], allow_failed_imports=False)
-data_root = "data/ade/ADEChallengeData2016"
 
 model = dict(
     type="EncoderDecoder",
@@ -33,51 +32,6 @@ model = dict(
     test_cfg=dict(mode="whole"),
 )
 
-train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
-    dict(type="RandomResize", scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
-    dict(type="RandomCrop", crop_size=(512, 512), cat_max_ratio=0.75),
-    dict(type="RandomFlip", prob=0.5),
-    dict(type="PhotoMetricDistortion"),
-    dict(type="PackSegInputs"),
-]
-test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(2048, 512), keep_ratio=True),
-    dict(type="ResizeToMultiple", size_divisor=64),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
-    dict(type="PackSegInputs"),
-]
-train_dataloader = dict(
-    batch_size=4,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(
-        type="ADE20KDataset",
-        data_root=data_root,
-        data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
-        pipeline=train_pipeline,
-    ),
-)
-val_dataloader = dict(
-    batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        type="ADE20KDataset",
-        data_root=data_root,
-        data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
-        pipeline=test_pipeline,
-    ),
-)
-test_dataloader = val_dataloader
-val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
-test_evaluator = val_evaluator
-
-auto_scale_lr = dict(enable=False, base_batch_size=16)
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),

@@ -1,37 +1,12 @@
-"""What the ADE20K recipes of VWFormer's decode head share at 640 x 640: 160k iterations, 4 processes of 4 images.
+"""ADE20K for VWFormer's decode head, 640 x 640: 4 processes of 4 images. The model's padding has to be of this size.
 
-Source: Yan et al., ICLR 2024 (arXiv 2404.16573), and the configs of github.com/yan-hao-tian/VW (commit 9bc1891). There
-is no auxiliary head. The authors train ConvNeXt in half precision (`--amp fp16`).
+Source: that of `_vwformer.py`.
 
-No training with these files has been run to its end.
+`data_root` holds `images/{training,validation}/*.jpg` and `annotations/{training,validation}/*.png` of the same names,
+masks with 0 for pixels of no class and 1 to 150 (ADEChallengeData2016). Another place: --cfg-options data_root=FOLDER.
 """
 
-default_scope = "mmseg"
-custom_imports = dict(imports=["vitrail.models.mm.backbone", "vitrail.models.mm.vwformer"], allow_failed_imports=False)
 data_root = "data/ade/ADEChallengeData2016"
-
-model = dict(
-    type="EncoderDecoder",
-    data_preprocessor=dict(
-        type="SegDataPreProcessor",
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=255,
-        size=(640, 640),
-    ),
-    backbone=dict(type="VitrailBackbone", pretrained=True, out_indices=(0, 1, 2, 3)),
-    decode_head=dict(
-        type="VWHead",
-        form="ade20k",
-        num_classes=150,
-        dropout_ratio=0.1,
-        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
-    ),
-    train_cfg=dict(),
-    test_cfg=dict(mode="whole"),
-)
 
 train_pipeline = [
     dict(type="LoadImageFromFile"),
@@ -78,19 +53,3 @@ val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
 
 auto_scale_lr = dict(enable=False, base_batch_size=16)
-optim_wrapper = dict(
-    type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-)
-param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=1500),
-    dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=1500, end=160000),
-]
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=160000, val_interval=16000)
-val_cfg = dict(type="ValLoop")
-test_cfg = dict(type="TestLoop")
-default_hooks = dict(
-    logger=dict(type="LoggerHook", interval=50, log_metric_by_epoch=False),
-    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=16000, save_best="mIoU"),
-)
-log_processor = dict(by_epoch=False)

@@ -1,12 +1,12 @@
 """UPerNet on BiFormer-T, ADE20K; the authors publish no figure.
 
 Source: Zhu et al., CVPR 2023 (arXiv 2303.08810), and github.com/rayleizhu/BiFormer (commit 1697bbbe). 8 x 8 regions,
-statistics of all processes in the batch norms. The drop path is our choice. The rest is in `_upernet.py`.
+statistics of all processes in the batch norms. The drop path is our choice. The rest is in the bases.
 
 The backbone starts from the authors' ImageNet weights, which have to be fetched by hand: see the model card.
 """
 
-_base_ = "_upernet.py"
+_base_ = ["_upernet.py", "_upernet_512.py"]
 
 model = dict(
     backbone=dict(name="biformer_t", checkpoint="checkpoints/biformer_t_in1k.pth", drop_path_rate=0.2, n_win=8),

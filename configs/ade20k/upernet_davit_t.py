@@ -1,10 +1,10 @@
 """UPerNet on DaViT-T, ADE20K; published mIoU 46.3 %.
 
 Source: Ding et al., ECCV 2022 (arXiv 2204.03645), and github.com/dingmyu/davit (commit fc79470d). Drop path as in
-the authors' config, which is that of DaViT-T; plain batch norms in the heads. The rest is in `_upernet.py`.
+the authors' config, which is that of DaViT-T; plain batch norms in the heads. The rest is in the bases.
 """
 
-_base_ = "_upernet.py"
+_base_ = ["_upernet.py", "_upernet_512.py"]
 
 model = dict(
     backbone=dict(name="davit_t", pretrained=True, drop_path_rate=0.3),

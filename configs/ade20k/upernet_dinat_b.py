@@ -2,10 +2,10 @@
 
 Source: Hassani and Shi, 2022 (arXiv 2209.15001), and github.com/SHI-Labs/Neighborhood-Attention-Transformer (commit
 d334f5bb). Dilations are those of the authors' segmenters. The authors train in half precision (`--amp fp16`). The
-rest is in `_upernet.py`.
+rest is in the bases.
 """
 
-_base_ = "_upernet.py"
+_base_ = ["_upernet.py", "_upernet_512.py"]
 
 model = dict(
     backbone=dict(

@@ -2,13 +2,13 @@
 
 Source: Hassani and Shi, 2022 (arXiv 2209.15001), and github.com/SHI-Labs/Neighborhood-Attention-Transformer (commit
 d334f5bb). Dilations are those of the authors' segmenters. The authors train in half precision (`--amp fp16`). The
-rest is in `_upernet.py`.
+rest is in the bases.
 
 The backbone starts from the authors' weights of ImageNet-22k, which have to be fetched by hand:
 projects/dinat/checkpoints/imagenet22k/dinat_s_large_in22k_224.pth at shi-labs.com.
 """
 
-_base_ = "_upernet.py"
+_base_ = ["_upernet.py", "_upernet_640.py"]
 
 model = dict(
     data_preprocessor=dict(size=(640, 640)),
@@ -22,22 +22,3 @@ model = dict(
     auxiliary_head=dict(in_channels=768),
 )
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys={"rpb": dict(decay_mult=0.0)}))
-
-train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations"),
-    dict(type="RandomResize", scale=(2560, 640), ratio_range=(0.5, 2.0), keep_ratio=True),
-    dict(type="RandomCrop", crop_size=(640, 640), cat_max_ratio=0.75),
-    dict(type="RandomFlip", prob=0.5),
-    dict(type="PhotoMetricDistortion"),
-    dict(type="PackSegInputs"),
-]
-test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(2560, 640), keep_ratio=True),
-    dict(type="LoadAnnotations"),
-    dict(type="PackSegInputs"),
-]
-train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
-val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
-test_dataloader = val_dataloader

@@ -1,10 +1,10 @@
 """UPerNet on L2ViT-Base, ADE20K; the authors publish no figure with their code.
 
 Source: Zheng, 2025 (arXiv 2501.16182), and the configs of github.com/ChuanyangZheng/L2ViT (commit 52f008c9). Norms
-are decayed like all weights. Plain batch norms in the heads. The rest is in `_upernet.py`.
+are decayed like all weights. Plain batch norms in the heads. The rest is in the bases.
 """
 
-_base_ = "_upernet.py"
+_base_ = ["_upernet.py", "_upernet_512.py"]
 
 model = dict(
     backbone=dict(name="l2vit_b", pretrained=True, drop_path_rate=0.3),

@@ -1,10 +1,10 @@
 """UPerNet on NAT-Tiny, ADE20K; published mIoU 47.1 % (multi-scale and flip 48.4 %).
 
 Source: Hassani et al., CVPR 2023 (arXiv 2204.07143), and github.com/SHI-Labs/Neighborhood-Attention-Transformer
-(commit d334f5bb). The authors train in half precision (`--amp fp16`). The rest is in `_upernet.py`.
+(commit d334f5bb). The authors train in half precision (`--amp fp16`). The rest is in the bases.
 """
 
-_base_ = "_upernet.py"
+_base_ = ["_upernet.py", "_upernet_512.py"]
 
 model = dict(
     backbone=dict(name="nat_t", pretrained=True, drop_path_rate=0.3),

@@ -2,12 +2,13 @@
 
 Source: github.com/yan-hao-tian/VW (commit 9bc1891): drop path 0.4, learning rate decayed by 0.9 from stage to stage.
 mmsegmentation's rule, with 12 layers as the authors set it, has the last stage at 0.9^9 of the head's rate; here it has
-0.9. The rest is in `_vwformer_640.py`. The starting weights are our choice.
+0.9. The rest is in the bases. The starting weights are our choice.
 """
 
-_base_ = "_vwformer_640.py"
+_base_ = ["_vwformer.py", "_vwformer_640.py"]
 
 model = dict(
+    data_preprocessor=dict(size=(640, 640)),
     backbone=dict(name="convnext_large.fb_in22k", drop_path_rate=0.4),
     decode_head=dict(in_channels=(192, 384, 768, 1536)),
 )

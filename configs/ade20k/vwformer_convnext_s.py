@@ -2,10 +2,10 @@
 
 Source: github.com/yan-hao-tian/VW (commit 9bc1891): drop path 0.4, learning rate decayed by 0.9 from stage to stage.
 mmsegmentation's rule, with 12 layers as the authors set it, has the last stage at 0.9^9 of the head's rate; here it has
-0.9. The rest is in `_vwformer.py`.
+0.9. The rest is in the bases.
 """
 
-_base_ = "_vwformer.py"
+_base_ = ["_vwformer.py", "_vwformer_512.py"]
 
 model = dict(
     backbone=dict(name="convnext_small.fb_in1k", drop_path_rate=0.4),

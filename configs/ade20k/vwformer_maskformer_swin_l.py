@@ -1,12 +1,13 @@
 """MaskFormer with VWFormer's pixel decoder on Swin-L, ADE20K; published mIoU 55.3 % (multi-scale and flip 56.5 %).
 
 Source: github.com/yan-hao-tian/VW (commit 9bc1891): no shortcut around the attentions.
-The rest is in `_vwformer_maskformer_640.py`. The starting weights are our choice.
+The rest is in the bases. The starting weights are our choice.
 """
 
-_base_ = "_vwformer_maskformer_640.py"
+_base_ = ["_vwformer_maskformer.py", "_vwformer_masks_640.py"]
 
 model = dict(
+    data_preprocessor=dict(size=(640, 640)),
     backbone=dict(name="swin_large_patch4_window12_384.ms_in22k"),
     decode_head=dict(in_channels=[192, 384, 768, 1536], pixel_decoder=dict(decoder=dict(shortcut=False))),
 )

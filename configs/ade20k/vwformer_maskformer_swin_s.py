@@ -1,10 +1,10 @@
 """MaskFormer with VWFormer's pixel decoder on Swin-S, ADE20K; published mIoU 50.5 % (multi-scale and flip 52.7 %).
 
 Source: github.com/yan-hao-tian/VW (commit 9bc1891): no shortcut around the attentions.
-The rest is in `_vwformer_maskformer.py`.
+The rest is in the bases.
 """
 
-_base_ = "_vwformer_maskformer.py"
+_base_ = ["_vwformer_maskformer.py", "_vwformer_masks_512.py"]
 
 model = dict(
     backbone=dict(name="swin_small_patch4_window7_224.ms_in1k"),

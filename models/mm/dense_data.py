@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +45,33 @@ def _layout(dataset: Mapping[str, Any], root: Path) -> str:
 
 
 def places_of(dataset: Mapping[str, Any]) -> list[Path]:
-    """The folders of a data set, then its annotation file if it has one."""
+    """The folders of a data set, then its annotation file if it has one.
+
+    Raises:
+        ValueError: Its `data_prefix` is no dict of names.
+    """
     root = Path(dataset.get("data_root") or "")
-    places = [root / place for place in (dataset.get("data_prefix") or {}).values() if place]
+    prefix = dataset.get("data_prefix") or {}
+    if not isinstance(prefix, Mapping) or not all(isinstance(place, (str, type(None))) for place in prefix.values()):
+        raise ValueError(f"data_prefix is {prefix!r}; expected a dict of folders' names")
+    places = [root / place for place in prefix.values() if place]
     return places + ([root / dataset["ann_file"]] if dataset.get("ann_file") else [])
+
+
+@contextmanager
+def naming_unreadable_images() -> Iterator[None]:
+    """A context in which an image that a transform cannot read is an expected error, not a defect.
+
+    Raises:
+        ValueError: That is so; the message names the file.
+    """
+    try:
+        yield
+    except AssertionError as error:
+        found = re.search(r"failed to load image: (.+)", str(error))  # mmcv's words, maybe out of a loader's process
+        if found is None:
+            raise
+        raise ValueError(f"image {found[1]} cannot be read (vitrail-check-data names every such file)") from error
 
 
 def classes_of(dataset: Mapping[str, Any]) -> list[str]:

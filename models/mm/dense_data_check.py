@@ -16,6 +16,7 @@ from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image
 
 from vitrail.models.mm.data_findings import Findings, evenly
+from vitrail.models.mm.dense_config_check import blaming
 from vitrail.models.mm.dense_data import classes_of, datasets_of, places_of
 from vitrail.models.mm.images import UnreadableImageError, load_image
 
@@ -45,14 +46,16 @@ def check_dense_data(config: Config, loaders: Sequence[str], limit: int | None) 
         for loader in sorted(loaders, key=lambda name: name.startswith("train")):  # evaluation asks for more
             for dataset in datasets_of(config[loader]["dataset"]):
                 classes_of(dataset)  # knows its type
-                files = tuple(places_of(dataset))
+                is_evaluated = not loader.startswith("train")
+                # What a segmenter's metric leaves out its loss need not leave out.
+                files = (*places_of(dataset), is_evaluated and config.default_scope == "mmseg")
                 if files in seen:
                     continue
                 seen.add(files)
                 if config.default_scope == "mmseg":
-                    _check_masks(config, dataset, findings, limit)
+                    _check_masks(config, dataset, findings, limit, is_evaluated)
                 elif str(dataset["type"]).endswith("CocoDataset"):
-                    _check_objects(dataset, findings, limit, is_evaluated=not loader.startswith("train"))
+                    _check_objects(dataset, findings, limit, is_evaluated)
                 else:
                     findings.note("data sets of a type that is not checked", f"{loader} ({dataset['type']})")
     return findings
@@ -159,8 +162,11 @@ def _check_outline(path: Path, row: Mapping[str, Any], image: Mapping[str, Any],
         findings.note(f"objects of {path} whose outline has less than 3 points, not used by mmdetection", _name(row))
 
 
-def _check_masks(config: Config, dataset: Mapping[str, Any], findings: Findings, limit: int | None) -> None:
-    built = DATASETS.build(copy.deepcopy({**dataset, "pipeline": [], "lazy_init": True}))
+def _check_masks(
+    config: Config, dataset: Mapping[str, Any], findings: Findings, limit: int | None, is_evaluated: bool
+) -> None:
+    with blaming("data set"):
+        built = DATASETS.build(copy.deepcopy({**dataset, "pipeline": [], "lazy_init": True}))
     pairs = [(Path(row["img_path"]), Path(row["seg_map_path"])) for row in built.load_data_list()]
     if not pairs:
         folders = ", ".join(str(place) for place in places_of(dataset))
@@ -169,7 +175,9 @@ def _check_masks(config: Config, dataset: Mapping[str, Any], findings: Findings,
     first = int(built.reduce_zero_label)
     allowed = np.zeros(65536, bool)
     allowed[: count + first] = True
-    allowed[[_ignored_by(config.model), built.ignore_index]] = True
+    allowed[_ignored_by(config.model)] = True
+    if is_evaluated:
+        allowed[built.ignore_index] = True
     usable = []
     for image, mask in pairs:
         if not image.is_file():
@@ -185,7 +193,7 @@ def _check_masks(config: Config, dataset: Mapping[str, Any], findings: Findings,
             if path.name not in known:
                 findings.note("masks without an image", str(path))
     for image, mask in evenly(usable, limit):
-        _check_mask(image, mask, allowed, findings)
+        _check_mask(image, mask, allowed, range(first, count + first), findings)
 
 
 def _ignored_by(model: Mapping[str, Any]) -> int:
@@ -194,7 +202,7 @@ def _ignored_by(model: Mapping[str, Any]) -> int:
     return (head[-1] if isinstance(head, (list, tuple)) else head).get("ignore_index", 255)
 
 
-def _check_mask(image: Path, path: Path, allowed: np.ndarray, findings: Findings) -> None:
+def _check_mask(image: Path, path: Path, allowed: np.ndarray, classes: range, findings: Findings) -> None:
     try:
         with Image.open(path) as mask:
             mask.load()
@@ -211,6 +219,8 @@ def _check_mask(image: Path, path: Path, allowed: np.ndarray, findings: Findings
     if wrong:
         shown = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
         findings.fault("masks with labels out of range", f"{path} ({shown})")
+    elif not any(int(x) in classes for x in present):
+        findings.note("masks in which no pixel has a class", str(path))
     _check_image(image, size, findings)
 
 

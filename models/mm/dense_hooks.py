@@ -42,6 +42,18 @@ class DenseCheckpointHook(AtomicCheckpointHook):
         if runner.is_iterative and not self.by_epoch and due and not runner.validation_follows():
             runner.save_checkpoint(runner.work_dir, LAST, meta={"epoch": runner.epoch, "iter": done})
 
+    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        """Saves, best first.
+
+        Raises:
+            ValueError: There is no such score, so that no checkpoint would ever be the best.
+        """
+        super().after_val_epoch(runner, metrics)
+        if runner.is_training and metrics and self.score not in metrics:
+            raise ValueError(
+                f"default_hooks.checkpoint.save_best is {self.score!r}; the validation measures {', '.join(metrics)}"
+            )
+
     def after_train_epoch(self, runner: Any) -> None:
         """Saves unless a validation follows; runs of iterations have one epoch, which does not count."""
         if not runner.is_iterative:

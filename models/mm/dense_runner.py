@@ -11,7 +11,7 @@ import copy
 import importlib
 import io
 import logging
-import traceback
+import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,6 @@ from mmengine.dist import is_distributed
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.model.utils import revert_sync_batchnorm
-from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import Tensor, nn
@@ -34,7 +33,21 @@ from vitrail.models._checkpoint import unwrap as unwrap_checkpoint
 from vitrail.models.mm import dense_hooks, hooks, optim  # noqa: F401 -- they register their parts
 from vitrail.models.mm.checkpoint import CheckpointError, read_checkpoint
 from vitrail.models.mm.data_findings import Findings
-from vitrail.models.mm.dense_data import check_classes, check_data_folders, classes_of, datasets_of
+from vitrail.models.mm.dense_config_check import (
+    blaming,
+    check_builds,
+    check_channels,
+    check_loader,
+    check_metric,
+    check_settings,
+)
+from vitrail.models.mm.dense_data import (
+    check_classes,
+    check_data_folders,
+    classes_of,
+    datasets_of,
+    naming_unreadable_images,
+)
 from vitrail.models.mm.dense_data_check import check_dense_data
 from vitrail.models.mm.ops import install_operators
 from vitrail.models.mm.runner import DeviceRunner, default_visualizer, unwrap
@@ -73,6 +86,15 @@ class DenseRunner(DeviceRunner):
         """
         load_dense_weights(unwrap(self.model), weights, source)
 
+    def train(self) -> nn.Module:
+        """Trains from the start or from where the checkpoint left off.
+
+        Raises:
+            ValueError: An image cannot be read.
+        """
+        with naming_unreadable_images():
+            return super().train()
+
     def validation_follows(self) -> bool:
         """Whether the epoch or iteration that is being trained ends with a validation."""
         done = (self.iter if self.is_iterative else self.epoch) + 1
@@ -88,8 +110,15 @@ class DenseRunner(DeviceRunner):
 
 
 def is_dense(config: Mapping[str, Any]) -> bool:
-    """Whether a config is one of mmdetection or mmsegmentation, or one for scans in their form."""
-    return config.get("default_scope") in SCORES
+    """Whether a config is one of mmdetection or mmsegmentation, or one for scans in their form.
+
+    Raises:
+        ValueError: It is one of another library.
+    """
+    scope = config.get("default_scope")
+    if scope is not None and scope not in SCORES:
+        raise ValueError(f"the config's default_scope is {scope!r}; allowed: {', '.join(SCORES)}, none for classifiers")
+    return scope is not None
 
 
 def score_of(config: Mapping[str, Any]) -> str:
@@ -133,6 +162,12 @@ def complete_dense_config(config: Config, resumes: bool = False) -> Config:
     lacking = [name for name in _REQUIRED if not config.get(name)]
     if lacking:
         raise ValueError(f"the config has no {', '.join(lacking)}")
+    for name in ("model", "train_dataloader", "val_dataloader", "optim_wrapper", "train_cfg"):
+        if not isinstance(config[name], Mapping):
+            raise ValueError(f"the config's {name} is {config[name]!r}; expected a dict")
+    for name in _LOADERS:
+        if not isinstance(config[name].get("dataset"), Mapping):
+            raise ValueError(f"the config's {name}.dataset is {config[name].get('dataset')!r}; expected a dict")
     parts = copy.deepcopy(config.to_dict())
     _move_data_root(parts)
     parts.setdefault("test_dataloader", copy.deepcopy(parts["val_dataloader"]))
@@ -164,16 +199,12 @@ def build_model(config: Config) -> nn.Module:
     """
     scope = config["default_scope"]
     register_library(scope)
-    with DefaultScope.overwrite_default_scope(scope):
-        try:
-            return MODELS.build(ConfigDict(copy.deepcopy(config.model.to_dict())))
-        except KeyError as error:
-            raise ValueError(f"model: {error.args[0]}") from error
-        except (TypeError, AssertionError) as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]  # many assertions of the libraries say nothing
-            raise ValueError(
-                f"model: {str(error) or place.line} ({place.name} of {Path(place.filename).name})"
-            ) from error
+    inference = config.model.get("test_cfg") or {}
+    lacking = [name for name in ("crop_size", "stride") if name not in inference]
+    if inference.get("mode") == "slide" and lacking:
+        raise ValueError(f"model.test_cfg has mode 'slide' and no {', '.join(lacking)}")
+    with DefaultScope.overwrite_default_scope(scope), blaming("model"):
+        return MODELS.build(ConfigDict(copy.deepcopy(config.model.to_dict())))
 
 
 def build_trained_model(config: Config, weights: str | Path) -> nn.Module:
@@ -198,11 +229,8 @@ def build_dataset(config: Config, loader: str) -> Any:
     """
     check_data_folders(config, [loader])
     register_library(config.default_scope)
-    with DefaultScope.overwrite_default_scope(config.default_scope):
-        try:
-            return DATASETS.build(copy.deepcopy(config[loader]["dataset"].to_dict()))
-        except KeyError as error:
-            raise ValueError(f"{loader}: {error.args[0]}") from error
+    with DefaultScope.overwrite_default_scope(config.default_scope), blaming(loader):
+        return DATASETS.build(copy.deepcopy(config[loader]["dataset"].to_dict()))
 
 
 def load_dense_weights(model: nn.Module, weights: Mapping[str, Any], source: str | Path) -> None:
@@ -211,13 +239,29 @@ def load_dense_weights(model: nn.Module, weights: Mapping[str, Any], source: str
     Raises:
         CheckpointError: Something is missing, left over or has another shape.
     """
+    if not weights:
+        raise CheckpointError(f"checkpoint {source} holds no weights")
     try:
         model.load_state_dict(dict(weights))
     except (RuntimeError, KeyError) as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-        shown = " ".join(lines)
-        shown = shown if len(shown) < 400 else shown[:400] + " ..."
-        raise CheckpointError(f"checkpoint {source} does not fit the model: {shown}") from error
+        raise CheckpointError(f"checkpoint {source} does not fit the model: {_misfits(str(error))}") from error
+
+
+def _misfits(message: str) -> str:
+    """What PyTorch says of weights that do not fit, with the first of many names."""
+    found = []
+    for line in message.splitlines()[1:] or [message]:
+        names = re.findall(r'"([^"]+)"', line)
+        shapes = re.search(r"(size mismatch for \S+):.*?Size\((.*?)\).*?Size\((.*?)\)", line)
+        if names:
+            kind = line.split(" key(s)")[0].strip()
+            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+            found.append(f"{kind} keys {', '.join(names[:2])}{more}")
+        elif shapes:
+            found.append(f"{shapes[1]}: the checkpoint's is {shapes[2]}, the model's {shapes[3]}")
+        else:
+            found.append(line.strip())
+    return "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
 
 
 @torch.inference_mode()
@@ -241,16 +285,21 @@ def evaluate_dense(
     """
     config = complete_dense_config(config, resumes=True)
     check_data_folders(config, ["test_dataloader"])
+    check_loader(config, "test_dataloader")
+    check_metric(config, "test_evaluator")
     model = build_trained_model(config, weights).to(device).eval()
+    check_dense_data(config, ["test_dataloader"], _SAMPLE).refuse_faults()
     with DefaultScope.overwrite_default_scope(config.default_scope):
-        loader = _build_loader(config["test_dataloader"], config, device)
+        loader = _build_loader(config, "test_dataloader", device)
         check_classes(model, tuple(loader.dataset.metainfo["classes"]))
-        evaluator = Evaluator(config.to_dict()["test_evaluator"])
+        with blaming("test_evaluator"):
+            evaluator = Evaluator(config.to_dict()["test_evaluator"])
         evaluator.dataset_meta = loader.dataset.metainfo
-        for done, batch in enumerate(loader, start=1):
-            evaluator.process(data_samples=model.test_step(batch), data_batch=batch)
-            if on_batch is not None:
-                on_batch(done, len(loader))
+        with naming_unreadable_images():
+            for done, batch in enumerate(loader, start=1):
+                evaluator.process(data_samples=model.test_step(batch), data_batch=batch)
+                if on_batch is not None:
+                    on_batch(done, len(loader))
         return {name: float(value) for name, value in evaluator.evaluate(len(loader.dataset)).items()}
 
 
@@ -282,8 +331,10 @@ def build_dense_runner(
     """
     config = complete_dense_config(config, resumes=resume_from is not None)
     check_data_folders(config, _LOADERS)
+    check_settings(config)
     seed_everything(config.randomness.seed)
     model = build_model(config)
+    check_channels(model)
     _check_starting_weights(model)
     findings = check_dense_data(config, _LOADERS, _SAMPLE)
     findings.refuse_faults()
@@ -292,16 +343,13 @@ def build_dense_runner(
     if amp == "bf16":
         _keep_regions_precise(model)
     wrapper = _optimizer_config(config, device, amp)
-    with DefaultScope.overwrite_default_scope(config.default_scope):
-        try:
-            with _silent():  # mmengine lists every parameter; the run's own log will have it
-                loaders = [_build_loader(config[part], config, device) for part in _LOADERS]
-                build_optim_wrapper(model, copy.deepcopy(wrapper))
-        except KeyError as error:
-            raise ValueError(f"config: {error.args[0]}") from error
+    with DefaultScope.overwrite_default_scope(config.default_scope), _silent():
+        # mmengine lists every parameter; the run's own log will have it
+        loaders = [_build_loader(config, part, device) for part in _LOADERS]
+        check_builds(config, wrapper, model)
     check_classes(model, tuple(loaders[0].dataset.metainfo["classes"]))
-    if resume_from is not None:
-        read_checkpoint(resume_from)
+    if resume_from or config.get("load_from"):
+        read_checkpoint(resume_from or config.load_from)
     if before_writing is not None:
         before_writing()
     runner = _assemble(config, wrapper, model, loaders, work_dir, device, launcher, resume_from, display)
@@ -372,10 +420,11 @@ def _assemble(
     )
 
 
-def _build_loader(config: Mapping[str, Any], whole: Config, device: torch.device) -> DataLoader:
-    config = copy.deepcopy(dict(config))
-    config["pin_memory"] = device.type == "cuda"
-    return Runner.build_dataloader(config, seed=whole.randomness.seed)
+def _build_loader(config: Config, name: str, device: torch.device) -> DataLoader:
+    loader = copy.deepcopy(dict(config[name]))
+    loader["pin_memory"] = device.type == "cuda"
+    with blaming(name):
+        return Runner.build_dataloader(loader, seed=config.randomness.seed)
 
 
 def _optimizer_config(config: Config, device: torch.device, amp: str | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform
 
 from vitrail.models.mm.checkpoint import load_trained
+from vitrail.models.mm.dense_config_check import blaming
 from vitrail.models.mm.dense_data import check_classes, classes_of, datasets_of
 from vitrail.models.mm.dense_runner import build_trained_model, complete_dense_config, is_dense, register_library
 from vitrail.models.mm.report import readable_names
@@ -166,7 +167,8 @@ class _DensePredictor(Predictor):
         dataset = next(iter(datasets_of(config.test_dataloader.dataset)))
         with DefaultScope.overwrite_default_scope(self.scope):
             self.classes = list(classes or classes_of(dataset))
-            self.pipeline = Compose(_without_files(dataset.get("pipeline", [])))
+            with blaming("test_dataloader.dataset.pipeline"):
+                self.pipeline = Compose(_without_files(dataset.get("pipeline", [])))
         check_classes(self.model, tuple(self.classes))
 
     def prepare(self, image: Image.Image) -> Mapping[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import logging
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from vitrail.tools._common.configs import packaged_configs, read_config
 
 FOLDERS = ("ade20k", "camvid", "coco", "coco_sample")
 # VWFormer's have tests of their own, but for the one of CamVid.
+CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"
 NAMES = [
     name
     for name in packaged_configs()
@@ -119,6 +122,24 @@ def _on_meta(name: str) -> nn.Module:
     return _built(json.dumps(parts), _config(name).default_scope)
 
 
+@functools.cache
+def _groups(model: nn.Module, wrapper: bytes, scope: str) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups; configs that differ in their schedules share them."""
+    logging.disable(logging.INFO)  # mmengine lists every parameter
+    try:
+        with DefaultScope.overwrite_default_scope(scope):
+            return build_optim_wrapper(model, pickle.loads(wrapper)).optimizer.param_groups
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@functools.cache
+def _check_transforms(pipeline: bytes, scope: str) -> None:
+    with DefaultScope.overwrite_default_scope(scope):
+        for transform in pickle.loads(pipeline):
+            TRANSFORMS.build(transform)
+
+
 def test_the_expected_configs_are_packaged() -> None:
     assert {form.format(name) for form, names in EXPECTED.items() for name in names.split()} == set(NAMES)
 
@@ -129,14 +150,12 @@ def test_model_optimizer_and_pipelines_build(name: str) -> None:
     assert is_dense(config)
     model = _on_meta(name)
     parts = config.to_dict()
-    with DefaultScope.overwrite_default_scope(config.default_scope):
-        optimizer = build_optim_wrapper(model, parts["optim_wrapper"]).optimizer
-        for loader in ("train_dataloader", "val_dataloader"):
-            for transform in parts[loader]["dataset"]["pipeline"]:
-                TRANSFORMS.build(transform)
-    owned = sorted(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    for loader in ("train_dataloader", "val_dataloader"):
+        _check_transforms(pickle.dumps(parts[loader]["dataset"]["pipeline"]), config.default_scope)
+    groups = _groups(model, pickle.dumps(parts["optim_wrapper"]), config.default_scope)
+    owned = sorted(id(parameter) for group in groups for parameter in group["params"])
     assert owned == sorted(id(parameter) for parameter in model.parameters())
-    spared = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
+    spared = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
     norms = [m for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm))]
     assert all((id(p) in spared) != bool(DECAYS_NORMS.search(name)) for m in norms for p in m.parameters())
     biases = [p for key, p in model.named_parameters() if key.endswith((".rpb", ".relative_position_bias_table"))]
@@ -197,6 +216,7 @@ def test_parameters_are_the_published_ones(name: str) -> None:
 def _loss(name: str, changes: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     config = _config(name).copy()
     config.merge_from_dict(changes)
+    _sample_few(config.model)
     model = revert_sync_batchnorm(build_model(config)).train()
     if config.default_scope == "mmdet":
         from mmdet.testing import demo_mm_inputs
@@ -208,6 +228,14 @@ def _loss(name: str, changes: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]
     with DefaultScope.overwrite_default_scope(config.default_scope):
         batch = model.data_preprocessor(batch, training=True)
         return model, model(**batch, mode="loss")
+
+
+def _sample_few(part: Any) -> None:
+    """Leaves regions to learn from, but not the 512 an image that make a step of a detector long."""
+    for value in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        if isinstance(value, dict) and value.get("type") == "RandomSampler":
+            value["num"] = 16
+        _sample_few(value)
 
 
 def _segmentation_batch(num_classes: int) -> dict[str, Any]:
@@ -337,3 +365,18 @@ def test_large_crops_reach_pipelines_and_padding() -> None:
         assert [loader.dataset.pipeline[1].scale for loader in (config.val_dataloader, config.test_dataloader)] == [
             (2560, 640)
         ] * 2
+
+
+@pytest.mark.parametrize("name", ["_upernet", "_vwformer", "_vwformer_masks"])
+def test_bases_of_two_sizes_differ_in_nothing_else(name: str) -> None:
+    small, large = (
+        (CONFIG_FOLDER / f"ade20k/{name}_{size}.py").read_text().split('"""', 2)[2] for size in ("512", "640")
+    )
+    assert large.replace("2560", "2048").replace("640", "512") == small != large
+
+
+def test_the_two_cascades_differ_in_their_box_heads_alone() -> None:
+    cascades = [Config.fromfile(CONFIG_FOLDER / f"coco/_cascade_mask_rcnn{end}.py") for end in ("", "_4conv1fc")]
+    heads = [config.model.roi_head.pop("bbox_head") for config in cascades]
+    assert heads[0] != heads[1]
+    assert cascades[0].to_dict() == cascades[1].to_dict()

@@ -205,7 +205,8 @@ def test_schedule_warms_up_and_ends_at_zero(name: str) -> None:
 def test_config_is_flat_and_cites_its_source(name: str) -> None:
     text = CONFIGS[name].read_text()
     assert "Source" in text
-    (base,) = re.findall(r'^_base_ = "(.+)"$', text, re.MULTILINE)
-    base_text = (CONFIGS[name].parent / base).read_text()
-    assert "_base_" not in base_text
-    assert "Source" in base_text
+    (bases,) = re.findall(r"^_base_ = (.+)$", text, re.MULTILINE)
+    for base in re.findall(r'"([^"]+)"', bases):
+        base_text = (CONFIGS[name].parent / base).read_text()
+        assert "_base_" not in base_text
+        assert "Source" in base_text

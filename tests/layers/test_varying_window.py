@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from _vwformer import literal_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models._features_fx import is_notrace_module
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.layers.varying_window import VaryingWindowAttention, context_grid, copy_shift_pad
+from vitrail.tools._common.literal_vwformer import literal_attention
 
 RATIOS = st.sampled_from([2, 4, 8])
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _golden import GoldenCase, load_case, relative_error
-from _vwformer import literal_decoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from vitrail.models.vwformer import (
     checkpoint_filter_fn,
     create_decoder,
 )
+from vitrail.tools._common.literal_vwformer import literal_decoder
 
 SWIN_T = (96, 192, 384, 768)
 GOLDEN = {

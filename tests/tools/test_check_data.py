@@ -71,6 +71,10 @@ def test_faults_of_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     root = _masks(tmp_path / "data")
     assert _check(SEGMENTER, root) == 0
     assert "10 images listed, 10 masks opened, 10 images opened" in capsys.readouterr().out
+    # What the data set leaves out is nothing that the loss leaves out.
+    other = [f"model.{part}=255" for part in ("decode_head.ignore_index", "data_preprocessor.seg_pad_val")]
+    assert _check(SEGMENTER, root, changes=tuple(other)) == 1
+    assert re.search(r"5 masks with labels out of range: \S*train/0\.png \(11\)", capsys.readouterr().out)
     folder = root / "ann_dir/train"
     (folder / "0.png").unlink()
     Image.fromarray(np.full((24, 32), 12, np.uint8)).save(folder / "1.png")
@@ -79,6 +83,7 @@ def test_faults_of_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     (folder / "4.png").write_bytes(b"no mask")
     (root / "img_dir/test/0.jpg").write_bytes(b"no image")
     Image.fromarray(np.zeros((24, 32), np.uint8)).save(folder / "alone.png")
+    Image.fromarray(np.full((24, 32), 11, np.uint8)).save(root / "ann_dir/test/1.png")
     written = tmp_path / "faults.json"
     assert _check(SEGMENTER, root, "--output", str(written)) == 1
     shown = capsys.readouterr()
@@ -91,6 +96,7 @@ def test_faults_of_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         r"1 masks that cannot be read: \S*train/4\.png",
         r"1 images that cannot be read: \S*test/0\.jpg",
         r"note: 1 masks without an image: \S*train/alone\.png",
+        r"note: 1 masks in which no pixel has a class: \S*test/1\.png",
     ):
         assert re.search(message, shown.out), message
     assert sum(map(len, json.loads(written.read_text())["faults"].values())) == 6
@@ -177,6 +183,12 @@ def test_unusable_data_and_calls(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert _check(SEGMENTER, masks, changes=("model.decode_head.num_classes=7",)) == 1
     assert re.search(r"decode_head has num_classes=7, the data have 11", capsys.readouterr().err)
     assert _check(SEGMENTER, masks, "--sample", "0") == 2
+    capsys.readouterr()
+    assert _check(SEGMENTER, masks, changes=("train_dataloader.dataset.data_prefix.img_path=3",)) == 1
+    assert "data_prefix is {'img_path': 3" in capsys.readouterr().err
+    for place, message in ((tmp_path, "a folder; expected the name of a file"), (table / "x.json", "is a file")):
+        assert _check(SEGMENTER, masks, "--output", str(place)) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_images_of_a_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from vitrail.models.mm.checkpoint import save_weights
+from vitrail.tools import predict
 from vitrail.tools._common.configs import packaged_configs, read_config
 from vitrail.tools.predict import main
 
@@ -22,6 +23,11 @@ SMALL_DETECTOR = [
     "model.backbone.dims=(32,32,64,64)",
     "model.backbone.num_heads=(1,1,2,2)",
     "model.neck.in_channels=[32,32,64,64]",
+    *(f"model.{part}=32" for part in ("neck.out_channels", "rpn_head.in_channels", "rpn_head.feat_channels")),
+    *(f"model.roi_head.{kind}_roi_extractor.out_channels=32" for kind in ("bbox", "mask")),
+    *(f"model.roi_head.bbox_head.{name}=32" for name in ("in_channels", "fc_out_channels")),
+    *(f"model.roi_head.mask_head.{name}=32" for name in ("in_channels", "conv_out_channels")),
+    "model.test_cfg.rpn.max_per_img=50",
     "val_dataloader.dataset.pipeline.1.scale=(96,64)",
 ]
 
@@ -112,6 +118,8 @@ def test_wrong_calls_are_one_line(
         (tmp_path / "none", out, (), 2, "holds no images"),
         (images, images / "out", (), 2, "is in the folder of the images"),
         (images / "a.png", images, (), 2, "would overwrite the image"),
+        (images, tmp_path / "three.txt", (), 2, "three.txt is a file"),
+        (images, tmp_path / "three.txt" / "out", (), 2, "three.txt is a file"),
         (images, out, ("--batch-size", "0"), 2, "--batch-size is 0"),
         (images, out, ("--score-threshold", "2"), 2, "--score-threshold is 2"),
         (images, out, ("--classes", str(tmp_path / "three.txt")), 1, "names for 3 classes, the model tells 10 apart"),
@@ -124,6 +132,25 @@ def test_wrong_calls_are_one_line(
     assert _predict(str(config), tmp_path / "w.safetensors", images, out) == 1
     assert "w.safetensors does not exist" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_run_that_is_cut_off_leaves_no_results_of_an_earlier_one(
+    classifier: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, weights = classifier
+    images, out = _write_images(tmp_path / "in", "a.png", "b.png"), tmp_path / "out"
+    assert _predict(str(config), weights, images, out) == 0
+    whole = (out / "results.json").read_text()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "_write", interrupt)
+        assert _predict(str(config), weights, images, out) == 130
+    assert not (out / "results.json").exists()
+    assert _predict(str(config), weights, images, out) == 0
+    assert (out / "results.json").read_text() == whole
 
 
 def test_segmentation_labels_every_pixel(tmp_path: Path) -> None:

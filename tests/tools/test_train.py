@@ -231,7 +231,12 @@ def test_default_folders_are_numbered(config: Path, tmp_path: Path, capsys: pyte
         ([], ["data_root=nowhere"], 1, "data folder nowhere does not exist (the config's data_root)"),
         ([], ["train_dataloader.batch_size=500"], 1, "smaller train_dataloader.batch_size"),
         ([], ["train_dataloader.sampler.type=NoSampler"], 1, "NoSampler"),
-        ([], ["optim_wraper.optimizer.lr=1"], 1, "unknown parts: optim_wraper"),
+        (
+            [],
+            ["optim_wraper.optimizer.lr=1"],
+            2,
+            "unknown part of a config 'optim_wraper'; nearest names: optim_wrapper",
+        ),
         ([], ["optim_wrapper.optimizer.opt=nothing"], 1, "nothing"),
         ([], ["no_equals_sign"], 2, "key=value"),
         (["--device", "warp"], [], 2, "auto, cpu, cuda"),

@@ -23,7 +23,7 @@ from mmengine.registry import HOOKS
 
 from vitrail.models.mm.checkpoint import read_checkpoint
 from vitrail.tools._common.configs import packaged_configs
-from vitrail.tools.test import main as test_command
+from vitrail.tools.test import main as measure_run
 from vitrail.tools.train import main
 
 _spec = importlib.util.spec_from_file_location("_vitrail_test_runs", Path(__file__).parent / "_runs.py")
@@ -78,6 +78,8 @@ def _options(root: Path, **changes: Any) -> list[str]:
 
 def _segmenter_options(root: Path, **changes: Any) -> list[str]:
     small = {
+        "model.decode_head.channels": 16,
+        "model.auxiliary_head.channels": 8,
         "model.data_preprocessor.size": "(32,32)",
         "train_dataloader.dataset.pipeline.2.scale": "(64,48)",
         "train_dataloader.dataset.pipeline.3.crop_size": "(32,32)",
@@ -88,12 +90,27 @@ def _segmenter_options(root: Path, **changes: Any) -> list[str]:
     return _options(root, **{**small, **changes})
 
 
+# A step of the whole Mask R-CNN takes minutes in bfloat16 on a CPU.
+_DETECTOR_WIDTHS = [
+    *(f"model.{part}" for part in ("neck.out_channels", "rpn_head.in_channels", "rpn_head.feat_channels")),
+    *(f"model.roi_head.{kind}_roi_extractor.out_channels" for kind in ("bbox", "mask")),
+    *(f"model.roi_head.bbox_head.{name}" for name in ("in_channels", "fc_out_channels")),
+    *(f"model.roi_head.mask_head.{name}" for name in ("in_channels", "conv_out_channels")),
+]
+_DETECTOR_REGIONS = [
+    *(f"model.train_cfg.{part}.sampler.num" for part in ("rpn", "rcnn")),
+    *(f"model.{part}.max_per_img" for part in ("train_cfg.rpn_proposal", "test_cfg.rpn", "test_cfg.rcnn")),
+]
+
+
 def _detector_options(root: Path, **changes: Any) -> list[str]:
     small = {
         "model.backbone.depths": "(1,1,1,1)",
         "model.backbone.dims": "(32,32,64,64)",
         "model.backbone.num_heads": "(1,1,2,2)",
         "model.neck.in_channels": "[32,32,64,64]",
+        **dict.fromkeys(_DETECTOR_WIDTHS, 32),
+        **dict.fromkeys(_DETECTOR_REGIONS, 16),
         "train_dataloader.dataset.pipeline.2.scale": "(96,64)",
         "val_dataloader.dataset.pipeline.1.scale": "(96,64)",
         "train_cfg.max_iters": 2,
@@ -143,7 +160,6 @@ class KillHook(Hook):
         if runner.iter == 4:
             os.kill(os.getpid(), signal.SIGKILL)
 
-from vitrail.tools.test import main as test_command
 from vitrail.tools.train import main
 import vitrail.models.mm.dense_runner as runner
 runner._OWN_HOOKS = (*runner._OWN_HOOKS, "KillHook")
@@ -198,7 +214,7 @@ def test_weights_of_a_run_are_measured(tmp_path: Path, capsys: pytest.CaptureFix
     root, folder = _write_segmentation_data(tmp_path / "data"), tmp_path / "run"
     assert _train(SEGMENTER, folder, changes=_segmenter_options(root, **{"train_cfg.max_iters": 3})) == 0
     trained = json.loads((folder / "metrics.json").read_text())["held_out"]
-    assert test_command([str(folder), "--device", "cpu"]) == 0
+    assert measure_run([str(folder), "--device", "cpu"]) == 0
     assert "mIoU" in capsys.readouterr().out
     measured = json.loads((folder / "results.json").read_text())
     assert {name: measured[name] for name in ("mIoU", "mAcc", "aAcc")} == {
@@ -212,9 +228,17 @@ def test_weights_of_a_run_are_measured(tmp_path: Path, capsys: pytest.CaptureFix
         ([SEGMENTER], 2, "a config alone has no weights"),
         (["digits/biformer_n", *wrong], 2, "use vitrail-validate"),
         ([str(tmp_path)], 2, "not the work folder"),
+        ([str(tmp_path / "absent")], 2, "absent does not exist"),
+        ([str(folder), "--output", str(tmp_path)], 2, "a folder; expected the name of a file"),
     ):
-        assert test_command([*arguments, "--device", "cpu"]) == status
+        assert measure_run([*arguments, "--device", "cpu"]) == status
         assert re.search(message, capsys.readouterr().err)
+    Image.fromarray(np.full((40, 64), 3, np.uint8)).save(root / "ann_dir/test/0.png")
+    assert measure_run([str(folder), "--device", "cpu"]) == 1
+    assert "1 images of another size than their annotations" in capsys.readouterr().err
+    (folder / "model.safetensors").unlink()
+    assert measure_run([str(folder), "--device", "cpu"]) == 2
+    assert re.search(r"the training has not ended; --checkpoint \S*last\.pth", capsys.readouterr().err)
 
 
 def test_problems_are_named_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,12 +251,38 @@ def test_problems_are_named_before_anything_is_written(tmp_path: Path, capsys: p
         (_segmenter_options(root, **{"model.decode_head.type": "UperHead"}), r"UperHead"),
         (_segmenter_options(root, **{"train_dataloader.dataset.type": "CamVid"}), r"CamVid"),
         (_segmenter_options(root, **{"model.decode_head.in_channels": "(1,2)"}), r"model: "),
+        (
+            _segmenter_options(root, **{"model.auxiliary_head.in_channels": 64}),
+            r"auxiliary_head\.in_channels is \[64\]",
+        ),
+        (_segmenter_options(root, **{"train_cfg.max_iters": "many"}), r"train_cfg\.max_iters is 'many'"),
+        (_segmenter_options(root, **{"train_dataloader.batchsize": 2}), r"train_dataloader: .*'batchsize'"),
+        (_segmenter_options(root, **{"optim_wrapper.optimizer.lr": "x"}), r"optim_wrapper: .*'float' and 'str'"),
+        (_segmenter_options(root, **{"model.test_cfg.mode": "slide"}), r"mode 'slide' and no crop_size, stride"),
+        (_segmenter_options(root, load_from="absent.pth"), r"absent\.pth does not exist"),
     ):
         assert _train(SEGMENTER, folder, changes=changes) == 1
         error = capsys.readouterr().err
         assert error.count("\n") == 1, error
         assert re.search(message, error), error
         assert not folder.exists()
+
+
+def test_problems_that_show_in_training_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = _write_segmentation_data(tmp_path / "data")
+    for number, (changes, message) in enumerate(
+        (
+            ({"train_dataloader.batch_size": 1}, "a process needs 2 images in a batch"),
+            (
+                {"default_hooks.checkpoint.save_best": "mIOU", "train_cfg.max_iters": 1},
+                "'mIOU'; the validation measures",
+            ),
+        )
+    ):
+        assert _train(SEGMENTER, tmp_path / f"run{number}", changes=_segmenter_options(root, **changes)) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1, error
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

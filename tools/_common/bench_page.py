@@ -24,6 +24,7 @@ python -m vitrail.tools.benchmark --kernels --precision bf16 --json kernels.json
 python -m vitrail.tools.benchmark --kernels --part 1/2 --turns /tmp/turns ...  # several processes share the work
 python -m vitrail.tools.benchmark --kernels --host --peers fast --precision bf16 --json host.json
 python -m vitrail.tools.benchmark --models --precision bf16 --json models.json
+python -m vitrail.tools.benchmark --heads --precision amp-bf16 --json heads.json
 ```
 """
 _OPERATORS = """\
@@ -61,6 +62,14 @@ Reading and preparing images, the optimiser, compiling, and other GPUs than thos
 routes and windows of a trained model may lie closer together. NATTEN is measured where it is installed. What a table
 does not name was not run.
 """
+_HEADS = """\
+## Decode heads
+
+Decode heads of segmenters for 150 classes on the maps of one backbone: VWFormer's, the same function as its authors
+write it out, and UPerNet's, in alternation. GMACs are those of one image; with the backbone, ConvNeXt-T's are added.
+Inference / training, which is forward and backward; speed is against UPerNet's, memory what a step takes at most
+beside weights and maps. Times of a CPU are processor time, of all threads together.
+"""
 _SCALING = """\
 ## Training on several GPUs
 
@@ -81,6 +90,7 @@ def render(folder: Path) -> str:
     """
     kernels: list[Row] = []
     models: list[Row] = []
+    heads: list[Row] = []
     scaling: list[Row] = []
     trainings: dict[str, Row] = {}
     for path in sorted(folder.glob("*.json")):
@@ -89,6 +99,8 @@ def render(folder: Path) -> str:
             trainings[path.name] = content
         elif isinstance(content, list) and content and "operator" in content[0]:
             kernels += content
+        elif isinstance(content, list) and content and "head" in content[0]:
+            heads += content
         elif isinstance(content, list) and content and "scaling" in content[0]:
             scaling += [row for row in content if "images_per_s" in row]  # the others are loss curves
         elif isinstance(content, list) and content and "images_per_s" in content[0]:
@@ -99,12 +111,14 @@ def render(folder: Path) -> str:
     on_host = [row for row in kernels if row["host_time"]]
     one_kernel = ("operator", "case", "pass", "implementation")
     one_model = ("model", "mode", "variant", "cuda_graph", "batch_size", "height", "width")
+    one_head = ("head", "mode", "batch_size", "height", "width")
     one_scaling = ("model", "mode", "scaling", "launch", "processes", "batch_per_process")
     parts = [
         _INTRODUCTION,
         _section(_OPERATORS, on_device, one_kernel, _operators),
         _section(_HOST, on_host, one_kernel, _host),
         _section(_MODELS, models, one_model, _models),
+        _section(_HEADS, heads, one_head, _heads),
         _NOT_MEASURED if kernels or models else "",
         _section(_SCALING, scaling, one_scaling, _scaling),
         _trainings(trainings),
@@ -124,7 +138,8 @@ def _section(introduction: str, rows: Sequence[Row], keys: Sequence[str], show: 
 
 def _age(row: Row) -> tuple[bool, str]:
     """Order of rows that tell the same: figures count more than their absence, then the date counts."""
-    return row.get("p50_ms", row.get("images_per_s")) is not None, row["date"]
+    figure = next((row[name] for name in ("p50_ms", "images_per_s", "latency_p50_ms") if name in row), None)
+    return figure is not None, row["date"]
 
 
 def _grouped(rows: Iterable[Row], key: Any) -> dict[Any, list[Row]]:
@@ -138,7 +153,9 @@ def _where(row: Row) -> str:
     """Machine, software, precision, commit and day."""
     software = ", ".join(f"{name} {row[name]}" for name in ("torch", "triton", "timm") if row[name])
     precision = row.get("dtype") or row.get("precision") or row.get("amp") or "float32"
-    return f"{row['device']}, {precision}; {software}; commit {row['commit'] or 'unknown'}, {row['date'][:10]}"
+    threads = row.get("threads")
+    device = row["device"] + (f" ({threads} thread{'s' if threads > 1 else ''})" if threads else "")
+    return f"{device}, {precision}; {software}; commit {row['commit'] or 'unknown'}, {row['date'][:10]}"
 
 
 def _table(titles: Sequence[str], lines: Iterable[Sequence[str]], n_left: int) -> str:
@@ -262,6 +279,29 @@ def _throughput(row: Row | None) -> str:
         return row["note"] if row and row["note"] else "-"
     beside = "" if row.get("alone", True) else f", {BESIDE}"
     return f"{row['images_per_s']:,.0f} ({_shown(row['speed_ratio'], '.2f', 'x')}{beside})"
+
+
+def _heads(rows: list[Row]) -> str:
+    """A line for each head and size, from the rows of both modes."""
+    lines = []
+    for found in _grouped(rows, lambda row: (row["height"], row["width"], row["head"])).values():
+        first, modes = found[0], {row["mode"]: row for row in found}
+        both = [modes[mode] for mode in ("infer", "train") if mode in modes]
+        lines.append(
+            (
+                first["head"],
+                f"{first['height']}x{first['width']}",
+                f"{first['parameters'] / 1e6:.2f}",
+                f"{first['flops'] / 2e9:.1f}",
+                f"{first['model_flops'] / 2e9:.1f}",
+                " / ".join(_shown(row["latency_p50_ms"], ",.1f") for row in both),
+                " / ".join(_shown(row["speed_ratio"], ".2f", "x") for row in both),
+                " / ".join(_shown(_in_mb(row), ",.0f") for row in both),
+            )
+        )
+    batches = " / ".join(dict.fromkeys(str(row["batch_size"]) for row in rows))
+    titles = ("head", "at", "params M", "GMACs", "with backbone", f"ms, batch {batches}", "speed", "memory MB")
+    return _table(titles, lines, 1)
 
 
 def _scaling(rows: list[Row]) -> str:

@@ -21,6 +21,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -114,6 +115,28 @@ def select_device(name: str) -> torch.device:
         if device.index is not None and device.index >= torch.cuda.device_count():
             raise UsageError(f"--device is {name}, but there are {torch.cuda.device_count()} GPUs (counted from 0)")
     return device
+
+
+def check_output_file(path: Path, option: str) -> None:
+    """Raises `UsageError` where a file cannot be written; to be asked before the work whose result it is to hold."""
+    if path.is_dir():
+        raise UsageError(f"{option} is {path}, a folder; expected the name of a file")
+    check_output_folder(path.parent, option, path)
+
+
+def check_output_folder(folder: Path, option: str, given: Path | None = None) -> None:
+    """Raises `UsageError` where a folder is not there and cannot be made, or cannot be written to.
+
+    Args:
+        folder: The folder.
+        option: Where its name comes from, such as "--output".
+        given: What stands there, if that is not the folder itself.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"{option} is {given or folder}, but {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"{option} is {given or folder}, but {there} cannot be written to")
 
 
 def describe_device(device: torch.device) -> str:

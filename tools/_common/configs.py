@@ -9,6 +9,15 @@ from typing import Any
 
 from vitrail.tools._common.cli import UsageError, unknown_name
 
+# What is read of a config after its file. Other names at its top are the file's own: their values have gone where they
+# are used, and to change them later would change nothing.
+_PARTS = (
+    *("model", "train_dataloader", "val_dataloader", "test_dataloader", "val_evaluator", "test_evaluator", "train_cfg"),
+    *("val_cfg", "test_cfg", "optim_wrapper", "param_scheduler", "auto_scale_lr", "default_hooks", "custom_hooks"),
+    *("data_root", "load_from", "randomness", "compile", "ddp", "find_unused_parameters", "sync_bn", "env_cfg"),
+    *("log_processor", "visualizer", "custom_imports", "default_scope"),
+)
+
 
 def packaged_configs() -> dict[str, Path]:
     """The configs that come with the package, by names such as "digits/biformer_n"; files named "_*" are bases."""
@@ -30,6 +39,8 @@ def find_config(name: str) -> Path:
     short = name.removeprefix("./").removeprefix("configs/").removesuffix(".py")
     if short in packaged:
         return packaged[short]
+    if path.is_absolute():
+        raise UsageError(f"config {path} does not exist")
     raise unknown_name("config", short, packaged)
 
 
@@ -55,7 +66,7 @@ def read_config(path: Path, changes: Sequence[str] = ()) -> Any:
         changes: Such as "optim_wrapper.optimizer.lr=1e-4"; values are Python literals or words.
 
     Raises:
-        UsageError: The file is not a config, or a change is malformed.
+        UsageError: The file is not a config, or a change is malformed or would change nothing.
     """
     from mmengine.config import Config, DictAction
 
@@ -64,16 +75,28 @@ def read_config(path: Path, changes: Sequence[str] = ()) -> Any:
     install_operators()  # before the imports that a config may ask for
     try:
         config = Config.fromfile(path)
-    except (SyntaxError, NameError, TypeError, KeyError, OSError, ImportError, AttributeError) as error:
+    except Exception as error:  # it is Python and can raise anything
         raise UsageError(f"config {path}: {type(error).__name__}: {error}") from error
-    parsed = {}
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals or not key:
             raise UsageError(f"--cfg-options takes key=value pairs, not {change!r}")
-        parsed[key] = DictAction._parse_iterable(value)
-    try:
-        config.merge_from_dict(parsed)
-    except (KeyError, TypeError, AssertionError, IndexError) as error:
-        raise UsageError(f"--cfg-options {' '.join(changes)}: {error}") from error
+        _check_part(key, config)
+        try:
+            config.merge_from_dict({key: DictAction._parse_iterable(value)})
+        except (KeyError, TypeError, AssertionError, IndexError, AttributeError) as error:
+            raise UsageError(f"--cfg-options {change}: {error.args[0] if error.args else error}") from error
     return config
+
+
+def _check_part(key: str, config: Any) -> None:
+    """Raises UsageError where the first word of a change's key is no part of a config."""
+    part = key.split(".")[0]
+    if part in _PARTS:
+        return
+    if part in config:
+        raise UsageError(
+            f"--cfg-options {key}: {part} is a variable of the config file, which has been read; change the parts that "
+            f"it stands in, such as train_dataloader.dataset.pipeline.0 (the parts: {', '.join(_PARTS)})"
+        )
+    raise unknown_name("part of a config", part, _PARTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import platform
 import statistics
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 _LEAST_ROUNDS = 5
 _CHUNKS_PER_MEASUREMENT = 8
@@ -60,7 +62,7 @@ class Timing:
 
 
 def measure_in_turns(
-    timed: Sequence[Timed], device: torch.device, min_time: float, on_host: bool = False
+    timed: Sequence[Timed], device: torch.device, min_time: float, on_host: bool = False, cpu_time: bool = False
 ) -> list[Timing]:
     """Times all of `timed`, in alternation.
 
@@ -72,8 +74,11 @@ def measure_in_turns(
         device: Where it runs: CUDA events measure on a GPU, a clock elsewhere.
         min_time: Seconds of measurement for each.
         on_host: Measure how long a call keeps the host, which does not wait for the GPU.
+        cpu_time: Count the time that the process, all its threads together, had a processor; other work of the machine
+            counts less than on the wall's clock.
     """
-    clock = _GpuClock(device) if device.type == "cuda" and not on_host else _HostClock(device)
+    now = time.process_time if cpu_time else time.perf_counter
+    clock = _GpuClock(device) if device.type == "cuda" and not on_host else _HostClock(device, now)
     chunk_seconds = min_time / _CHUNKS_PER_MEASUREMENT
     repeats = [_repeats_for(one, clock, chunk_seconds) for one in timed]
     chunks: list[list[list[float]]] = [[] for _ in timed]
@@ -91,8 +96,8 @@ def measure_in_turns(
 class _HostClock:
     """Measures how long calls take on the host."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, now: Callable[[], float]) -> None:
+        self.device, self.now = device, now
         self.most_calls = _MOST_CALLS_AHEAD if device.type == "cuda" else 1000
 
     def time_calls(self, run: Callable[[], object], repeats: int) -> list[float]:
@@ -100,9 +105,9 @@ class _HostClock:
         self._wait()
         seconds = []
         for _ in range(repeats):
-            start = time.perf_counter()
+            start = self.now()
             run()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(self.now() - start)
         self._wait()
         return seconds
 
@@ -199,6 +204,22 @@ def matmul_speed(device: torch.device, dtype: torch.dtype, min_time: float = 0.2
     out = torch.empty_like(matrix)
     (timing,) = measure_in_turns([Timed(lambda: torch.mm(matrix, matrix, out=out))], device, min_time)
     return 2 * size**3 / timing.percentile(50)
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a call allocates at most, over what there was before; its result counts, until it is there."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(itertools.accumulate(changes), default=0)
 
 
 def after(seconds: float | None) -> Callable[[], bool]:

@@ -1,7 +1,8 @@
 """VWFormer as the authors compute it: every context unfolded and projected, maps enlarged and concatenated first.
 
 Written out from the paper's description with the parameters of our modules, for maps at strides that differ by 2 and
-at least 8 x 8 tokens at stride 8. Slow and large; our form must give the same numbers.
+at least 8 x 8 tokens at stride 8. Slow and large; our form must give the same numbers. Tests compare with it, and
+`vitrail-benchmark --heads` tells what the difference in work is.
 """
 
 from __future__ import annotations
@@ -41,9 +42,8 @@ def literal_attention(layer: VaryingWindowAttention, x: Tensor) -> Tensor:
 
 def _copy_shift(x: Tensor, window: int, ratio: int, dim: int) -> Tensor:
     size, skipped = x.shape[dim], (ratio + 1) * window // 2
-    left = torch.arange(skipped, ratio * window)
-    right = torch.arange(size - ratio * window, size - skipped)
-    return x.index_select(dim, torch.cat((left, torch.arange(size), right)))
+    spans = ((skipped, ratio * window), (0, size), (size - ratio * window, size - skipped))
+    return x.index_select(dim, torch.cat([torch.arange(*span, device=x.device) for span in spans]))
 
 
 def literal_decoder(decoder: VWDecoder, maps: Sequence[Tensor]) -> Tensor:

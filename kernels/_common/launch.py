@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 _MOST_REMEMBERED = 4096
+_INT32 = 2**31
 _compiled: dict[Hashable, Any] = {}
 
 
@@ -31,13 +32,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     """Runs `kernel[grid](*arguments, **constants)` on the device of the first argument.
 
     Triton finds a kernel's compiled code by classifying every argument of every call, which takes longer than all else
-    that a launch costs. Here the arguments themselves are the key: numbers, strides and constants by value, tensors by
-    dtype and alignment, which is all that the code may depend on.
+    that a launch costs. Here what it may depend on is found more quickly; see `_key`.
 
     Args:
         kernel: A function under `triton.jit`, its compile-time parameters last.
         grid: Numbers of programs, one to three.
-        arguments: Its other parameters, in their order; the first is a tensor.
+        arguments: Its other parameters, in their order; the first is a tensor. Tuples hold integers.
         constants: The compile-time parameters, and Triton's options.
     """
     if isinstance(arguments[0], FakeTensor):  # a run without data: what the kernel would fill is there
@@ -45,22 +45,54 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     device = arguments[0].device
     if device.type != "cuda":  # Triton's interpreter
         kernel[grid](*arguments, **constants)
-        return
-    if device.index != torch.cuda.current_device():
+    elif device.index == torch.cuda.current_device():
+        _launch_remembered(device.index, kernel, grid, arguments, constants)
+    else:
         with torch.cuda.device(device):
-            launch(kernel, grid, *arguments, **constants)
-        return
-    described = [(x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x for x in arguments]
-    key = (id(kernel), device.index, *described, *constants.items())
+            _launch_remembered(device.index, kernel, grid, arguments, constants)
+
+
+def _launch_remembered(
+    device: int, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    """Launches on the current device with the code that an earlier call of the same kind has compiled, if any has."""
+    key = (device, *_key(kernel, arguments, constants))
     code = _compiled.get(key)
     if code is None:
         if len(_compiled) >= _MOST_REMEMBERED:
             _compiled.clear()
         _compiled[key] = kernel[grid](*arguments, **constants)
         return
-    whole_grid = (*grid, 1, 1)
+    # Compiled code takes every parameter of the kernel in its order, and looks at no compile-time one.
     n_constants = len(kernel.params) - len(arguments)
-    code[whole_grid](*arguments, *(None,) * n_constants)
+    code[(*grid, 1, 1)](*arguments, *(None,) * n_constants)
+
+
+def _key(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Hashable, ...]:
+    """What the code of a call may depend on, equal for two calls if and only if it is the same for Triton.
+
+    Of tensors that is the dtype and whether they start at a multiple of 16 bytes, of numbers that the kernel does not
+    specialise, such as an image's size, the type alone: sizes that differ from batch to batch find the same code.
+    """
+    classes = [
+        (x.dtype, x.data_ptr() % 16 == 0)
+        if isinstance(x, Tensor)
+        else -_INT32 <= x < _INT32
+        if type(x) is int and parameter.do_not_specialize
+        else _class_of(x)
+        for x, parameter in zip(arguments, kernel.params, strict=False)
+    ]
+    return (id(kernel), *classes, *constants.items())
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _class_of(argument: Any) -> Hashable:
+    """What Triton makes of an argument: that integers are 1, or multiples of 16, or need 64 bits, is compiled in."""
+    if isinstance(argument, tuple):
+        return tuple(map(_class_of, argument))
+    if type(argument) is int:
+        return argument == 1, argument % 16 == 0, -_INT32 <= argument < _INT32
+    return None if argument is None else type(argument)
 
 
 def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -431,7 +431,8 @@ def scattered_linear_attention_forward(
     problem = _Problem(q, parts)
     sums = problem.sums(k, v, order)
     launch(
-        _apply_kernel, problem.grid, q, k, v, out, order, starts, ends, parts, sums, *_strides(q, k, v, out), *problem.scalars, eps,
+        _apply_kernel, problem.grid,
+        q, k, v, out, order, starts, ends, parts, sums, *_strides(q, k, v, out), *problem.scalars, eps,
         PRECISION=problem.precision, **problem.options,
     )  # fmt: skip
     return out

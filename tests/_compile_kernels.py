@@ -1,8 +1,8 @@
-"""Compiles the operators' Triton kernels for an H100 without one: `python tests/_compile_kernels.py --help`.
+"""Compiles the operators' Triton kernels for an H100, without a GPU: `python tests/_compile_kernels.py --help`.
 
-Operators run on small maps on the CPU, with a recorder in the place where Triton launches a kernel; what it is handed
-(arguments, constants, options) is compiled as Triton would. In a process of its own, since whether kernels are compiled
-or interpreted, as the tests run them, is settled when Triton is imported.
+Prints a line of JSON for each kernel. Operators run on small maps on the CPU, with a recorder in the place where Triton
+launches a kernel; what it is handed (arguments, constants, options) is compiled as Triton would. In a process of its
+own, since whether kernels are compiled, or interpreted as in the tests, is settled when Triton is imported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +22,14 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 import triton
-from _kernel_calls import CALLS
+from _kernel_calls import CALLS, SIZED, Calls
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
 from vitrail.kernels._common import dispatch
+from vitrail.kernels._common import launch as launch_module
 
 H100 = GPUTarget("cuda", 90, 32)
 
@@ -47,6 +49,11 @@ class Launch(NamedTuple):
         bound, specialization, options = bind(*self.arguments, **constants)
         key = compute_cache_key({}, specialization, options)
         return key, self.kernel._pack_args(backend, constants, bound, specialization, options)
+
+    def source(self) -> ASTSource:
+        """What Triton compiles."""
+        _, (_, signature, constants, attributes) = self.specialization()
+        return ASTSource(self.kernel, signature, constants, attributes)
 
 
 class Resources(NamedTuple):
@@ -73,11 +80,35 @@ def recording() -> Iterator[list[Launch]]:
         JITFunction.run, dispatch.TRITON_INTERPRETED = run, False
 
 
-def compile_launch(launch: Launch) -> Resources:
-    """Compiles one launch's kernel as Triton does."""
-    _, (options, signature, constants, attributes) = launch.specialization()
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    code = triton.compile(source, target=H100, options=options.__dict__)
+def first_of_each(calls: Calls) -> list[Launch]:
+    """The first launch of each kernel in the usual calls."""
+    with recording() as launches:
+        calls.run(torch.bfloat16, calls.usual)
+    return list({launch.kernel.__name__: launch for launch in reversed(launches)}.values())[::-1]
+
+
+def distinct(calls: Calls, dtype: torch.dtype) -> list[Launch]:
+    """Launches of all widths that differ in what is compiled."""
+    with recording() as launches:
+        for width in calls.widths:
+            calls.run(dtype, width)
+    return list({launch.specialization()[0]: launch for launch in launches}.values())
+
+
+def translate(launch: Launch) -> None:
+    """The first step of compilation, to Triton's intermediate language: finds what the interpreter lets pass."""
+    backend, context = make_backend(H100), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    options = launch.specialization()[1][0]
+    functions = backend.get_codegen_implementation(options)
+    launch.source().make_ir(H100, options, functions, backend.get_module_map(), context)
+
+
+def compile_to_the_end(launch: Launch) -> Resources:
+    """Compiles as Triton does, and reads what the code takes."""
+    options = launch.specialization()[1][0]
+    code = triton.compile(launch.source(), target=H100, options=options.__dict__)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(code.asm["cubin"])
@@ -87,24 +118,52 @@ def compile_launch(launch: Launch) -> Resources:
     return Resources(found["REG"], found["STACK"] + found["LOCAL"], code.metadata.shared)
 
 
+def codes_of_sizes(operator: str, run: Callable[[int], None], sizes: Sequence[int]) -> dict[str, Any]:
+    """How many codes Triton makes, and how many are told apart where they are remembered, for inputs of some sizes."""
+    with recording() as recorded:
+        for size in sizes:
+            run(size)
+    codes = {(x.kernel.__name__, x.specialization()[0]) for x in recorded}
+    keys = {launch_module._key(x.kernel, x.arguments, x.constants) for x in recorded}
+    return {
+        "operator": operator,
+        "sizes": len(sizes),
+        "launches": len(recorded),
+        "codes": len(codes),
+        "keys": len(keys),
+    }
+
+
+def row(operator: str, launch: Launch, to_the_end: bool) -> dict[str, Any]:
+    """What is printed of a launch."""
+    names = [x.dtype for x in launch.arguments if isinstance(x, torch.Tensor)]
+    found: dict[str, Any] = {"operator": operator, "kernel": launch.kernel.__name__, "dtype": str(names[0])}
+    found |= {name: str(value) for name, value in launch.constants.items()}
+    try:
+        if to_the_end:
+            return found | compile_to_the_end(launch)._asdict()
+        translate(launch)
+    except Exception as error:  # of whatever kind: the rows say which kernels fail
+        found["error"] = repr(error)
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("operators", nargs="*", default=list(CALLS), help="by default all")
-    parser.add_argument("--all", action="store_true", help="every dtype and width, not only bfloat16 and the usual one")
+    parser.add_argument("--dtype", help="of the inputs for which all is compiled, in place of a selection")
+    parser.add_argument("--sizes", action="store_true", help="counts codes for inputs of many sizes; compiles none")
     options = parser.parse_args(argv)
+    if options.sizes:
+        for operator, run in SIZED.items():
+            print(json.dumps(codes_of_sizes(operator, run, range(601, 633))))
+        return
     for operator in options.operators:
         calls = CALLS[operator]
-        for dtype, width in calls.all() if options.all else [(torch.bfloat16, calls.usual)]:
-            with recording() as launches:
-                calls.run(dtype, width)
-            distinct = {launch.specialization()[0]: launch for launch in launches}
-            for launch in distinct.values():
-                row = {"operator": operator, "kernel": launch.kernel.__name__, "dtype": str(dtype), "width": width}
-                try:
-                    found = compile_launch(launch)._asdict()
-                except Exception as error:  # of whatever kind: the table says which kernels fail
-                    found = {"error": repr(error)}
-                print(json.dumps(row | found), flush=True)
+        launches = distinct(calls, getattr(torch, options.dtype)) if options.dtype else first_of_each(calls)
+        for number, launch in enumerate(launches):
+            to_the_end = number == 0 or options.dtype is not None
+            print(json.dumps(row(operator, launch, to_the_end)), flush=True)
 
 
 if __name__ == "__main__":

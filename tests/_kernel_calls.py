@@ -5,7 +5,7 @@ A calls' function takes the inputs' dtype and a width: channels of a head, of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -34,7 +34,6 @@ from vitrail.kernels.strip_gate import strip_gate
 from vitrail.kernels.varied_window_attention import varied_window_attention, varied_window_attention_packed
 from vitrail.kernels.window_attention import window_attention, window_attention_packed
 
-DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 _HEADS = 2
 
 
@@ -44,10 +43,6 @@ class Calls(NamedTuple):
     run: Callable[[torch.dtype, int], None]
     widths: tuple[int, ...]
     usual: int
-
-    def all(self) -> Iterator[tuple[torch.dtype, int]]:
-        """Every dtype with every width."""
-        return product(DTYPES, self.widths)
 
 
 def _input(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -184,4 +179,32 @@ CALLS = {
     "depthwise_conv": Calls(_depthwise_conv, (3, 5, 7), 3),
     "scattered_linear_attention": Calls(_scattered_linear_attention, _HEAD_DIMS[:3], 32),
     "sparse_conv": Calls(_sparse_conv, (16, 32, 64, 128), 32),
+}
+
+
+def _map_of_size(operator: Callable[..., Tensor], **options: Any) -> Callable[[int], None]:
+    def run(size: int) -> None:
+        qkv = _input(torch.bfloat16, 1, 1 + size % 32, 1 + size % 31, 3, _HEADS, 32)
+        _train(operator, *qkv.unbind(3), **options)
+
+    return run
+
+
+def _voxels(size: int) -> None:
+    qkv = _input(torch.bfloat16, size, 3, _HEADS, 32)
+    _train(scattered_linear_attention_packed, qkv, sort_windows(torch.arange(size) // 100))
+
+
+def _sites(size: int) -> None:
+    keys = torch.arange(size)
+    table = submanifold_table(keys, (4, 16, 16), (3, 3, 3))
+    _train(sparse_conv, _input(torch.bfloat16, size, 32), _input(torch.bfloat16, 32, 27, 32), table)
+
+
+# Calls whose inputs have some hundred tokens, voxels or sites.
+SIZED = {
+    "window_attention": _map_of_size(window_attention, window_size=7),
+    "neighborhood_attention": _map_of_size(neighborhood_attention, kernel_size=7),
+    "scattered_linear_attention": _voxels,
+    "sparse_conv": _sites,
 }

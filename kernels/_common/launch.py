@@ -11,8 +11,25 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 _MOST_REMEMBERED = 4096
-_INT32 = 2**31
+_INT32 = 2**31  # integers from here on, and below its negative, take 64 bits
 _compiled: dict[Hashable, Any] = {}
+
+
+class _Classes(dict[Any, Hashable]):
+    """What Triton makes of an integer or a tuple of them: that one is 1, a multiple of 16 or long is compiled in."""
+
+    def __missing__(self, given: Any) -> Hashable:
+        if len(self) >= _MOST_REMEMBERED:
+            self.clear()
+        if isinstance(given, tuple):
+            found: Hashable = tuple(self[number] for number in given)
+        else:
+            found = given == 1, given % 16 == 0, -_INT32 <= given < _INT32
+        self[given] = found
+        return found
+
+
+_classes = _Classes()
 
 
 class Config(NamedTuple):
@@ -64,35 +81,30 @@ def _launch_remembered(
         _compiled[key] = kernel[grid](*arguments, **constants)
         return
     # Compiled code takes every parameter of the kernel in its order, and looks at no compile-time one.
+    whole_grid = (*grid, 1, 1)
     n_constants = len(kernel.params) - len(arguments)
-    code[(*grid, 1, 1)](*arguments, *(None,) * n_constants)
+    code[whole_grid](*arguments, *(None,) * n_constants)
 
 
 def _key(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Hashable, ...]:
     """What the code of a call may depend on, equal for two calls if and only if it is the same for Triton.
 
-    Of tensors that is the dtype and whether they start at a multiple of 16 bytes, of numbers that the kernel does not
+    Of tensors that is the dtype and whether they start at a multiple of 16 bytes, of integers that the kernel does not
     specialise, such as an image's size, the type alone: sizes that differ from batch to batch find the same code.
     """
-    classes = [
-        (x.dtype, x.data_ptr() % 16 == 0)
-        if isinstance(x, Tensor)
-        else -_INT32 <= x < _INT32
-        if type(x) is int and parameter.do_not_specialize
-        else _class_of(x)
-        for x, parameter in zip(arguments, kernel.params, strict=False)
-    ]
-    return (id(kernel), *classes, *constants.items())
-
-
-@functools.lru_cache(maxsize=4096, typed=True)
-def _class_of(argument: Any) -> Hashable:
-    """What Triton makes of an argument: that integers are 1, or multiples of 16, or need 64 bits, is compiled in."""
-    if isinstance(argument, tuple):
-        return tuple(map(_class_of, argument))
-    if type(argument) is int:
-        return argument == 1, argument % 16 == 0, -_INT32 <= argument < _INT32
-    return None if argument is None else type(argument)
+    found: list[Any] = [id(kernel)]
+    for argument, parameter in zip(arguments, kernel.params, strict=False):
+        kind = type(argument)
+        if kind is tuple:
+            found.append(_classes[argument])
+        elif kind is int:
+            is_size = parameter.do_not_specialize
+            found.append(-_INT32 <= argument < _INT32 if is_size else _classes[argument])
+        elif isinstance(argument, Tensor):
+            found.append((argument.dtype, argument.data_ptr() % 16 == 0))
+        else:  # a float, a truth value or None
+            found.append(kind)
+    return (*found, *constants, *constants.values())
 
 
 def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,16 @@ _MOST_SHARED = 227 * 1024  # bytes that a program can have on an H100
 _MOST_SPILLED = 64  # bytes of a thread
 
 _HERE = Path(__file__).resolve().parent
+
+
+def written_kernels() -> set[tuple[str, str]]:
+    """(operator, kernel) of all Triton kernels."""
+    root = _HERE.parent / "kernels"
+    return {
+        (file.relative_to(root).parts[0], name)
+        for file in root.rglob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)
+    }
 
 
 def compiled_rows(*arguments: str) -> list[dict[str, Any]]:

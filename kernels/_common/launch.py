@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
+
 _MOST_REMEMBERED = 4096
 _INT32 = 2**31  # integers from here on, and below its negative, take 64 bits
 _compiled: dict[Hashable, Any] = {}
@@ -60,7 +62,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if isinstance(arguments[0], FakeTensor):  # a run without data: what the kernel would fill is there
         return
     device = arguments[0].device
-    if device.type != "cuda":  # Triton's interpreter
+    if TRITON_INTERPRETED or device.type != "cuda":
         kernel[grid](*arguments, **constants)
     elif device.index == torch.cuda.current_device():
         _launch_remembered(device.index, kernel, grid, arguments, constants)

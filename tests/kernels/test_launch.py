@@ -44,10 +44,14 @@ def _function(x, y, size, number, strides, BLOCK):  # type: ignore[no-untyped-de
     """Parameters of a kernel."""
 
 
-def test_the_interpreter_gets_the_arguments_as_they_are() -> None:
-    kernel, x = _Kernel(), torch.zeros(3)
-    module.launch(kernel, (2, 5), x, 7, (1,), BLOCK=16, num_warps=4)
-    assert kernel.compiled == [((2, 5), (x, 7, (1,)), {"BLOCK": 16, "num_warps": 4})]
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_the_interpreter_gets_the_arguments_as_they_are(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TRITON_INTERPRETED", True)
+    kernel, x = _Kernel(), SimpleNamespace(device=torch.device(device))
+    for _ in range(2):
+        module.launch(kernel, (2, 5), x, 7, (1,), BLOCK=16, num_warps=4)
+    assert kernel.compiled == [((2, 5), (x, 7, (1,)), {"BLOCK": 16, "num_warps": 4})] * 2
+    assert kernel.code.launched == []
 
 
 def test_remembered_code_gets_every_parameter_in_its_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
 """Compiles the operators' Triton kernels for an H100, without a GPU: `python tests/_compile_kernels.py --help`.
 
-Prints a line of JSON for each kernel. Operators run on small maps on the CPU, with a recorder in the place where Triton
-launches a kernel; what it is handed (arguments, constants, options) is compiled as Triton would. In a process of its
-own, since whether kernels are compiled, or interpreted as in the tests, is settled when Triton is imported.
+Prints lines of JSON: one a kernel, and one an operator whose codes for many sizes were counted. Operators run on small
+maps on the CPU, with a recorder in the place where Triton launches a kernel; what it is handed (arguments, constants,
+options) is compiled as Triton would. In a process of its own, since whether kernels are compiled, or interpreted as in
+the other tests, is settled when Triton is imported.
 """
 
 from __future__ import annotations
@@ -84,7 +85,10 @@ def first_of_each(calls: Calls) -> list[Launch]:
     """The first launch of each kernel in the usual calls."""
     with recording() as launches:
         calls.run(torch.bfloat16, calls.usual)
-    return list({launch.kernel.__name__: launch for launch in reversed(launches)}.values())[::-1]
+    first: dict[str, Launch] = {}
+    for launch in launches:
+        first.setdefault(launch.kernel.__name__, launch)
+    return list(first.values())
 
 
 def distinct(calls: Calls, dtype: torch.dtype) -> list[Launch]:
@@ -152,18 +156,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("operators", nargs="*", default=list(CALLS), help="by default all")
     parser.add_argument("--dtype", help="of the inputs for which all is compiled, in place of a selection")
-    parser.add_argument("--sizes", action="store_true", help="counts codes for inputs of many sizes; compiles none")
     options = parser.parse_args(argv)
-    if options.sizes:
-        for operator, run in SIZED.items():
-            print(json.dumps(codes_of_sizes(operator, run, range(601, 633))))
-        return
     for operator in options.operators:
         calls = CALLS[operator]
         launches = distinct(calls, getattr(torch, options.dtype)) if options.dtype else first_of_each(calls)
         for number, launch in enumerate(launches):
             to_the_end = number == 0 or options.dtype is not None
             print(json.dumps(row(operator, launch, to_the_end)), flush=True)
+        if options.dtype is None and operator in SIZED:
+            print(json.dumps(codes_of_sizes(operator, SIZED[operator], range(601, 617))), flush=True)
 
 
 if __name__ == "__main__":

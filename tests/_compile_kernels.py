@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,8 +148,8 @@ def row(operator: str, launch: Launch, to_the_end: bool) -> dict[str, Any]:
         if to_the_end:
             return found | compile_to_the_end(launch)._asdict()
         translate(launch)
-    except Exception as error:  # of whatever kind: the rows say which kernels fail
-        found["error"] = repr(error)
+    except Exception:  # of whatever kind: the rows say which kernels fail
+        found["error"] = traceback.format_exc(limit=0)
     return found
 
 

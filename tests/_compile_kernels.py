@@ -97,7 +97,7 @@ def distinct(calls: Calls, dtype: torch.dtype) -> list[Launch]:
     with recording() as launches:
         for width in calls.widths:
             calls.run(dtype, width)
-    return list({launch.specialization()[0]: launch for launch in launches}.values())
+    return list({(launch.kernel.__name__, launch.specialization()[0]): launch for launch in launches}.values())
 
 
 def translate(launch: Launch) -> None:
@@ -141,8 +141,8 @@ def codes_of_sizes(operator: str, run: Callable[[int], None], sizes: Sequence[in
 
 def row(operator: str, launch: Launch, to_the_end: bool) -> dict[str, Any]:
     """What is printed of a launch."""
-    names = [x.dtype for x in launch.arguments if isinstance(x, torch.Tensor)]
-    found: dict[str, Any] = {"operator": operator, "kernel": launch.kernel.__name__, "dtype": str(names[0])}
+    found: dict[str, Any] = {"operator": operator, "kernel": launch.kernel.__name__}
+    found["dtype"] = str(launch.arguments[0].dtype)
     found |= {name: str(value) for name, value in launch.constants.items()}
     try:
         if to_the_end:

@@ -25,7 +25,7 @@ def kernels(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_kernels_compile(kernels: list[dict[str, Any]]) -> None:
-    assert faults(kernels) == []
+    assert faults(kernels, most_spilled=0) == []
     assert sum("registers" in row for row in kernels) == len({row["operator"] for row in kernels})
 
 

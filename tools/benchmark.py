@@ -10,12 +10,13 @@ reference is the first --compare model, else the first model. Training is forwar
 an optimiser's step. --compile measures each model eager and compiled. GMACs are multiply-adds of one image's forward
 pass. Peak memory, on GPUs only, is what a step allocates at most, with the model's own weights. --models measures a
 fixed list, or the models it names, for inference and training, on GPUs eager, compiled and as CUDA graphs, each in
-alternation with timm's Swin-T.
+alternation with timm's Swin-T. A model of ours is timed only if its logits are those of its definition in float64.
 
 Operators are checked against a float64 reference, output and gradients, on at most four images of the batch, before
 they are timed; a wrong one of ours ends the command with status 1. The floor is the time in which their inputs could
 be read once and their results written once, at the speed of a large copy; `bandwidth` is the floor's share of the
-time. `ours is` tells how many times as fast as the row's implementation ours is. On a GPU all are replayed as CUDA
+time. The picture's roof is the floor, or where that is longer, the time of as many operations in a large matrix
+product. `ours is` tells how many times as fast as the row's implementation ours is. On a GPU all are replayed as CUDA
 graphs, on inputs that rotate where they would stay in the cache. Memory, on GPUs only, is what a call allocates at
 most. --host measures instead how long a call keeps the host, on the smallest maps.
 
@@ -35,12 +36,13 @@ from rich.console import Console
 from vitrail.tools._common import bench_tables
 from vitrail.tools._common.bench_kernels import PEERS, KernelSettings, bench_kernels
 from vitrail.tools._common.bench_models import SUITE, bench_models, bench_suite
-from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command, select_device, unknown_name
-from vitrail.tools._common.kernel_cases import OPERATORS
+from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command, select_device
+from vitrail.tools._common.kernel_cases import OPERATORS, choose_cases
 from vitrail.tools._common.measure import after
 from vitrail.tools._common.progress import Progress
-from vitrail.tools._common.ready_models import PRECISIONS, Settings, Variant
+from vitrail.tools._common.ready_models import PRECISIONS, SOURCES, Settings, Variant
 from vitrail.tools._common.table import Row, write_csv, write_json
+from vitrail.tools._common.turns import Turns
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,8 +59,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "models",
         nargs="*",
         metavar="MODEL",
-        help="a name that timm.create_model knows; timm/NAME must be "
-        "timm's own, accelerated/NAME is timm's after vitrail.accelerate",
+        help="a name that timm.create_model knows, with arguments as in biformer_s:n_win=16; "
+        + "; ".join(f"{kind}/NAME is {meaning}" for kind, meaning in SOURCES.items()),
     )
     add("--compare", nargs="+", default=[], metavar="MODEL", help="more models; the first is the reference of `speed`")
     add(
@@ -71,7 +73,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--kernels", nargs="*", metavar="NAME", help=f"measure operators instead: {', '.join(OPERATORS)} (default: all)"
     )
-    add("--cases", metavar="TEXT", default="", help="with --kernels: only cases whose name contains this text")
+    add(
+        "--cases",
+        nargs="+",
+        metavar="TEXT",
+        default=[],
+        help="with --kernels: only these cases, or those whose operator and name contain the text",
+    )
+    add("--part", metavar="I/N", help="with --kernels: every N-th case from the I-th, so that N GPUs share the work")
+    add(
+        "--turns",
+        type=Turns,
+        default=Turns(),
+        metavar="FILE",
+        help="processes on one GPU that are given the same file prepare at the same time and measure one at a time",
+    )
     add(
         "--peers",
         choices=PEERS,
@@ -130,8 +146,8 @@ def _check_kinds(options: argparse.Namespace) -> None:
         raise UsageError("name at least one model, or give --models or --kernels")
     if sum(kinds) > 1 or (options.kernels is not None and options.compare):
         raise UsageError("names of models, --models and --kernels exclude each other")
-    if options.kernels is None and (options.host or options.cases):
-        raise UsageError("--host and --cases belong to --kernels")
+    if options.kernels is None and (options.host or options.cases or options.part):
+        raise UsageError("--host, --cases and --part belong to --kernels")
     if options.models and (options.peers != "all" or options.time_limit is not None):
         raise UsageError("--peers and --time-limit belong to --models or --kernels")
     if options.suite is not None and (options.compile or options.cuda_graph):
@@ -147,19 +163,21 @@ def _benchmark(options: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # files and pipes have no width that a table must keep to
-    with Progress() as progress:
+    with Progress() as progress, options.turns:
         run = _run_models if options.models else _run_kernels if options.suite is None else _run_suite
         rows = run(options, device, console, progress)
     for path in filter(None, (options.json, options.csv, options.plot)):
         console.print(f"wrote {path}", highlight=False)
-    bad = sorted({f"{row['case']} ({row['note']})" for row in rows if _is_bad(row)})
+    bad = sorted({f"{row.get('case') or row['model']} ({row['note']})" for row in rows if _is_bad(row)})
     if bad:
-        raise ToolError(f"our own operators, not timed: {'; '.join(bad)}")
+        raise ToolError(f"our own, not timed: {'; '.join(bad)}")
     return 0
 
 
 def _is_bad(row: Row) -> bool:
-    """Whether one of our operators is wrong or failed."""
+    """Whether a model or one of our operators is wrong, or one of ours failed."""
+    if row.get("correct") is False and "model" in row:
+        return True
     ours = row.get("implementation", "").startswith("vitrail")
     return ours and row["p50_ms"] is None and not row["note"].startswith(("skipped", "not compiled"))
 
@@ -232,18 +250,13 @@ def _settings(
         train=train,
         min_time=options.min_time or min_time,
         variants=variants,
+        turns=options.turns,
     )
 
 
 def _run_kernels(options: argparse.Namespace, device: torch.device, console: Console, progress: Progress) -> list[Row]:
-    for name in options.kernels:
-        if name not in OPERATORS:
-            raise unknown_name("operator", name, OPERATORS)
     suite = "cpu" if device.type == "cpu" else "host" if options.host else "gpu"
-    cases = [case for name in options.kernels or OPERATORS for case in OPERATORS[name](suite)]
-    chosen = [case for case in cases if options.cases in case.name]
-    if not chosen:
-        raise UsageError(f"no case contains {options.cases!r}; there are: {'; '.join(case.name for case in cases)}")
+    chosen = choose_cases(options.kernels, suite, options.cases, options.part)
     rows: list[Row] = []
 
     def done(new: list[Row]) -> None:
@@ -262,6 +275,7 @@ def _run_kernels(options: argparse.Namespace, device: torch.device, console: Con
         peers=options.peers,
         late=after(options.time_limit),
         host=options.host,
+        turns=options.turns,
     )
     bench_kernels(chosen, settings, progress.say, done)
     if options.plot:

@@ -69,7 +69,7 @@ def record_choices() -> Iterator[list[Choice]]:
         settings.recorder = outer
 
 
-def triton_support(tensor: torch.Tensor, head_dim: int) -> Support:
+def triton_support(tensor: torch.Tensor, head_dim: int, head_dims: tuple[int, ...] = FUSED_HEAD_DIMS) -> Support:
     """The conditions that all our Triton kernels share: device, dtype and head width."""
     if not HAS_TRITON:
         return Support(False, "Triton is not installed")
@@ -77,8 +77,8 @@ def triton_support(tensor: torch.Tensor, head_dim: int) -> Support:
         return Support(False, f"Triton kernels run on CUDA devices, the input is on {tensor.device.type}")
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return Support(False, f"Triton kernels take float16, bfloat16 and float32, the input is {tensor.dtype}")
-    if head_dim not in FUSED_HEAD_DIMS:
-        return Support(False, f"Triton kernels take head widths {FUSED_HEAD_DIMS}, the input has {head_dim}")
+    if head_dim not in head_dims:
+        return Support(False, f"Triton kernels take head widths {head_dims}, the input has {head_dim}")
     return Support(True, "supported")
 
 

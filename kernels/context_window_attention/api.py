@@ -49,7 +49,8 @@ def context_window_attention(
         row_starts: First row in `k` and `v` of each row of windows, `ceil(H / window height)` of them.
         column_starts: First column in `k` and `v` of each column of windows, `ceil(W / window width)` of them.
         scale: Factor on `q k^T`; `D ** -0.5` by default.
-        backend: "auto", "eager" or "triton"; see `vitrail.kernels._common.dispatch`.
+        backend: "auto", "eager" or "triton"; see `vitrail.kernels._common.dispatch`. "auto" is the reference until the
+            Triton kernels have been timed on a GPU.
 
     Returns:
         (B, H, W, heads, D), contiguous, in q's dtype (the autocast dtype under autocast).
@@ -57,7 +58,7 @@ def context_window_attention(
     Raises:
         TypeError: An input is not floating point.
         ValueError: Shapes, dtypes, devices or sizes do not fit together, or a context window leaves the map.
-        NotImplementedError: `backend="triton"`: there is no fused kernel yet.
+        NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
     """
     check_dims(_NAME, "q", q, "(B, H, W, heads, D)")
     check_dims(_NAME, "k", k, "(B, H_k, W_k, heads, D)")
@@ -71,7 +72,9 @@ def context_window_attention(
     q, k, v = autocast_together(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = (q, k, v, window, row_starts, column_starts, scale)
-    if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
+    fused = fused_support(q, row_starts, column_starts)
+    # Not yet timed on a GPU against the reference and what torch.compile makes of it.
+    if choose_backend(_NAME, backend, fused, q, by_default=False) == "triton":
         return torch.ops.vitrail.context_window_attention(*arguments)
     return context_window_attention_reference(*arguments)
 

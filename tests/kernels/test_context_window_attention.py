@@ -1,18 +1,25 @@
-"""Context window attention: the reference against the written-out definition, the operator against the reference."""
+"""Context window attention: the reference against the written-out definition, operator and kernels against it."""
 
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
+from _exactness import allowed_error
+from _seeds import seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrail.kernels._common.dispatch import record_choices
+from vitrail.kernels._common.dispatch import HAS_TRITON, record_choices
 from vitrail.kernels.context_window_attention import context_window_attention
+from vitrail.layers.varying_window import context_grid
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 
 @st.composite
@@ -153,6 +160,19 @@ def test_compiles_in_one_graph_with_any_batch() -> None:
         torch.testing.assert_close(compiled(*inputs), context_window_attention(*inputs, **PLACES))
 
 
+@needs_triton
+def test_fused_compiles_in_one_graph(small_tiles: None) -> None:
+    (q, k, v), grad, places = random_call(random.Random(2), (2, 3), 1, 16, torch.float32)
+
+    def run(*inputs: Tensor) -> Tensor:
+        return context_window_attention(*inputs, **places, backend="triton")
+
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = torch.compile(run, fullgraph=True, backend="aot_eager")(*leaves)
+    got = [out, *torch.autograd.grad(out, leaves, grad)]
+    assert all(torch.equal(a, b) for a, b in zip(got, results([q, k, v], grad, places, "triton"), strict=True))
+
+
 def test_flops_are_those_of_whole_windows() -> None:
     inputs = [x.float().requires_grad_() for x in small_inputs()]
     product = 2 * (2 * 6) * 2 * 6 * 6 * 4  # multiply-adds of windows, heads, tokens, tokens, channels
@@ -165,13 +185,192 @@ def test_flops_are_those_of_whole_windows() -> None:
         assert counter.get_total_flops() == 5 * product
 
 
-def test_choice_is_recorded_and_the_missing_kernel_is_named() -> None:
+def test_choice_is_recorded_and_what_the_kernels_do_not_take_is_named() -> None:
     inputs = small_inputs()
     with record_choices() as choices:
         context_window_attention(*inputs, **PLACES)
     assert [(c.op, c.backend) for c in choices] == [("context_window_attention", "eager")]
     with pytest.raises(NotImplementedError, match=r"context_window_attention.*Triton"):
         context_window_attention(*inputs, **PLACES, backend="triton")
+
+
+@needs_triton
+def test_too_many_windows_are_named_and_computed_by_the_reference() -> None:
+    q, k, v = (torch.randn(1, 1, width, 1, 16, device=DEVICE, requires_grad=True) for width in (33, 2, 2))
+    places = {"window_size": (1, 1), "row_starts": [0], "column_starts": [0, 1, 1] * 11}
+    with pytest.raises(NotImplementedError, match=r"up to 32 windows along an axis, the map has \(1, 33\)"):
+        context_window_attention(q, k, v, **places, backend="triton")
+    out = torch.ops.vitrail.context_window_attention(q, k, v, *places.values(), 0.25)
+    assert torch.equal(out, context_window_attention(q, k, v, **places))
+    out.sum().backward()
+
+
+def results(inputs: list[Tensor], grad: Tensor, places: dict[str, object], backend: str) -> list[Tensor]:
+    """The result and the gradient of every input."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = context_window_attention(*leaves, **places, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def assert_exact(inputs: list[Tensor], grad: Tensor, places: dict[str, object]) -> None:
+    """The fused operator is at most twice as far from the truth as the eager one; a schedule changes nothing."""
+    truth = results([x.double() for x in inputs], grad.double(), places, "eager")
+    eager, fused = (results(inputs, grad, places, backend) for backend in ("eager", "triton"))
+    for exact, ours, theirs in zip(truth, fused, eager, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ours.is_contiguous()
+        assert ours.isfinite().all()
+        error = (ours.double() - exact).norm() / (exact.norm() + 1e-12)
+        assert error <= allowed_error(exact, theirs, grad.dtype)
+    if DEVICE == "cuda":
+        assert all(torch.equal(a, b) for a, b in zip(fused, results(inputs, grad, places, "triton"), strict=True))
+
+
+def random_call(
+    draw: random.Random, window: tuple[int, int], most_windows: int, dim: int, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor, dict[str, object]]:
+    """Inputs, gradient and places: windows cut off, contexts at will, k and v slices of one map or of any strides."""
+    n_windows = [draw.randint(1, most_windows) for _ in window]
+    size = [(n - 1) * length + draw.randint(1, length) for n, length in zip(n_windows, window, strict=True)]
+    context = [length + draw.randint(0, 2) for length in window]
+    starts = [
+        [draw.randint(0, c - length) for _ in range(n)]
+        for n, length, c in zip(n_windows, window, context, strict=True)
+    ]  # fmt: skip
+    batch, heads = draw.choice([(1, 3), (2, 1)])
+    q, grad = torch.randn(2, batch, *size, heads, dim, dtype=torch.float64).to(DEVICE, dtype).unbind(0)
+    k, v = torch.randn(batch, *context, 2, heads, dim, dtype=torch.float64).to(DEVICE, dtype).unbind(3)
+    if draw.random() < 0.3:
+        q, grad = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, grad))
+    if draw.random() < 0.2:
+        k = k.transpose(3, 4).contiguous().transpose(3, 4)
+    return [q, k, v], grad, {"window_size": window, "row_starts": starts[0], "column_starts": starts[1]}
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills memory with NaN that the kernels are to write."""
+    empty = torch.empty
+
+    def poisoned(*args: object, **options: object) -> Tensor:
+        tensor = empty(*args, **options)
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles and blocks of channels on a small map."""
+    triton = pytest.importorskip("vitrail.kernels.context_window_attention.triton")
+    small = {16: triton.Tiles(16, 16, triton.Config(1, 1))}
+    tiles = {dtype: dict.fromkeys(by_kernel, small) for dtype, by_kernel in triton.TILES.items()}
+    monkeypatch.setattr(triton, "TILES", tiles)
+    monkeypatch.setattr(triton, "_LEAST_STARTS", 2)
+    monkeypatch.setattr(triton, "_SUM_TILE", 64)
+
+
+_DTYPES = pytest.mark.parametrize(
+    "dtype",
+    # Triton's interpreter multiplies bfloat16 tiles as raw integers: that dtype needs a GPU.
+    [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
+    ids=str,
+)
+
+
+@needs_triton
+@_DTYPES
+@pytest.mark.parametrize("window", [(2, 3), (3, 7), (1, 16)], ids=str)
+@pytest.mark.parametrize("seed", seeds(1))
+def test_fused_is_as_exact_as_eager(
+    seed: int, window: tuple[int, int], dtype: torch.dtype, poison: None, small_tiles: None
+) -> None:
+    assert_exact(*random_call(random.Random(f"{seed}{window}"), window, 3 if window == (2, 3) else 2, 16, dtype))
+
+
+@needs_triton
+def test_fused_adds_up_what_many_windows_see(poison: None) -> None:
+    # 16 windows, 9 keys that up to all of them see, with the tiles of large maps.
+    q, grad = torch.randn(2, 1, 8, 8, 1, 16, device=DEVICE).unbind(0)
+    k, v = torch.randn(2, 1, 3, 3, 1, 16, device=DEVICE).unbind(0)
+    assert_exact([q, k, v], grad, {"window_size": 2, "row_starts": [0, 1, 0, 1], "column_starts": [1, 0, 0, 0]})
+
+
+@needs_triton
+@pytest.mark.parametrize("seen", ["nothing", "no image"])
+def test_fused_of_empty_maps(seen: str) -> None:
+    shapes = ((1, 0, 4, 1, 16), (1, 2, 2, 1, 16)) if seen == "nothing" else ((0, 2, 4, 1, 16), (0, 2, 2, 1, 16))
+    q, k = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes)
+    places = {"window_size": 2, "row_starts": [0] * (shapes[0][1] // 2), "column_starts": [0, 0]}
+    out = context_window_attention(q, k, k, **places, backend="triton")
+    out.sum().backward()
+    assert out.shape == q.shape
+    assert torch.equal(k.grad, torch.zeros_like(k))
+
+
+@needs_triton
+def test_every_supported_call_has_tiles() -> None:
+    from vitrail.kernels.context_window_attention import op, triton
+
+    for dtype, by_kernel in triton.TILES.items():
+        for dim in op.HEAD_DIMS:
+            q = torch.zeros(1, 9, 9, 1, dim, dtype=dtype, device=DEVICE)
+            assert op.fused_support(q, [0], [0]).ok
+            problem = triton._Problem(q, (9, 9), [0], [0], 1.0)
+            assert all(min(problem.tiles(kernel)[:2]) >= 16 for kernel in by_kernel)
+
+
+@needs_triton
+def test_registration_of_the_kernels(small_tiles: None) -> None:
+    (q, k, v), _, places = random_call(random.Random(1), (2, 3), 1, 16, torch.float32)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(torch.ops.vitrail.context_window_attention, (*leaves, *places.values(), 0.5))
+
+
+@pytest.mark.gpu
+@_DTYPES
+@pytest.mark.parametrize("seed", seeds(60))
+def test_fused_on_a_gpu(seed: int, dtype: torch.dtype, poison: None) -> None:
+    draw = random.Random(seed)
+    window = (draw.randint(1, 17), draw.randint(1, 17))
+    assert_exact(*random_call(draw, window, 9, draw.choice([16, 32, 64, 128, 256, 512]), dtype))
+
+
+def vwformer_call(
+    size: tuple[int, int], ratio: int, heads: int, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor, dict[str, object]]:
+    """Inputs, gradient and places of VWFormer's attention with one of its ratios on a map of 512 channels."""
+    window = tuple(math.ceil(n / 8) for n in size)
+    grids = [context_grid(w, ratio, math.ceil(n / w)) for w, n in zip(window, size, strict=True)]
+    context = [max(grid.token_starts) + w for grid, w in zip(grids, window, strict=True)]
+    q, grad = torch.randn(2, 2, *size, heads, 512 // heads, device=DEVICE).to(dtype).unbind(0)
+    k, v = torch.randn(2, *context, 2, heads, 512 // heads, device=DEVICE).to(dtype).unbind(3)
+    places = {"window_size": window, "row_starts": grids[0].token_starts, "column_starts": grids[1].token_starts}
+    return [q, k, v], grad, places
+
+
+@pytest.mark.gpu
+@_DTYPES
+@pytest.mark.parametrize("ratio", [2, 4, 8])
+@pytest.mark.parametrize("size", [(64, 64), (64, 256), (61, 83)], ids=str)
+@pytest.mark.parametrize("heads", [1, 16])
+def test_fused_on_vwformers_maps(heads: int, size: tuple[int, int], ratio: int, dtype: torch.dtype) -> None:
+    assert_exact(*vwformer_call(size, ratio, heads, dtype))
+
+
+@pytest.mark.gpu
+def test_fused_runs_in_a_cuda_graph() -> None:
+    call = vwformer_call((64, 64), 8, 16, torch.bfloat16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles
+        want = results(*call, "triton")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = results(*call, "triton")
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_bad_arguments_are_named() -> None:

@@ -5,18 +5,25 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
+from vitrail.kernels._common.dispatch import record_choices, settings
+from vitrail.layers import routing
 from vitrail.tools import benchmark
-from vitrail.tools._common import bench_kernels, bench_models
+from vitrail.tools._common import bench_kernels, bench_models, literal_models
+from vitrail.tools._common.cli import UsageError
 from vitrail.tools._common.kernel_cases import (
     OPERATORS,
     channel_attention,
+    choose_cases,
     neighborhood_attention,
     routing_attention,
     strip_gate,
@@ -25,10 +32,18 @@ from vitrail.tools._common.kernel_cases import (
 from vitrail.tools._common.kernel_cases.common import SUITES, KernelCase, normal, parameter
 from vitrail.tools._common.kernel_check import Check, make_inputs
 from vitrail.tools._common.measure import Timed
-from vitrail.tools._common.ready_models import Settings, Variant
+from vitrail.tools._common.ready_models import Settings, Variant, resolve
+from vitrail.tools._common.turns import Turns
 from vitrail.tools.benchmark import main
 
 _QUICK = ["--device", "cpu", "--min-time", "1e-4"]
+
+
+@pytest.fixture(autouse=True)
+def _quick_limits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only one test needs to see how fast this machine copies."""
+    if request.node.name != test_all_kernels_and_their_peers_agree_on_a_cpu.__name__:
+        monkeypatch.setattr(bench_kernels, "_measure_limits", lambda settings: bench_kernels._Limits(1e9, 1e10))
 
 
 def test_models_are_compared(tmp_path: Path) -> None:
@@ -95,6 +110,42 @@ def test_graphs_that_leave_no_memory_are_dropped(monkeypatch: pytest.MonkeyPatch
     assert [row["images_per_s"] is None for row in rows] == [False, True]
 
 
+def test_a_wrong_model_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = routing.routing_attention
+
+    def wrong(*args: Any, **kwargs: Any) -> Tensor:
+        return right(*args, **kwargs) * (1.05 if settings.default_backend == "auto" else 1)
+
+    monkeypatch.setattr(routing, "routing_attention", wrong)
+    rows = _suite(["timm/test_resnet", "biformer_n", "eager/biformer_n"], Variant())
+    assert [(row["note"], row["correct"]) for row in rows] == [(None, None), ("wrong", False), (None, None)]
+    assert main(["biformer_n", "--device", "cpu", "--img-size", "32", "--batch-size", "1"]) == 1
+    assert "is wrong" in capsys.readouterr().err
+
+
+def test_other_forms_of_a_model_compute_the_same() -> None:
+    """Padded regions, so that the authors' zeros around the map count."""
+    model = timm.create_model("biformer_n", n_win=4).eval()
+    image = torch.randn(1, 3, 70, 90)
+    with torch.no_grad():
+        want = model(image)
+        literal_models.compute_by_definition(model, as_authors=True)
+        with record_choices() as choices:
+            got = model(image)
+    assert (got - want).norm() < 1e-5 * want.norm()
+    assert {choice.reason for choice in choices} == {"backend 'eager'"}
+    assert "routing_attention" not in {choice.op for choice in choices}
+    assert settings.default_backend == "auto"
+
+
+def test_names_carry_sources_and_arguments() -> None:
+    assert resolve("biformer_s:n_win=16") == ("vitrail", "biformer_s", {"n_win": 16})
+    assert resolve("timm/davit_tiny:a=False,b=x") == ("timm", "davit_tiny", {"a": False, "b": "x"})
+    for name in ("authors/davit_t", "eager/davit_tiny", "timm/davit_t", "mine/davit_t", "biformer_s:n_win"):
+        with pytest.raises(UsageError):
+            resolve(name)
+
+
 def test_nothing_is_compiled_when_it_is_late() -> None:
     rows = _suite(["timm/test_resnet"], Variant(), Variant(compiled=True))
     assert [(row["variant"], row["note"]) for row in rows] == [("eager", None), ("compiled", "skipped: time limit")]
@@ -103,7 +154,7 @@ def test_nothing_is_compiled_when_it_is_late() -> None:
 def _suite(names: list[str], *variants: Variant) -> list[dict]:
     """Rows of models on small images, when it is too late to compile any."""
     rows: list[dict] = []
-    settings = Settings(
+    how = Settings(
         device=torch.device("cpu"),
         batch_size=2,
         img_size=(32, 32),
@@ -113,11 +164,10 @@ def _suite(names: list[str], *variants: Variant) -> list[dict]:
         min_time=1e-3,
         variants=variants,
     )
-    bench_models.bench_suite(names, names[0], settings, lambda text: None, rows.extend, late=lambda: True)
+    bench_models.bench_suite(names, names[0], how, lambda text: None, rows.extend, late=lambda: True)
     return rows
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_all_kernels_and_their_peers_agree_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A dry run of everything: what is compiled on GPUs is checked as it is."""
     assert main(["--kernels", *_QUICK, "--json", str(tmp_path / "rows.json")]) == 0
@@ -131,7 +181,78 @@ def test_all_kernels_and_their_peers_agree_on_a_cpu(tmp_path: Path, capsys: pyte
             ("vitrail", "forward"),
             ("vitrail", "forward+backward"),
         }
+    assert all(row["floor_ms"] > 0 and row["matmul_flops_per_s"] > 0 for row in rows)
+    (flops,) = {r["flops"] for r in rows if r["case"] == "B2 8x8x32 h2 w4 s1" and r["pass"] == "forward"}
+    assert flops == 2 * (2 * 2 * 8 * 8) * 4 * 4 * 32  # of q k^T and of the weighted values
     assert "computing in float64" in capsys.readouterr().err
+
+
+def test_cases_are_chosen_by_text_name_and_part() -> None:
+    def chosen(*arguments: Any) -> list[str]:
+        return [f"{case.operator} {case.name}" for case in choose_cases(*arguments)]
+
+    plain = "B64 56x56x64 h2 k7"
+    assert chosen(["neighborhood_attention"], "gpu", [plain]) == [f"neighborhood_attention {plain}"]
+    assert len(chosen(["neighborhood_attention"], "gpu", [plain[:-1]])) == 4
+    either = chosen([], "gpu", ["retention B64 56x56", "k7 GELU"])
+    assert len(either) == 1 + 4
+    assert chosen([], "gpu", ["retention B64 56x56", "k7 GELU"], "2/2") == either[1::2]
+    everything = chosen([], "gpu")
+    halves = [chosen([], "gpu", [], part) for part in ("1/2", "2/2")]
+    assert sorted(halves[0] + halves[1]) == sorted(everything)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (["attention"], "cpu"),
+        ([], "cpu", ["no such text"]),
+        ([], "cpu", [], "3/2"),
+        ([], "cpu", [], "half"),
+        (["linear_attention"], "cpu", [], "2/2"),
+    ],
+)
+def test_cases_that_do_not_exist_are_refused(arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(UsageError):
+        choose_cases(*arguments)
+
+
+def test_processes_prepare_together_and_measure_one_by_one(tmp_path: Path) -> None:
+    """Processes of a GPU, here threads with files of their own; each has two rounds."""
+    events: list[tuple[str, int]] = []
+    together = threading.Barrier(3)
+
+    def process(number: int) -> None:
+        with Turns(tmp_path / "turns") as turns:
+            for _ in range(2):
+                turns.prepare()
+                events.append(("prepares", number))
+                together.wait(10)
+                time.sleep(0.02 * number)
+                with turns.measuring() as alone:
+                    assert alone
+                    events.append(("begins", number))
+                    time.sleep(0.01)
+                    events.append(("ends", number))
+
+    threads = [threading.Thread(target=process, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(events) == 18
+    for start in (0, 9):
+        assert [what for what, _ in events[start : start + 9]] == ["prepares"] * 3 + ["begins", "ends"] * 3
+        assert all(events[start + k][1] == events[start + k + 1][1] for k in (3, 5, 7))
+
+
+def test_patience_with_a_slow_process_ends(tmp_path: Path) -> None:
+    with Turns(tmp_path / "turns") as slow, Turns(tmp_path / "turns", patience=0.1) as ready:
+        slow.prepare()
+        with ready.measuring() as alone:
+            assert not alone
+        with slow.measuring() as alone:
+            assert alone
 
 
 def test_peers_can_be_left_out(tmp_path: Path) -> None:
@@ -324,7 +445,8 @@ def test_every_suite_has_cases_of_every_operator(suite: str) -> None:
 
 def test_host_times(tmp_path: Path) -> None:
     arguments = ["--kernels", "strip_gate", "--host", "--peers", "none", *_QUICK, "--json", str(tmp_path / "rows.json")]
-    assert main(arguments) == 0
+    assert main([*arguments, "--turns", str(tmp_path / "turns")]) == 0
+    assert (tmp_path / "turns.measuring").exists()
     rows = _rows(tmp_path / "rows.json")
     assert all(row["host_time"] and row["p50_ms"] > 0 for row in rows)
 
@@ -341,6 +463,8 @@ def test_host_times(tmp_path: Path) -> None:
         ["biformer_x"],
         ["biformer_n", "--precision", "int3"],
         ["accelerated/test_resnet"],
+        ["biformer_n:n_wim=3"],
+        ["biformer_n", "--part", "1/2"],
         ["mine/test_resnet"],
         [],
     ],

@@ -7,9 +7,12 @@ import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from vitrail.tools._common.kernel_cases.common import Implementation, KernelCase
 from vitrail.tools._common.kernel_check import Check, is_leaf, leaf, make_inputs
@@ -19,12 +22,14 @@ from vitrail.tools._common.measure import (
     capture_graph,
     copy_bandwidth,
     environment,
+    matmul_speed,
     measure_in_turns,
     nbytes,
     never,
     waits_for_gpu,
 )
 from vitrail.tools._common.table import Row
+from vitrail.tools._common.turns import Turns
 
 PASSES = ("forward", "forward+backward")
 PEERS = ("none", "fast", "all")
@@ -41,6 +46,7 @@ class KernelSettings:
         peers: "none" measures only this package's implementations, "fast" those too that need no compilation.
         late: Tells whether it is so late that no other peer shall be prepared.
         host: Measure the host's time of a call in place of the device's.
+        turns: Processes that share the device.
     """
 
     device: torch.device
@@ -49,6 +55,7 @@ class KernelSettings:
     peers: str = "all"
     late: Callable[[], bool] = never
     host: bool = False
+    turns: Turns = field(default_factory=Turns)
 
 
 @dataclass
@@ -92,17 +99,27 @@ def bench_kernels(
         report: Called with one line on what happens now.
         done: Called with the rows of a case as soon as it is done.
     """
-    bandwidth = copy_bandwidth(settings.device)
-    facts = {
-        **environment(settings.device),
-        "dtype": str(settings.dtype).removeprefix("torch."),
-        "copy_bytes_per_s": bandwidth,
-    }
+    facts = {**environment(settings.device), "dtype": str(settings.dtype).removeprefix("torch.")}
+    limits = functools.cache(functools.partial(_measure_limits, settings))
     with torch._dynamo.config.patch(recompile_limit=256):  # every shape is a recompilation of the same code
         for case in cases:
-            rows = _Bench(case, settings, bandwidth, report).rows()
-            done([{**row, **facts} for row in rows])
+            rows = _Bench(case, settings, limits, report).rows()
+            done([{**row, **facts, **limits()._asdict()} for row in rows])
             _forget(settings.device)
+
+
+class _Limits(NamedTuple):
+    """The two lines of the roofline: what a large copy moves, and what a large matrix product computes, in a second."""
+
+    copy_bytes_per_s: float
+    matmul_flops_per_s: float
+
+
+def _measure_limits(settings: KernelSettings) -> _Limits:
+    min_time = min(0.2, settings.min_time)
+    return _Limits(
+        copy_bandwidth(settings.device, min_time), matmul_speed(settings.device, settings.dtype, min_time)
+    )  # fmt: skip
 
 
 class _Bench:
@@ -112,16 +129,19 @@ class _Bench:
         self,
         case: KernelCase,
         settings: KernelSettings,
-        bandwidth: float,
+        limits: Callable[[], _Limits],
         report: Callable[[str], None],
     ) -> None:
-        self.case, self.settings, self.bandwidth = case, settings, bandwidth
+        """`limits` are measured when they are first asked for: in this process's turn."""
+        self.case, self.settings, self.limits = case, settings, limits
         self.report = lambda text: report(f"{case.operator} {case.name}: {text}")
         self.inputs = make_inputs(case, settings.device, settings.dtype, seed=0)
+        self.flops: dict[str, int] = {}
         self.entries = [_Entry(name, one) for name, one in case.implementations.items() if self._is_wanted(name, one)]
 
     def rows(self) -> list[Row]:
         """Checks, then measures every pass."""
+        self.settings.turns.prepare()
         self._check()
         for kind in PASSES:
             self._measure(kind)
@@ -158,12 +178,15 @@ class _Bench:
     def _measure(self, kind: str) -> None:
         """Times what is right, all in turns."""
         settings, on_gpu = self.settings, self.settings.device.type == "cuda"
+        settings.turns.prepare()
         pool = torch.cuda.graph_pool_handle() if on_gpu else None
         ready: dict[str, Timed] = {}
         by_name = {entry.name: entry for entry in self.entries}
 
         def prepare(entry: _Entry) -> None:
             runs, figures = self._runs(entry.one, kind), entry.figures[kind]
+            if entry.name == self.case.ours:
+                self.flops[kind] = round(_count_flops(runs[0]) * self.case.needed(*self.inputs))
             if on_gpu:
                 figures["peak_memory_bytes"] = _peak_memory(runs[0], settings.device)
                 figures["cuda_graph"] = not settings.host and not waits_for_gpu(runs[0])
@@ -176,15 +199,18 @@ class _Bench:
                 entry.figures[kind]["note"] = self._try(entry, f"{verb} {entry.name}, {kind}", prepare)
         self.report(f"measuring {kind}")
         try:
-            measured = measure_in_turns(list(ready.values()), settings.device, settings.min_time, settings.host)
+            with settings.turns.measuring() as alone:
+                self.limits()
+                measured = measure_in_turns(list(ready.values()), settings.device, settings.min_time, settings.host)
         except torch.OutOfMemoryError:
             for name in ready:
                 by_name[name].figures[kind]["note"] = "out of memory beside the others"
-            measured, ready = [], {}
+            measured, ready, alone = [], {}, True
         timings = dict(zip(ready, measured, strict=True))
-        floor = bytes_moved(self.inputs, kind) / self.bandwidth
+        floor = self._floor(kind)
         for entry in self.entries:
             entry.figures[kind] |= _figures(timings.get(entry.name), timings.get(self.case.ours), floor)
+            entry.figures[kind]["alone"] = alone
 
     def _try(self, entry: _Entry, what: str, step: Callable[[_Entry], None]) -> str | None:
         """Does a step for one implementation; what goes wrong is returned as a note on it, and the run goes on."""
@@ -209,6 +235,10 @@ class _Bench:
             sets += [self._like_inputs(seed) for seed in range(2, copies + 1)]
         return [_run_on(one, kind, inputs) for inputs in sets]
 
+    def _floor(self, kind: str) -> float:
+        """Seconds of the least traffic."""
+        return bytes_moved(self.inputs, kind) / self.limits().copy_bytes_per_s
+
     def _like_inputs(self, seed: int) -> list[Tensor]:
         """Other numbers, the same tables: an implementation may have made something of these."""
         drawn = make_inputs(self.case, self.settings.device, self.settings.dtype, seed)
@@ -225,7 +255,8 @@ class _Bench:
             "correct": entry.correct,
             "relative_error": entry.error,
             "checked_dtype": "float32" if self.case.jumps else str(self.settings.dtype).removeprefix("torch."),
-            "floor_ms": bytes_moved(self.inputs, kind) / self.bandwidth * 1e3,
+            "floor_ms": self._floor(kind) * 1e3,
+            "flops": self.flops.get(kind),
             **entry.figures[kind],
         }
 
@@ -256,6 +287,28 @@ def _run_on(one: Implementation, kind: str, inputs: Sequence[Tensor]) -> Callabl
     leaves = [x for x in arguments if is_leaf(x)]
     grad = torch.randn_like(one.run(*arguments))
     return lambda: torch.autograd.grad(one.run(*arguments), leaves, grad)
+
+
+class _FlopCounter(TorchDispatchMode):
+    """Adds up floating-point operations of products and convolutions, two for each multiply-add.
+
+    PyTorch's own counter tells modules apart, too, and therefore cannot follow gradients of leaves through them.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def _count_flops(run: Callable[[], object]) -> int:
+    with _FlopCounter() as counter:
+        run()
+    return counter.total
 
 
 def _peak_memory(run: Callable[[], object], device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import nn
 
 from vitrail.tools._common.cli import ToolError
 from vitrail.tools._common.measure import Timed, Timing, capture_graph, environment, measure_in_turns, never
+from vitrail.tools._common.model_check import ModelVerdict, check_model
 from vitrail.tools._common.ready_models import Settings, Variant, build, count_flops, grad_mode, make_step, resolve
 from vitrail.tools._common.table import Row
 
@@ -73,6 +75,7 @@ def bench_models(names: Sequence[str], reference: str, settings: Settings, repor
     """
     for name in names:
         resolve(name)
+    settings.turns.prepare()
     pool = _graph_pool(settings)
     candidates = []
     for name in dict.fromkeys(names):
@@ -95,7 +98,8 @@ def bench_suite(
 ) -> None:
     """Measures models one by one, each in alternation with the reference, so that results come as they are ready.
 
-    All models at once would not fit into a GPU's memory. What fails has a row without times that says so.
+    All models at once would not fit into a GPU's memory. What is compiled, which takes longest, comes last. What fails
+    has a row without times that says so.
 
     Args:
         names: As `resolve` takes them; each is measured once.
@@ -110,9 +114,25 @@ def bench_suite(
     """
     for name in (reference, *names):
         resolve(name)
+    for compiled in dict.fromkeys(variant.compiled for variant in settings.variants):
+        variants = tuple(variant for variant in settings.variants if variant.compiled == compiled)
+        _bench_in_turn(names, reference, dataclasses.replace(settings, variants=variants), report, done, late)
+
+
+def _bench_in_turn(
+    names: Sequence[str],
+    reference: str,
+    settings: Settings,
+    report: Report,
+    done: Callable[[list[Row]], None],
+    late: Callable[[], bool],
+) -> None:
+    """Measures models one by one; nothing of them is kept, once it returns."""
+    settings.turns.prepare()
     base = _Base(reference, _prepare(reference, settings, _graph_pool(settings), report, late))
     found: list[_Candidate] = []
     for name in dict.fromkeys(names):
+        settings.turns.prepare()
         found.clear()  # gives the last model's memory back
         if name == reference:
             found = base.candidates[:]
@@ -149,26 +169,31 @@ def _prepare(
     for compiled in dict.fromkeys(variant.compiled for variant in settings.variants):
         variants = [variant for variant in settings.variants if variant.compiled == compiled]
         report(f"{'compiling' if compiled else 'preparing'} {name}, {_mode(settings)}")
-        gc.collect()
         if settings.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
-        if compiled and late():
-            facts = {**candidates[0].facts, "peak_memory_bytes": None, "note": "skipped: time limit"}
-            candidates += [_Candidate({**facts, **_variant_facts(variant)}) for variant in variants]
-        else:
-            candidates += _prepare_step(name, variants, settings, pool)
+        candidates += _prepare_step(name, variants, settings, pool, late)
     return candidates
 
 
-def _prepare_step(name: str, variants: Sequence[Variant], settings: Settings, pool: Any) -> list[_Candidate]:
-    """Builds a model, counts it, runs one step of it, measures its memory, and makes of the step what is asked for."""
+def _prepare_step(
+    name: str, variants: Sequence[Variant], settings: Settings, pool: Any, late: Callable[[], bool]
+) -> list[_Candidate]:
+    """Builds a model, checks and counts it, runs one step, measures its memory, makes of the step what is asked for."""
     on_gpu = settings.device.type == "cuda"
     before = torch.cuda.memory_allocated(settings.device) if on_gpu else 0
-    source, entry_point = resolve(name)
-    model, size = build(source, entry_point, settings)
-    facts = _facts_of(name, source, model, size, settings)
+    source = resolve(name)
+    model, size = build(source, settings)
+    facts = _facts_of(name, source.kind, model, size, settings)
     candidates = [_Candidate({**facts, **_variant_facts(variant)}) for variant in variants]
     try:
+        if variants[0].compiled and late():
+            return [_Candidate({**c.facts, "note": "skipped: time limit"}) for c in candidates]
+        verdict = check_model(source, model, size, settings)
+        if verdict is not None:
+            _note_verdict(candidates, verdict)
+            if not verdict.correct:
+                return candidates
         flops = count_flops(model, size, settings)
         step = make_step(model, size, variants[0].compiled, settings)
         with grad_mode(settings):
@@ -182,6 +207,15 @@ def _prepare_step(name: str, variants: Sequence[Variant], settings: Settings, po
             if candidate.timed is None:
                 _blame(candidate, error, f"{name} cannot run on a {shape} {settings.precision} input")
     return candidates
+
+
+def _note_verdict(candidates: Sequence[_Candidate], verdict: ModelVerdict) -> None:
+    for candidate in candidates:
+        candidate.facts |= {"relative_error": verdict.error, "correct": verdict.correct}
+        if not verdict.correct:
+            candidate.facts["note"] = "wrong"
+            name = candidate.facts["model"]
+            candidate.error = ToolError(f"{name} is wrong: its logits are off by {verdict.error:.1e}")
 
 
 def _blame(candidate: _Candidate, error: Exception, text: str) -> None:
@@ -206,6 +240,8 @@ def _facts_of(name: str, source: str, model: nn.Module, size: tuple[int, int, in
         "width": size[2],
         "channels_last": settings.channels_last,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "correct": None,
+        "relative_error": None,
         "flops": None,
         "peak_memory_bytes": None,
         "note": None,
@@ -234,11 +270,11 @@ def _peak_memory(step: Callable[[], object], device: torch.device, before: int) 
 def _measure(candidates: Sequence[_Candidate], base: _Base, settings: Settings) -> list[Row]:
     """Times candidates and the base in turns; the rows of the candidates."""
     ready = {id(c): c.timed for c in (*candidates, *base.candidates) if c.timed is not None}
-    with grad_mode(settings):
+    with grad_mode(settings), settings.turns.measuring() as alone:
         timings = measure_in_turns(list(ready.values()), settings.device, settings.min_time)
     timing_of = dict(zip(ready, timings, strict=True))
     of_base = {c.variant: timing_of.get(id(c)) for c in base.candidates}
-    facts = {"reference": base.name, **environment(settings.device)}
+    facts = {"reference": base.name, "alone": alone, **environment(settings.device)}
     return [
         {**c.facts, **_figures(timing_of.get(id(c)), of_base.get(c.variant), settings), **facts} for c in candidates
     ]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitrail.tools._common.bench_tables import kernel_label
+from vitrail.tools._common.bench_tables import BESIDE, kernel_label, products_ms
 from vitrail.tools._common.table import Row
 
 _INTRODUCTION = """\
@@ -21,6 +21,7 @@ To measure your own machine:
 
 ```sh
 python -m vitrail.tools.benchmark --kernels --precision bf16 --json kernels.json  # --peers fast: in a few minutes
+python -m vitrail.tools.benchmark --kernels --part 1/2 --turns /tmp/turns ...  # several processes share the work
 python -m vitrail.tools.benchmark --kernels --host --peers fast --precision bf16 --json host.json
 python -m vitrail.tools.benchmark --models --precision bf16 --json models.json
 ```
@@ -28,12 +29,14 @@ python -m vitrail.tools.benchmark --models --precision bf16 --json models.json
 _OPERATORS = """\
 ## Operators
 
-Milliseconds on the GPU, replayed as CUDA graphs, medians. The floor is the time in which the inputs could be read and
-the results written once, at the speed of a large copy; "of the floor" is its share of our time. "others" is the fastest
-other way to do the whole job, and how many times our time it takes. Before it is timed every implementation is compared
-with the definition in float64, output and gradients; ours may be off by twice what the eager definition is in the same
-dtype, a peer by ten times. `routing_layer` is BiFormer's whole attention layer. Memory is what a call allocates at
-most. Of implementations with a * a change of layout that the others do is not timed.
+Milliseconds on the GPU, replayed as CUDA graphs on inputs that rotate, so that none waits in the cache; medians. The
+floor is the time in which the inputs could be read and the results written once, at the speed of a large copy; "of the
+floor" is its share of our time. It is the roofline of everything but the cases whose floor names products, too: a large
+matrix product would take that long for the same operations. "others" is the fastest other way to do the whole job, and
+how many times our time it takes. Before it is timed every implementation is compared with the definition in float64,
+output and gradients; ours may be off by twice what the eager definition is in the same dtype, a peer by ten times.
+`routing_layer` is BiFormer's whole attention layer; its choice of routes is checked in float32. Memory is what a call
+allocates at most. Of implementations with a * a change of layout that the others do is not timed.
 """
 _HOST = """\
 ## Host
@@ -46,7 +49,17 @@ _MODELS = """\
 
 Images per second with random weights, medians; in brackets the speed against the reference, in alternation with which
 each model ran in the same way. Training is forward, cross-entropy and backward. Memory is the most that a step of the
-eager model takes, weights included.
+eager model takes, weights included. Before one of ours is timed its logits are compared with those of its definition in
+float64. accelerated/ is timm's model after `vitrail.accelerate`, eager/ ours with every operator by its definition,
+authors/ that with BiFormer's attention in the steps of its authors, who gather keys and values. What follows a colon
+are arguments.
+"""
+_NOT_MEASURED = """\
+## What is not measured
+
+Reading and preparing images, the optimiser, compiling, and other GPUs than those named. Inputs and weights are random:
+routes and windows of a trained model may lie closer together. NATTEN is measured where it is installed. What a table
+does not name was not run.
 """
 _SCALING = """\
 ## Training on several GPUs
@@ -92,6 +105,7 @@ def render(folder: Path) -> str:
         _section(_OPERATORS, on_device, one_kernel, _operators),
         _section(_HOST, on_host, one_kernel, _host),
         _section(_MODELS, models, one_model, _models),
+        _NOT_MEASURED if kernels or models else "",
         _section(_SCALING, scaling, one_scaling, _scaling),
         _trainings(trainings),
     ]
@@ -143,7 +157,7 @@ def _operators(rows: list[Row]) -> str:
 
 
 def _summary(rows: list[Row]) -> str:
-    """One line a case: ours, its share of the floor, and the fastest of the others, forward / with backward."""
+    """One line a case: the floor, ours, the floor's share, and the fastest of the others, forward / with backward."""
     lines = []
     for (operator, case), members in _grouped(rows, lambda row: (row["operator"], row["case"])).items():
         passes = _grouped(members, lambda row: row["pass"])
@@ -153,12 +167,18 @@ def _summary(rows: list[Row]) -> str:
             (
                 operator,
                 case,
+                _both(ours, _floor),
                 _both(ours, lambda row: f"{row['p50_ms']:.3f}"),
                 _both(ours, lambda row: f"{row['bandwidth_share']:.0%}"),
                 _both(others, lambda row: f"{row['implementation']} {_shown(row['ours_speedup'], '.2f', 'x')}"),
             )
         )
-    return _table(("operator", "case", "ours, ms", "of the floor", "others"), lines, 2)
+    return _table(("operator", "case", "floor, ms", "ours, ms", "of the floor", "others"), lines, 2)
+
+
+def _floor(row: Row) -> str:
+    products = products_ms(row)
+    return f"{row['floor_ms']:.3f}" + (f" (products {products:.3f})" if products > row["floor_ms"] else "")
 
 
 def _of(rows: Iterable[Row], implementation: str) -> Row | None:
@@ -240,7 +260,8 @@ def _model_line(rows: list[Row], used: Sequence[str]) -> tuple[str, ...]:
 def _throughput(row: Row | None) -> str:
     if row is None or row["images_per_s"] is None:
         return row["note"] if row and row["note"] else "-"
-    return f"{row['images_per_s']:,.0f} ({_shown(row['speed_ratio'], '.2f', 'x')})"
+    beside = "" if row.get("alone", True) else f", {BESIDE}"
+    return f"{row['images_per_s']:,.0f} ({_shown(row['speed_ratio'], '.2f', 'x')}{beside})"
 
 
 def _scaling(rows: list[Row]) -> str:

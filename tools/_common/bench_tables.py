@@ -41,6 +41,9 @@ _HOST_COLUMNS = (
 )
 
 
+BESIDE = "beside others that compiled"
+
+
 def headline(row: Row) -> str:
     """Device, versions and commit of a row."""
     software = ", ".join(f"{name} {row[name]}" for name in ("torch", "triton", "timm") if row[name])
@@ -49,8 +52,9 @@ def headline(row: Row) -> str:
 
 
 def kernel_headline(row: Row) -> str:
-    """The same with the dtype and the speed of a copy."""
-    return f"{headline(row)}; {row['dtype']}, copy {row['copy_bytes_per_s'] / 1e9:,.0f} GB/s"
+    """The same with the dtype and the speed of a copy and of matrix products."""
+    speed = f"copy {row['copy_bytes_per_s'] / 1e9:,.0f} GB/s, products {row['matmul_flops_per_s'] / 1e12:,.0f} TFLOP/s"
+    return f"{headline(row)}; {row['dtype']}, {speed}"
 
 
 def show_kernels(console: Console, rows: Sequence[Row]) -> None:
@@ -73,24 +77,41 @@ def kernel_label(row: Row) -> str:
     """Name of an implementation, marked * where it does a part of the job, and what there is to remark."""
     waits = row["peak_memory_bytes"] is not None and not row["cuda_graph"] and not row["host_time"]
     note = row["note"] or ("no CUDA graph: it waits for the GPU" if waits else None)
+    if not row.get("alone", True):
+        note = f"{note}; {BESIDE}" if note else BESIDE
     return row["implementation"] + "*" * (not row["whole_job"]) + (f" ({note})" if note else "")
 
 
 def draw_kernels(path: Path, rows: Sequence[Row]) -> None:
-    """Draws times in multiples of the floor, which is the line."""
-    axis = "time, in multiples of the floor: memory traffic alone (line: 20th to 80th percentile)"
+    """Draws times in multiples of the least possible, the roofline, which is dashed."""
+    axis = "time in multiples of the least, of traffic or of products (line: 20th to 80th percentile)"
     bars = [_kernel_bar(title, row) for title, members in _by_pass(rows).items() for row in members if row["p50_ms"]]
     write_bars(path, kernel_headline(rows[0]), axis, bars, limit=1.0)
 
 
+def roof_ms(row: Row) -> float:
+    """Least time in milliseconds: of its traffic, or of its products where these take longer."""
+    return max(row["floor_ms"], products_ms(row))
+
+
+def products_ms(row: Row) -> float:
+    """Milliseconds in which a large matrix product does as many operations; 0 where they were not counted."""
+    return 1e3 * (row.get("flops") or 0) / row.get("matmul_flops_per_s", math.inf)
+
+
 def _kernel_bar(title: str, row: Row) -> Bar:
-    middle, low, high = (row[key] / row["floor_ms"] for key in ("p50_ms", "p20_ms", "p80_ms"))
-    return Bar(title, kernel_label(row), middle, low, high, f"{row['p50_ms']:.3f} ms, {row['bandwidth_share']:.0%}")
+    roof = roof_ms(row)
+    middle, low, high = (row[key] / roof for key in ("p50_ms", "p20_ms", "p80_ms"))
+    bound = "traffic" if roof == row["floor_ms"] else "products"
+    speed = (row["flops"] or 0) / row["p50_ms"] / 1e9
+    note = f"{row['p50_ms']:.3f} ms, {1 / middle:.0%} of the roof ({bound}), {speed:.1f} TFLOP/s"
+    return Bar(title, kernel_label(row), middle, low, high, note)
 
 
 def model_label(row: Row) -> str:
     """Name of a model and how it ran."""
-    how = ", ".join([*["compiled"] * (row["variant"] == "compiled"), *["CUDA graph"] * row["cuda_graph"]])
+    beside = [BESIDE] * (not row.get("alone", True))
+    how = ", ".join([*["compiled"] * (row["variant"] == "compiled"), *["CUDA graph"] * row["cuda_graph"], *beside])
     return f"{row['model']} ({how})" if how else row["model"]
 
 

@@ -53,7 +53,7 @@ class Check:
         self.truth = _results(case.reference, exact, self.grad)
         eager = _results(case.reference, [leaf(x) for x in few], self.grad)
         eps = torch.finfo(inputs[0].dtype).eps
-        self.allowed = [error + eps / 2 for error in map(_relative_error, eager, self.truth)]
+        self.allowed = [error + eps / 2 for error in map(relative_error, eager, self.truth)]
 
     def judge(self, one: Implementation, is_ours: bool) -> Verdict:
         """Whether an implementation is right: ours within twice the reference's error.
@@ -72,7 +72,7 @@ class Check:
         if forward_only:
             with torch.no_grad():
                 out = run(*(x.detach() for x in self.inputs))
-            return [_relative_error(self._of_images(out, True), self.truth[0])]
+            return [relative_error(self._of_images(out, True), self.truth[0])]
         grad = self.grad
         if self.images is not None:
             grad = grad.new_zeros(self.inputs[0].shape).index_copy(0, self.images, grad)
@@ -80,11 +80,11 @@ class Check:
         if out.shape != self.inputs[0].shape:
             raise ValueError(f"the result has shape {tuple(out.shape)}, expected {tuple(self.inputs[0].shape)}")
         per_image = [spec.per_image for spec, x in zip(self.case.inputs, self.inputs, strict=True) if is_leaf(x)]
-        errors = [_relative_error(self._of_images(out, True), self.truth[0])]
+        errors = [relative_error(self._of_images(out, True), self.truth[0])]
         for got, want, split in zip(gradients, self.truth[1:], per_image, strict=True):
             if split and self.images is not None:  # what other images get counts as an error
                 want = want.new_zeros(got.shape).index_copy(0, self.images, want)
-            errors.append(_relative_error(got, want))
+            errors.append(relative_error(got, want))
         return errors
 
     def _of_images(self, x: Tensor, per_image: bool) -> Tensor:
@@ -112,7 +112,7 @@ def leaf(x: Any, with_gradient: bool = True) -> Any:
     return x.detach().clone().requires_grad_(with_gradient) if is_leaf(x) else x
 
 
-def _relative_error(got: Tensor, want: Tensor) -> float:
+def relative_error(got: Tensor, want: Tensor) -> float:
     """The difference's norm divided by the wanted norm; infinite if that is not a number."""
     difference, norm = (got.double() - want).norm().item(), want.norm().item()
     error = difference / norm if norm else difference

@@ -183,13 +183,22 @@ def waits_for_gpu(run: Callable[[], object]) -> bool:
     return False
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that copying a large tensor moves, reads and writes together."""
+def copy_bandwidth(device: torch.device, min_time: float = 0.2) -> float:
+    """Bytes a second that copying a large tensor moves, reads and writes together; measured for `min_time` seconds."""
     size = 2**29 if device.type == "cuda" else 2**26
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    (timing,) = measure_in_turns([Timed(lambda: target.copy_(source))], device, 0.2)
+    (timing,) = measure_in_turns([Timed(lambda: target.copy_(source))], device, min_time)
     return 2 * size / timing.percentile(50)
+
+
+def matmul_speed(device: torch.device, dtype: torch.dtype, min_time: float = 0.2) -> float:
+    """Floating-point operations a second of a large matrix product; measured for `min_time` seconds."""
+    size = 8192 if device.type == "cuda" else 256
+    matrix = torch.randn(size, size, device=device).to(dtype)
+    out = torch.empty_like(matrix)
+    (timing,) = measure_in_turns([Timed(lambda: torch.mm(matrix, matrix, out=out))], device, min_time)
+    return 2 * size**3 / timing.percentile(50)
 
 
 def after(seconds: float | None) -> Callable[[], bool]:

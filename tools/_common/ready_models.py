@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import timm
@@ -16,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vitrail
 from vitrail.tools._common.cli import UsageError, unknown_name
+from vitrail.tools._common.literal_models import compute_by_definition
+from vitrail.tools._common.turns import Turns
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -44,39 +48,93 @@ class Settings:
     train: bool
     min_time: float
     variants: tuple[Variant, ...] = (Variant(),)
+    turns: Turns = field(default_factory=Turns)
 
 
-def resolve(name: str) -> tuple[str, str]:
-    """Splits "timm/NAME", "accelerated/NAME" or "NAME" into where a model comes from and its entry point.
+class Source(NamedTuple):
+    """What a name stands for: a kind of `SOURCES`, an entry point and its arguments."""
 
-    It comes from "timm", from "vitrail", or is timm's with `vitrail.accelerate` applied ("accelerated").
+    kind: str
+    entry_point: str
+    arguments: dict[str, Any]
+
+
+SOURCES = {
+    "timm": "timm's own",
+    "accelerated": "timm's after `vitrail.accelerate`",
+    "eager": "ours, every operator computed by its definition",
+    "authors": "the same, with the routed attention of BiFormer in the steps of its authors",
+}
+
+
+def resolve(name: str) -> Source:
+    """Takes "NAME", "NAME:KEY=VALUE,..." or one of these behind a source and a slash apart.
+
+    Without a source, ours or timm's.
 
     Raises:
         UsageError: There is no such model; the message names the nearest ones.
     """
-    ours = set(vitrail.list_models())
-    source, _, plain = name.rpartition("/")
-    if source not in ("", "timm", "accelerated"):
-        raise UsageError(f"model is {name!r}; allowed: NAME, timm/NAME or accelerated/NAME")
-    known = set(timm.list_models()) - (ours if source else set())
+    ours, all_names = _names()
+    before, _, arguments = name.partition(":")
+    kind, _, plain = before.rpartition("/")
+    if kind and kind not in SOURCES:
+        raise UsageError(f"model is {name!r}; allowed: NAME, and {'/NAME, '.join(SOURCES)}/NAME")
+    known = ours if kind in ("eager", "authors") else all_names - (ours if kind else set())
+    if kind == "authors":
+        known = frozenset(model for model in known if model.startswith("biformer"))
     if plain.split(".")[0] not in known:
-        raise unknown_name("model", name, [f"{source}/{n}" for n in known] if source else known)
-    return source or ("vitrail" if plain in ours else "timm"), plain
+        raise unknown_name("model", before, [f"{kind}/{n}" for n in known] if kind else known)
+    return Source(kind or ("vitrail" if plain in ours else "timm"), plain, _parse_arguments(arguments))
 
 
-def build(source: str, entry_point: str, settings: Settings) -> tuple[nn.Module, tuple[int, int, int]]:
-    """A model with random weights in the dtype, layout and mode asked for, and its (channels, height, width)."""
-    model = timm.create_model(entry_point)
+@functools.cache
+def _names() -> tuple[frozenset[str], frozenset[str]]:
+    """Ours, and all that timm knows, ours among them."""
+    return frozenset(vitrail.list_models()), frozenset(timm.list_models())
+
+
+def _parse_arguments(text: str) -> dict[str, Any]:
+    """From "n_win=16,qkv_bias=False"; what is no Python literal is a string."""
+    arguments = {}
+    for part in filter(None, text.split(",")):
+        key, equals, value = part.partition("=")
+        if not (key.isidentifier() and equals):
+            raise UsageError(f"argument {part!r} of a model; allowed: KEY=VALUE")
+        try:
+            arguments[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[key] = value
+    return arguments
+
+
+def create(source: Source, settings: Settings) -> tuple[nn.Module, tuple[int, int, int]]:
+    """What a model is made of, and its (channels, height, width).
+
+    A model that has to be told the size of its images is told, unless the name came with arguments.
+    """
+    try:
+        model = timm.create_model(source.entry_point, **source.arguments)
+    except TypeError as error:
+        raise UsageError(f"{source.entry_point}: {error}") from None
     channels, *default = model.default_cfg["input_size"]
     size = settings.img_size or (default[0], default[1])
-    if list(size) != default and hasattr(model, "set_input_size"):
+    if list(size) != default and hasattr(model, "set_input_size") and not source.arguments:
         model.set_input_size(img_size=size)
+    return model, (channels, *size)
+
+
+def build(source: Source, settings: Settings) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A model with random weights in the dtype, layout and mode asked for, and its (channels, height, width)."""
+    model, size = create(source, settings)
     model = model.to(settings.device, PRECISIONS[settings.precision]).train(settings.train)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    if source == "accelerated" and not vitrail.accelerate(model).replaced:
-        raise UsageError(f"accelerated/{entry_point}: vitrail.accelerate replaces nothing in this model")
-    return model, (channels, *size)
+    if source.kind == "accelerated" and not vitrail.accelerate(model).replaced:
+        raise UsageError(f"accelerated/{source.entry_point}: vitrail.accelerate replaces nothing in this model")
+    if source.kind in ("eager", "authors"):
+        compute_by_definition(model, as_authors=source.kind == "authors")
+    return model, size
 
 
 def make_step(model: nn.Module, size: tuple[int, int, int], compiled: bool, settings: Settings) -> Callable[[], object]:
@@ -89,18 +147,19 @@ def make_step(model: nn.Module, size: tuple[int, int, int], compiled: bool, sett
     label = torch.zeros(settings.batch_size, dtype=torch.long, device=settings.device)
 
     def infer() -> Tensor:
-        with _autocast(settings):
+        with autocast(settings):
             return run(image)
 
     def train() -> tuple[Tensor | None, ...]:
-        with _autocast(settings):
+        with autocast(settings):
             loss = F.cross_entropy(run(image).float(), label)
         return torch.autograd.grad(loss, parameters, allow_unused=True)
 
     return train if settings.train else infer
 
 
-def _autocast(settings: Settings) -> AbstractContextManager[Any]:
+def autocast(settings: Settings) -> AbstractContextManager[Any]:
+    """Under which a model runs, if its precision is a mixed one."""
     if settings.precision != "amp-bf16":
         return nullcontext()
     # Cached casts of weights would be freed behind a CUDA graph's back.

@@ -23,7 +23,7 @@ class _Shape(NamedTuple):
 # The stages of DaViT-T at 224 pixels.
 _SHAPES = {
     "gpu": (_Shape(64, 56, 3, 32), _Shape(64, 28, 6, 32), _Shape(64, 14, 12, 32), _Shape(64, 7, 24, 32)),
-    "cpu": (_Shape(2, 14, 2, 16),),
+    "cpu": (_Shape(2, 6, 2, 16),),
     "host": (_Shape(8, 7, 24, 32),),
 }
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn.attention import flex_attention
 
 SUITES = ("gpu", "cpu", "host")
 _FLEX_BLOCK = 128
@@ -95,6 +98,10 @@ def compiled(run: Callable[..., Tensor], prepare: Prepare = _as_given, **rest: A
     return Implementation(torch.compile(run, dynamic=False, fullgraph=True), prepare, plain=run, **rest)
 
 
+def _all(*inputs: Tensor) -> float:
+    return 1.0
+
+
 @dataclass(frozen=True)
 class KernelCase:
     """An operator at one size.
@@ -108,6 +115,7 @@ class KernelCase:
         ours: The implementation that the others are compared to.
         jumps: Rounding may change the result as a whole, because something is chosen by size. Then the check is in
             float32, whatever the run is in, and what is compiled is checked uncompiled.
+        needed: From the inputs to the part of the operations, counted by shapes, that these inputs call for.
     """
 
     operator: str
@@ -117,6 +125,7 @@ class KernelCase:
     implementations: Mapping[str, Implementation]
     ours: str = "vitrail"
     jumps: bool = False
+    needed: Callable[..., float] = _all
 
 
 def stack_qkv(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
@@ -126,7 +135,13 @@ def stack_qkv(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, .
 
 def flex(run: Callable[..., Tensor], prepare: Prepare = _as_given, **rest: Any) -> Implementation:
     """A compiled function around `flex_attention`, which has no backward pass on a CPU."""
-    return compiled(run, prepare, forward_only=("cpu",), **rest)
+
+    def plain(*arguments: Any) -> Tensor:
+        # Otherwise `flex_attention` hands itself to the compiler, which takes longer than all the rest of a dry run.
+        with mock.patch.object(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, create=True):
+            return run(*arguments)
+
+    return dataclasses.replace(compiled(run, prepare, forward_only=("cpu",), **rest), plain=plain)
 
 
 def block_mask(n_tokens: int, visible: Callable[..., Tensor], queries: Tensor, keys: Tensor, images: Tensor) -> Any:
@@ -141,13 +156,11 @@ def block_mask(n_tokens: int, visible: Callable[..., Tensor], queries: Tensor, k
         keys: Position of its key, like `queries`.
         images: Image of the pair, from 0, like `queries`; one image if the mask is the same for all.
     """
-    from torch.nn.attention.flex_attention import BlockMask
-
     n_blocks = -(-n_tokens // _FLEX_BLOCK)
     cells = (images * n_blocks + queries // _FLEX_BLOCK) * n_blocks + keys // _FLEX_BLOCK
     counts = torch.bincount(cells, minlength=(int(images.max()) + 1) * n_blocks**2).view(-1, 1, n_blocks, n_blocks)
     whole = counts == _FLEX_BLOCK**2
-    return BlockMask.from_kv_blocks(
+    return flex_attention.BlockMask.from_kv_blocks(
         *_ordered((counts > 0) & ~whole),
         *_ordered(whole),
         BLOCK_SIZE=_FLEX_BLOCK,

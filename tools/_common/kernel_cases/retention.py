@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from vitrail.kernels.retention import decomposed_retention, retention
-from vitrail.tools._common.kernel_cases.common import Implementation, Input, KernelCase, compiled, normal
+from vitrail.tools._common.kernel_cases.common import Implementation, Input, KernelCase, compiled, flex, normal
 
 
 class _Shape(NamedTuple):
@@ -44,8 +46,8 @@ def cases(suite: str) -> list[KernelCase]:
 
 def _case(shape: _Shape) -> KernelCase:
     image = normal(shape.batch, shape.size, shape.size, shape.heads, shape.dim)
-    eager = _ours(shape, "eager")
-    authors = _authors_decomposed if shape.decomposed else _authors_whole
+    eager, along = _ours(shape, "eager"), _along_axes if shape.decomposed else _over_map
+    authors, sdpa = along(_softmax_attention), along(_sdpa)
     return KernelCase(
         "retention",
         str(shape),
@@ -55,8 +57,11 @@ def _case(shape: _Shape) -> KernelCase:
             "vitrail": Implementation(_ours(shape, "auto")),
             "eager": Implementation(eager),
             "authors'": Implementation(authors),
+            "SDPA": Implementation(sdpa),
             "eager compiled": compiled(eager),
             "authors' compiled": compiled(authors),
+            "SDPA compiled": compiled(sdpa),
+            "flex_attention": flex(along(_flex)),
         },
     )
 
@@ -80,29 +85,57 @@ def _ours(shape: _Shape, backend: str) -> Callable[..., Tensor]:
     return run
 
 
-def _authors_decomposed(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
-    """As RMT's authors do it: matrix products, a mask added to the logits, and a transposed map between the axes."""
-    by_row = _attend(*(x.transpose(2, 3) for x in (q, k, v)), _line(q.shape[2], decay)).transpose(2, 3)
-    by_column = _attend(*(x.permute(0, 2, 3, 1, 4) for x in (q, k, by_row)), _line(q.shape[1], decay))
-    return by_column.permute(0, 3, 1, 2, 4).contiguous()
+_Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def _authors_whole(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
-    """Likewise over all positions at once, (B, heads, N, D)."""
-    height, width = q.shape[1:3]
-    index = torch.arange(height * width, device=q.device)
-    row, column = index // width, index % width
-    distance = (row[:, None] - row).abs() + (column[:, None] - column).abs()
-    out = _attend(*(x.flatten(1, 2).transpose(1, 2) for x in (q, k, v)), distance * decay[:, None, None])
-    return out.transpose(1, 2).reshape(q.shape)
+def _along_axes(attention: _Attention) -> Callable[..., Tensor]:
+    """Attention along rows, a transposed map, attention along columns."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+        rows, columns = (_line(n, decay.device) for n in (q.shape[2], q.shape[1]))
+        by_row = attention(*(x.transpose(2, 3).flatten(0, 1) for x in (q, k, v)), rows, decay)
+        by_row = by_row.unflatten(0, q.shape[:2]).transpose(2, 3)
+        by_column = attention(*(x.permute(0, 2, 3, 1, 4).flatten(0, 1) for x in (q, k, by_row)), columns, decay)
+        return by_column.unflatten(0, (q.shape[0], q.shape[2])).permute(0, 3, 1, 2, 4).contiguous()
+
+    return run
 
 
-def _line(length: int, decay: Tensor) -> Tensor:
-    """Decay of every pair on an axis, (heads, length, length)."""
-    index = torch.arange(length, device=decay.device)
-    return (index[:, None] - index).abs() * decay[:, None, None]
+def _over_map(attention: _Attention) -> Callable[..., Tensor]:
+    """Attention over all positions at once."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+        height, width = q.shape[1:3]
+        index = torch.arange(height * width, device=q.device)
+        row, column = index // width, index % width
+        distance = (row[:, None] - row).abs() + (column[:, None] - column).abs()
+        out = attention(*(x.flatten(1, 2).transpose(1, 2) for x in (q, k, v)), distance, decay)
+        return out.transpose(1, 2).reshape(q.shape)
+
+    return run
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    logits = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2) + mask.to(q.dtype)
-    return logits.softmax(-1) @ v
+def _line(length: int, device: torch.device) -> Tensor:
+    """Distance of every pair on an axis, (length, length)."""
+    index = torch.arange(length, device=device)
+    return (index[:, None] - index).abs()
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, distance: Tensor, decay: Tensor) -> Tensor:
+    """As RMT's authors do it: matrix products, and a mask that is added to the logits; all (..., heads, N, D)."""
+    mask = distance * decay[:, None, None]
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2) + mask.to(q.dtype)).softmax(-1) @ v
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, distance: Tensor, decay: Tensor) -> Tensor:
+    mask = (distance * decay[:, None, None]).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, distance: Tensor, decay: Tensor) -> Tensor:
+    """The decay in the score function, without a mask in memory."""
+
+    def score(value: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return value + distance[query, key] * decay[head]
+
+    return flex_attention(q, k, v, score_mod=score)

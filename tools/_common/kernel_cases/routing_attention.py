@@ -51,7 +51,7 @@ ROUTING_SHAPES = {
         RoutingShape(2, 200, 336, 2, 32, 16, 1),
         RoutingShape(2, 100, 168, 4, 32, 16, 4),
     ),
-    "cpu": (RoutingShape(2, 14, 14, 2, 16, 7, 4), RoutingShape(1, 10, 9, 1, 16, 4, 3)),
+    "cpu": (RoutingShape(2, 8, 8, 2, 16, 4, 3), RoutingShape(1, 8, 7, 1, 16, 3, 2)),
     "host": (RoutingShape(8, 14, 14, 8, 32, 7, 16),),
 }
 

@@ -23,7 +23,8 @@ from vitrail.tools._common.kernel_cases.routing_attention import (
     split_regions,
 )
 
-_PARAMETERS = ("qkv.weight", "qkv.bias", "lepe.weight", "lepe.bias", "proj.weight", "proj.bias")
+# Of the layer, in the order in which they are passed on.
+PARAMETERS = ("qkv.weight", "qkv.bias", "lepe.weight", "lepe.bias", "proj.weight", "proj.bias")
 
 
 def cases(suite: str) -> list[KernelCase]:
@@ -42,7 +43,7 @@ def _case(shape: RoutingShape) -> KernelCase:
         parameter(dim, dim, std=dim**-0.5),
         parameter(dim, std=0.1),
     )
-    eager, authors = _ours(shape, "eager"), _authors(shape)
+    eager, authors = _ours(shape, "eager"), authors_layer(shape.heads, shape.dim, shape.regions, shape.topk)
     return KernelCase(
         "routing_layer",
         str(shape),
@@ -80,32 +81,32 @@ def _ours(shape: RoutingShape, backend: str) -> Callable[..., Tensor]:
         before = settings.default_backend
         settings.default_backend = backend
         try:
-            return torch.func.functional_call(layer, dict(zip(_PARAMETERS, parameters, strict=True)), (x,))
+            return torch.func.functional_call(layer, dict(zip(PARAMETERS, parameters, strict=True)), (x,))
         finally:
             settings.default_backend = before
 
     return run
 
 
-def _authors(shape: RoutingShape) -> Callable[..., Tensor]:
+def authors_layer(heads: int, head_dim: int, n_regions: int, topk: int) -> Callable[..., Tensor]:
     """The layer in the steps of BiFormer's authors: padded input, regions, gathered keys and values, one softmax."""
-    heads, dim = shape.heads, shape.heads * shape.dim
+    dim = heads * head_dim
     scale = dim**-0.5
 
     def run(x: Tensor, qkv: Tensor, qkv_bias: Tensor, lepe: Tensor, lepe_bias: Tensor, wo: Tensor, wo_bias: Tensor):
         height, width = x.shape[1:3]
-        x = F.pad(x, (0, 0, 0, -width % shape.regions, 0, -height % shape.regions))
-        regions = split_regions(F.linear(x, qkv, qkv_bias), shape.regions)  # (B, R, tokens, 3 C)
+        x = F.pad(x, (0, 0, 0, -width % n_regions, 0, -height % n_regions))
+        regions = split_regions(F.linear(x, qkv, qkv_bias), n_regions)  # (B, R, tokens, 3 C)
         q, kv = regions.split((dim, 2 * dim), -1)
-        v_map = join_regions(kv[..., dim:], shape.regions, x.shape[1]).permute(0, 3, 1, 2).contiguous()
+        v_map = join_regions(kv[..., dim:], n_regions, x.shape[1]).permute(0, 3, 1, 2).contiguous()
         position = F.conv2d(v_map, lepe, lepe_bias, padding=2, groups=dim).permute(0, 2, 3, 1)
 
         means = q.mean(2).detach(), kv[..., :dim].mean(2).detach()
-        routes = (means[0] * scale @ means[1].transpose(1, 2)).topk(shape.topk, dim=-1).indices
+        routes = (means[0] * scale @ means[1].transpose(1, 2)).topk(topk, dim=-1).indices
         k, v = gather_regions(kv, routes).split(dim, -1)
         q, k, v = (t.unflatten(-1, (heads, -1)).transpose(2, 3) for t in (q, k, v))  # (B, R, heads, tokens, D)
         out = ((q * scale) @ k.transpose(-1, -2)).softmax(-1) @ v
-        out = join_regions(out.transpose(2, 3).flatten(3), shape.regions, x.shape[1]) + position
+        out = join_regions(out.transpose(2, 3).flatten(3), n_regions, x.shape[1]) + position
         return F.linear(out, wo, wo_bias)[:, :height, :width]
 
     return run

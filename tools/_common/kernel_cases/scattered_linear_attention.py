@@ -32,7 +32,7 @@ class _Shape(NamedTuple):
 
 _SHAPES = {
     "gpu": (_Shape(50_000, 4, 32), _Shape(100_000, 4, 32), _Shape(200_000, 4, 32)),
-    "cpu": (_Shape(300, 2, 16),),
+    "cpu": (_Shape(100, 2, 16),),
     "host": (_Shape(2_000, 4, 32),),
 }
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vitrail.kernels.channel_attention import channel_attention, channel_attention_packed
+from vitrail.kernels.context_window_attention import context_window_attention
 from vitrail.kernels.depthwise_conv import depthwise_conv
 from vitrail.kernels.linear_attention import linear_attention, linear_attention_packed
 from vitrail.kernels.neighborhood_attention import neighborhood_attention
@@ -116,6 +117,13 @@ def _varied_window_attention(dtype: torch.dtype, head_dim: int) -> None:
         _train(varied_window_attention, *qkv.unbind(3), offsets, stretch, window_size=window)
 
 
+def _context_window_attention(dtype: torch.dtype, head_dim: int) -> None:
+    for size, window in ((28, 7), (25, 7), (28, 14)):  # one tile, cut-off windows, and several tiles
+        q, k, v = _packed(dtype, head_dim, size).unbind(3)
+        starts = [min(first, size - window) for first in range(0, size, window)]
+        _train(context_window_attention, q, k, v, window_size=window, row_starts=starts, column_starts=starts)
+
+
 def _strip_gate(dtype: torch.dtype, channels: int) -> None:
     for size, layout in product((7, 56), (torch.contiguous_format, torch.channels_last)):
         x = torch.zeros(2, channels, size, size, dtype=dtype).to(memory_format=layout).requires_grad_()
@@ -175,6 +183,7 @@ CALLS = {
     "linear_attention": Calls(_linear_attention, _HEAD_DIMS, 32),
     "channel_attention": Calls(_channel_attention, _HEAD_DIMS, 32),
     "varied_window_attention": Calls(_varied_window_attention, _HEAD_DIMS, 32),
+    "context_window_attention": Calls(_context_window_attention, _HEAD_DIMS, 32),
     "strip_gate": Calls(_strip_gate, (16, 64, 100), 64),
     "depthwise_conv": Calls(_depthwise_conv, (3, 5, 7), 3),
     "scattered_linear_attention": Calls(_scattered_linear_attention, _HEAD_DIMS[:3], 32),

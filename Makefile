@@ -4,7 +4,7 @@ VENV ?= .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-models test-export test-gpu check bench docs clean
+.PHONY: demo test test-models test-export test-kernels-compile test-gpu check bench docs clean
 
 $(STAMP): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,9 @@ test-models: $(STAMP)
 
 test-export: $(STAMP)
 	$(BIN)/python -m pytest -q tests/tools/every_export.py
+
+test-kernels-compile: $(STAMP)
+	$(BIN)/python -m pytest -q tests/kernels/every_kernel.py
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -q -m gpu

@@ -10,8 +10,28 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
+
 _MOST_REMEMBERED = 4096
+_INT32 = 2**31  # integers from here on, and below its negative, take 64 bits
 _compiled: dict[Hashable, Any] = {}
+
+
+class _Classes(dict[Any, Hashable]):
+    """What Triton makes of an integer or a tuple of them: that one is 1, a multiple of 16 or long is compiled in."""
+
+    def __missing__(self, given: Any) -> Hashable:
+        if len(self) >= _MOST_REMEMBERED:
+            self.clear()
+        if isinstance(given, tuple):
+            found: Hashable = tuple(self[number] for number in given)
+        else:
+            found = given == 1, given % 16 == 0, -_INT32 <= given < _INT32
+        self[given] = found
+        return found
+
+
+_classes = _Classes()
 
 
 class Config(NamedTuple):
@@ -31,36 +51,62 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     """Runs `kernel[grid](*arguments, **constants)` on the device of the first argument.
 
     Triton finds a kernel's compiled code by classifying every argument of every call, which takes longer than all else
-    that a launch costs. Here the arguments themselves are the key: numbers, strides and constants by value, tensors by
-    dtype and alignment, which is all that the code may depend on.
+    that a launch costs. Here what it may depend on is found more quickly; see `_key`.
 
     Args:
         kernel: A function under `triton.jit`, its compile-time parameters last.
         grid: Numbers of programs, one to three.
-        arguments: Its other parameters, in their order; the first is a tensor.
+        arguments: Its other parameters, in their order; the first is a tensor. Tuples hold integers.
         constants: The compile-time parameters, and Triton's options.
     """
     if isinstance(arguments[0], FakeTensor):  # a run without data: what the kernel would fill is there
         return
     device = arguments[0].device
-    if device.type != "cuda":  # Triton's interpreter
+    if TRITON_INTERPRETED or device.type != "cuda":
         kernel[grid](*arguments, **constants)
-        return
-    if device.index != torch.cuda.current_device():
+    elif device.index == torch.cuda.current_device():
+        _launch_remembered(device.index, kernel, grid, arguments, constants)
+    else:
         with torch.cuda.device(device):
-            launch(kernel, grid, *arguments, **constants)
-        return
-    described = [(x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x for x in arguments]
-    key = (id(kernel), device.index, *described, *constants.items())
+            _launch_remembered(device.index, kernel, grid, arguments, constants)
+
+
+def _launch_remembered(
+    device: int, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    """Launches on the current device with the code that an earlier call of the same kind has compiled, if any has."""
+    key = (device, *_key(kernel, arguments, constants))
     code = _compiled.get(key)
     if code is None:
         if len(_compiled) >= _MOST_REMEMBERED:
             _compiled.clear()
         _compiled[key] = kernel[grid](*arguments, **constants)
         return
+    # Compiled code takes every parameter of the kernel in its order, and looks at no compile-time one.
     whole_grid = (*grid, 1, 1)
     n_constants = len(kernel.params) - len(arguments)
     code[whole_grid](*arguments, *(None,) * n_constants)
+
+
+def _key(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Hashable, ...]:
+    """What the code of a call may depend on, equal for two calls if and only if it is the same for Triton.
+
+    Of tensors that is the dtype and whether they start at a multiple of 16 bytes, of integers that the kernel does not
+    specialise, such as an image's size, the type alone: sizes that differ from batch to batch find the same code.
+    """
+    found: list[Any] = [id(kernel)]
+    for argument, parameter in zip(arguments, kernel.params, strict=False):
+        kind = type(argument)
+        if kind is tuple:
+            found.append(_classes[argument])
+        elif kind is int:
+            is_size = parameter.do_not_specialize
+            found.append(-_INT32 <= argument < _INT32 if is_size else _classes[argument])
+        elif isinstance(argument, Tensor):
+            found.append((argument.dtype, argument.data_ptr() % 16 == 0))
+        else:  # a float, a truth value or None
+            found.append(kind)
+    return (*found, *constants, *constants.values())
 
 
 def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:

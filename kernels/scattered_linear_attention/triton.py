@@ -23,7 +23,6 @@ products. Where terms cancel, as the gradient of the only key of a window does, 
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -32,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitrail.kernels._common.launch import unit_stride
+from vitrail.kernels._common.launch import launch, multiprocessors, unit_stride
 from vitrail.kernels._common.triton import relu
 from vitrail.kernels.scattered_linear_attention.windows import chunk_size, most_parts
 
@@ -353,12 +352,11 @@ def _key_gradient_kernel(
                 _store_rows(d_v_ptr, d_v, voxels, exists, head, d_v_strides, HEAD_DIM)
 
 
-@functools.lru_cache
 def _most_warps(device: torch.device) -> int:
     """Of all programs of a kernel together."""
     if device.type != "cuda":
         return 20  # of the interpreter: fewer programs than there are units
-    return _WARPS * torch.cuda.get_device_properties(device).multi_processor_count
+    return _WARPS * multiprocessors(device)
 
 
 def _warps_and_stages(q: Tensor) -> tuple[int, int]:
@@ -401,15 +399,18 @@ class _Problem:
     def join(self, sums: Tensor) -> None:
         """Completes the sums of crowded windows."""
         columns = math.ceil((self.head_dim + 1) * self.head_dim / _JOINED_COLUMNS)
-        _join_kernel[self.grid[0] // 4 + 1, columns](
-            self.parts, sums, *self.scalars, HEAD_DIM=self.head_dim, PARTS=_JOINED, COLUMNS=_JOINED_COLUMNS, num_warps=4
-        )
+        launch(
+            _join_kernel, (self.grid[0] // 4 + 1, columns), self.parts, sums, *self.scalars,
+            HEAD_DIM=self.head_dim, PARTS=_JOINED, COLUMNS=_JOINED_COLUMNS, num_warps=4,
+        )  # fmt: skip
 
     def sums(self, k: Tensor, v: Tensor, order: Tensor) -> Tensor:
         """Sums of keys and values over crowded windows."""
         found = self.workspace()
         if self.has_crowded:
-            _sums_kernel[self.grid](k, v, order, self.parts, found, *_strides(k, v), *self.scalars, **self.options)
+            launch(
+                _sums_kernel, self.grid, k, v, order, self.parts, found, *_strides(k, v), *self.scalars, **self.options
+            )
             self.join(found)
         return found
 
@@ -429,7 +430,8 @@ def scattered_linear_attention_forward(
     q, k, v = unit_stride(q, k, v)
     problem = _Problem(q, parts)
     sums = problem.sums(k, v, order)
-    _apply_kernel[problem.grid](
+    launch(
+        _apply_kernel, problem.grid,
         q, k, v, out, order, starts, ends, parts, sums, *_strides(q, k, v, out), *problem.scalars, eps,
         PRECISION=problem.precision, **problem.options,
     )  # fmt: skip
@@ -447,13 +449,15 @@ def scattered_linear_attention_backward(
     problem, windows = _Problem(q, parts), (order, starts, ends, parts)
     sums, d_sums = problem.sums(k, v, order), problem.workspace()
     denominators = torch.empty((len(q), 2, problem.heads), dtype=torch.float32, device=q.device)
-    _query_gradient_kernel[problem.grid](
+    launch(
+        _query_gradient_kernel, problem.grid,
         grad, q, k, v, d_q, d_k, d_v, *windows, sums, d_sums, denominators, *_strides(grad, q, k, v, d_q, d_k, d_v),
         *problem.scalars, eps, PRECISION=problem.precision, **problem.options,
     )  # fmt: skip
     if problem.has_crowded:
         problem.join(d_sums)
-    _key_gradient_kernel[problem.grid](
+    launch(
+        _key_gradient_kernel, problem.grid,
         grad, q, k, v, d_k, d_v, *windows, d_sums, denominators, *_strides(grad, q, k, v, d_k, d_v),
         *problem.scalars, PRECISION=problem.precision, **problem.options,
     )  # fmt: skip

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitrail.kernels._common.launch import launch
 from vitrail.kernels._common.triton import bisect
 
 _ROWS = 128
@@ -60,9 +61,10 @@ def find_windows(
     found = torch.empty((4, n_voxels), dtype=torch.int32, device=ids.device)
     parts = torch.zeros((1 + most_parts, 4), dtype=torch.int32, device=ids.device)
     grid = (triton.cdiv(n_voxels, _ROWS),)
-    _windows_kernel[grid](
-        ids, order, *found, n_voxels, n_voxels.bit_length(), small, bundle, chunk_size, ROWS=_ROWS, num_warps=4
-    )
+    launch(
+        _windows_kernel, grid, ids, order, *found, n_voxels, n_voxels.bit_length(), small, bundle, chunk_size,
+        ROWS=_ROWS, num_warps=4,
+    )  # fmt: skip
     rank = found[3].cumsum(0, dtype=torch.int32)
-    _parts_kernel[grid](*found[1:], rank, parts, n_voxels, ROWS=_ROWS, num_warps=4)
+    launch(_parts_kernel, grid, *found[1:], rank, parts, n_voxels, ROWS=_ROWS, num_warps=4)
     return found[0], found[1], found[2], parts

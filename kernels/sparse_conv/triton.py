@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitrail.kernels._common.launch import unit_stride
+from vitrail.kernels._common.launch import launch, unit_stride
 
 _ROWS = 64  # voxels of a tile
 _TAPS = 3  # taps of a depth-wise kernel whose rows are under way at once
@@ -195,7 +195,8 @@ def _run_conv(x: Tensor, weight: Tensor, table: Tensor, strides: tuple[int, ...]
     tile = _tile(out_dim, 128)
     grid = (triton.cdiv(n_outputs, _ROWS), triton.cdiv(out_dim, tile))
     options: dict[str, Any] = {"ROWS": _ROWS, "OUT": tile, "IN": _tile(x.shape[1], 64 if x.element_size() == 2 else 32)}
-    _conv_kernel[grid](
+    launch(
+        _conv_kernel, grid,
         x, weight, out, table.contiguous(), x.stride(0), *strides, n_outputs, taps, x.shape[1], out_dim,
         **options, num_warps=8 if tile > 64 else 4, num_stages=3,
     )  # fmt: skip
@@ -219,7 +220,8 @@ def sparse_conv_backward(
     out_tile, in_tile = _tile(out_dim, 64), _tile(in_dim, 64)
     parts = torch.empty((n_parts, out_dim, taps, in_dim), dtype=torch.float32, device=grad.device)
     grid = (n_parts * taps, triton.cdiv(out_dim, out_tile), triton.cdiv(in_dim, in_tile))
-    _weight_gradient_kernel[grid](
+    launch(
+        _weight_gradient_kernel, grid,
         grad, features, parts, table.contiguous(), grad.stride(0), features.stride(0),
         n_outputs, taps, part_size, in_dim, out_dim, ROWS=_ROWS, OUT=out_tile, IN=in_tile, num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -235,7 +237,8 @@ def depthwise_forward(features: Tensor, weight: Tensor, table: Tensor) -> Tensor
     if out.numel() == 0:
         return out
     tile = _tile(dim, 64)
-    _depthwise_kernel[triton.cdiv(n_outputs, _ROWS), triton.cdiv(dim, tile)](
+    launch(
+        _depthwise_kernel, (triton.cdiv(n_outputs, _ROWS), triton.cdiv(dim, tile)),
         features, weight.contiguous(), out, table.contiguous(), features.stride(0), n_outputs, taps, dim,
         ROWS=_ROWS, DIM=tile, TAPS=_TAPS, num_warps=4,
     )  # fmt: skip
@@ -255,7 +258,8 @@ def _depthwise_weight_gradient(grad: Tensor, features: Tensor, weight: Tensor, t
     n_parts, part_size = _parts(n_outputs)
     tile = _tile(dim, 128)
     parts = torch.empty((n_parts, taps, dim), dtype=torch.float32, device=grad.device)
-    _depthwise_weight_gradient_kernel[n_parts * taps, triton.cdiv(dim, tile)](
+    launch(
+        _depthwise_weight_gradient_kernel, (n_parts * taps, triton.cdiv(dim, tile)),
         grad, features, parts, table.contiguous(), grad.stride(0), features.stride(0), n_outputs, taps, part_size, dim,
         ROWS=_ROWS, DIM=tile, num_warps=4,
     )  # fmt: skip
@@ -270,7 +274,8 @@ def mix_forward(features: Tensor, weights: Sequence[Tensor], tables: Sequence[Te
     if out.numel() == 0:
         return out
     tile = _tile(dim, 64)
-    _mix_kernel[triton.cdiv(n_voxels, _ROWS), 4, triton.cdiv(dim, tile)](
+    launch(
+        _mix_kernel, (triton.cdiv(n_voxels, _ROWS), 4, triton.cdiv(dim, tile)),
         features, *(w.contiguous() for w in weights), out, *(t.contiguous() for t in tables),
         features.stride(0), n_voxels, *(len(w) for w in weights), dim, ROWS=_ROWS, DIM=tile, TAPS=_TAPS, num_warps=4,
     )  # fmt: skip

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitrail.kernels._common.launch import launch
 from vitrail.kernels._common.triton import bisect
 
 _ROWS = 128
@@ -137,7 +138,8 @@ def neighbour_table(
     forward = torch.empty((taps, n_outputs), dtype=torch.int32, device=keys.device)
     backward = torch.full((taps, n_inputs), -1, dtype=torch.int32, device=keys.device)
     if n_outputs > 0:
-        _table_kernel[triton.cdiv(n_outputs, _ROWS), kernel_size[0] * kernel_size[1]](
+        launch(
+            _table_kernel, (triton.cdiv(n_outputs, _ROWS), kernel_size[0] * kernel_size[1]),
             out_keys, keys, forward, backward, n_outputs, n_inputs, n_inputs.bit_length(), *out_shape, *shape,
             *kernel_size[1:], *stride, *first, ROWS=_ROWS, num_warps=4,
         )  # fmt: skip
@@ -152,7 +154,8 @@ def reached_keys(
     candidates = math.prod(reach)
     found = torch.empty(candidates * len(keys), dtype=torch.int64, device=keys.device)
     if len(keys) > 0:
-        _reach_kernel[triton.cdiv(len(keys), _ROWS), candidates](
+        launch(
+            _reach_kernel, (triton.cdiv(len(keys), _ROWS), candidates),
             keys, found, len(keys), *shape, *out_shape, *kernel_size, *stride, *padding, *reach[1:],
             ROWS=_ROWS, num_warps=4,
         )  # fmt: skip
@@ -163,7 +166,8 @@ def coords_of(keys: Tensor, shape: Sequence[int]) -> Tensor:
     """(N,) keys -> (N, 4), int64."""
     coords = torch.empty((len(keys), 4), dtype=torch.int64, device=keys.device)
     if len(keys) > 0:
-        _coords_kernel[(triton.cdiv(len(keys), _ROWS),)](keys, coords, len(keys), *shape, ROWS=_ROWS, num_warps=4)
+        grid = (triton.cdiv(len(keys), _ROWS),)
+        launch(_coords_kernel, grid, keys, coords, len(keys), *shape, ROWS=_ROWS, num_warps=4)
     return coords
 
 
@@ -173,7 +177,8 @@ def keys_of_points(
     """Keys of the voxels of contiguous float32 points (P, F), -1 where there is none: (P,), int64."""
     keys = torch.empty(len(points), dtype=torch.int64, device=points.device)
     if len(points) > 0:
-        _point_keys_kernel[(triton.cdiv(len(points), _ROWS),)](
-            points, batch, keys, *points.shape, *low, *voxel_size, *shape, ROWS=_ROWS, num_warps=4
-        )
+        launch(
+            _point_keys_kernel, (triton.cdiv(len(points), _ROWS),),
+            points, batch, keys, *points.shape, *low, *voxel_size, *shape, ROWS=_ROWS, num_warps=4,
+        )  # fmt: skip
     return keys

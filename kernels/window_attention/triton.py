@@ -517,10 +517,14 @@ def _window_bwd_dbias_kernel(
     tl.store(d_bias_ptr + offsets, d_bias, mask=(q_tokens[:, None] < N_TOKENS) & (tokens[None, :] < N_TOKENS))
 
 
+# With a pipeline, tiles of rows of more than `_NARROW` bytes would need more shared memory than a program can have.
+_NARROW = 256
 CONFIGS = {
     "fwd": Config(4, 3, 8),
     "fwd_tiled": Config(4, 2),
     "bwd": Config(4, 2, 4),
+    "fwd_wide": Config(8, 1, 2),
+    "bwd_wide": Config(8, 1, 2),
     "bwd_dq": Config(4, 2),
     "bwd_dkdv": Config(4, 2),
     "bwd_dbias": Config(4, 2, 4),
@@ -541,6 +545,7 @@ class _Problem:
         roll_first: bool,
     ) -> None:
         batch, height, width, self.heads, self.head_dim = q.shape
+        self.row_bytes = self.head_dim * q.element_size()
         self.tokens = window[0] * window[1]
         self.n_windows = batch * math.ceil(height / window[0]) * math.ceil(width / window[1])
         self.single_tile = self.tokens <= _SINGLE_TILE
@@ -589,6 +594,10 @@ class _Problem:
         missing = self.constants["WHOLE"] + self.constants["REST"] - self.tokens
         return F.pad(bias, (0, missing, 0, missing), value=-math.inf).contiguous()
 
+    def config(self, kernel: str) -> Config:
+        """How one of the kernels for windows of one tile is launched."""
+        return CONFIGS[kernel if self.row_bytes <= _NARROW else f"{kernel}_wide"]
+
     def walkers(self, per_multiprocessor: int) -> int:
         """How many programs share the windows of one head, for so many programs of all heads on a multiprocessor."""
         return min(self.n_windows, max(1, per_multiprocessor * self.multiprocessors // self.heads))
@@ -615,7 +624,7 @@ def window_attention_forward(
     tensors = (q, k, v, problem.laid_out(bias), contiguous(pad_k), contiguous(pad_v), out)
     strides = map_strides(q, k, v, out)
     if problem.single_tile:
-        config = CONFIGS["fwd"]
+        config = problem.config("fwd")
         grid = (problem.walkers(config.programs) * problem.heads,)
         launch(_window_fwd_kernel, grid, *tensors, *strides, *problem.scalars, **problem.constants, **config.launch)
         return out
@@ -662,7 +671,7 @@ def _backward_single_tile(
     problem: _Problem, inputs: tuple[Any, ...], gradients: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Runs the one-tile kernel; returns (slots, heads, T, T) and (slots, heads, 2, D) of partial sums."""
-    config = CONFIGS["bwd"]
+    config = problem.config("bwd")
     walkers = problem.walkers(config.programs)
     bias_slots, pad_slots = _slots(problem, inputs, walkers, walkers)
     launch(

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
-from vitrail.kernels._common.launch import unit_stride
+from vitrail.kernels._common.launch import contiguous, launch, multiprocessors, unit_stride
 from vitrail.kernels.neighborhood_attention.triton.backward import (
     neighborhood_bwd_dextra_kernel,
     neighborhood_bwd_dkdv_kernel,
@@ -43,7 +43,8 @@ class Config(NamedTuple):
 _WARP = ((2, 8, 1), (4, 4, 1), (1, 16, 1))
 _WARPS = ((2, 8, 4), (4, 4, 4), (1, 16, 4))
 _SHARED = (*_WARP, (8, 8, 4))
-# By bytes of a number, kernel, and the most channels of a head. None of these spills registers.
+# By bytes of a number, kernel, and the most channels of a head. Heads of 128 channels with padding and bias spill a few
+# registers (sm_90, triton 3.8): 8 and 16 bytes of a thread, forward and for the queries; 200 and 224 of float32.
 CONFIGS: dict[int, dict[str, dict[int, Config]]] = {
     2: {
         "fwd": {32: Config(_SHARED, 128), 128: Config(_WARP, 32)},
@@ -233,7 +234,7 @@ def problem_of(
         rpb is not None,
         0 if extra_k is None else extra_k.shape[1],
         pad_k is not None,
-        _multiprocessors(q.device),
+        multiprocessors(q.device),
     )
 
 
@@ -285,7 +286,8 @@ def neighborhood_attention_forward(
     problem = problem_of(q, rpb, extra_k, pad_k, kernel_size, stride, dilation, is_causal, scale)
     inputs = _Inputs(q, k, v, rpb, extra_k, extra_v, pad_k, pad_v)
     plan = problem.fwd
-    neighborhood_fwd_kernel[(problem.batch * plan.slots * problem.heads,)](
+    launch(
+        neighborhood_fwd_kernel, (problem.batch * plan.slots * problem.heads,),
         *inputs.tensors, out, *inputs.strides, *_strides(out), *plan.geometry, problem.n_extra, problem.scale,
         **plan.options, OFFSET=_offset_type(*inputs.maps, out),
     )  # fmt: skip
@@ -337,7 +339,7 @@ class _Inputs:
         pad_v: Tensor | None,
     ) -> None:
         self.q, self.k, self.v = unit_stride(q, k, v)
-        self.rpb, self.pad_k, self.pad_v = (None if t is None else t.contiguous() for t in (rpb, pad_k, pad_v))
+        self.rpb, self.pad_k, self.pad_v = map(contiguous, (rpb, pad_k, pad_v))
         self.extra_k, self.extra_v = (None if t is None else unit_stride(t)[0] for t in (extra_k, extra_v))
         self.given = (extra_k, extra_v, pad_k, pad_v)
 
@@ -362,7 +364,8 @@ def _run_dq(problem: Problem, inputs: _Inputs, grad: Tensor, d_q: Tensor) -> Ten
     shape = (problem.batch, problem.heads, 2, math.prod(problem.lengths))
     stats = torch.empty(shape, dtype=torch.float32, device=grad.device)
     plan = problem.bwd_dq
-    neighborhood_bwd_dq_kernel[(problem.batch * plan.slots * problem.heads,)](
+    launch(
+        neighborhood_bwd_dq_kernel, (problem.batch * plan.slots * problem.heads,),
         grad, *inputs.tensors, d_q, stats, *_strides(grad), *inputs.strides, *_strides(d_q),
         *plan.geometry, problem.n_extra, problem.scale,
         **plan.options, OFFSET=_offset_type(grad, *inputs.maps, d_q),
@@ -378,7 +381,8 @@ def _run_dkdv(
     programs = problem.batch * plan.slots
     shape = (programs if problem.has_pad else 0, problem.heads, 2, problem.head_dim)
     d_pads = torch.empty(shape, dtype=torch.float32, device=grad.device)
-    neighborhood_bwd_dkdv_kernel[(programs * problem.heads,)](
+    launch(
+        neighborhood_bwd_dkdv_kernel, (programs * problem.heads,),
         grad, *inputs.maps, inputs.rpb, inputs.pad_k, inputs.pad_v, stats, d_k, d_v, d_pads,
         *_strides(grad, *inputs.maps, d_k, d_v), *plan.geometry, problem.scale,
         **plan.options, OFFSET=_offset_type(grad, *inputs.maps, d_k, d_v),
@@ -402,15 +406,17 @@ def _run_drpb(problem: Problem, inputs: _Inputs, grad: Tensor, stats: Tensor, rp
     splits = problem.splits("bwd_drpb", tiles.steps * problem.axes[0][0] * problem.heads, n_slots)
     shape = (splits, problem.heads, n_boxes, math.prod(tiles.own), math.prod(tiles.others))
     sums = torch.empty(shape, dtype=torch.float32, device=grad.device)
-    neighborhood_bwd_drpb_kernel[(splits * problem.heads * n_boxes,)](
+    launch(
+        neighborhood_bwd_drpb_kernel, (splits * problem.heads * n_boxes,),
         grad, *inputs.maps, inputs.rpb, inputs.pad_k, inputs.pad_v, stats, sums, *_strides(grad, *inputs.maps),
         *plan.geometry, n_slots, splits, problem.scale,
         **plan.options, **boxes, OFFSET=_offset_type(grad, *inputs.maps),
     )  # fmt: skip
     d_rpb = torch.empty(rpb.shape, dtype=torch.float32, device=grad.device)
     shared = {name: plan.options[name] for name in ("AXES", "QUERY_H", "QUERY_W", "KEY_H", "KEY_W")}
-    neighborhood_bwd_drpb_sum_kernel[(rpb.numel(),)](
-        sums, d_rpb, problem.heads, splits, **shared, **boxes, SPLITS=32, num_warps=4
+    launch(
+        neighborhood_bwd_drpb_sum_kernel, (rpb.numel(),), sums, d_rpb, problem.heads, splits, **shared, **boxes,
+        SPLITS=32, num_warps=4,
     )  # fmt: skip
     return d_rpb.to(rpb.dtype)
 
@@ -426,7 +432,8 @@ def _run_dextra(problem: Problem, inputs: _Inputs, grad: Tensor, stats: Tensor) 
     splits = problem.splits("bwd_dextra", programs, plan.slots)
     shape = (splits, problem.batch, blocks, problem.heads, 2, EXTRA_BLOCK, problem.head_dim)
     sums = torch.empty(shape, dtype=torch.float32, device=grad.device)
-    neighborhood_bwd_dextra_kernel[(splits * programs,)](
+    launch(
+        neighborhood_bwd_dextra_kernel, (splits * programs,),
         grad, inputs.q, inputs.extra_k, inputs.extra_v, stats, sums,
         *_strides(grad, inputs.q), *_extra_strides(inputs.extra_k, inputs.extra_v),
         *plan.geometry, problem.n_extra, plan.slots, splits, problem.scale,
@@ -455,9 +462,3 @@ def boxes_around(queries: int, keys: int, axis: _Axis) -> Boxes:
     before = math.ceil((kernel - 1 - start) / keys)
     behind = queries - 1 + (0 if causal else kernel - 1)
     return Boxes(-start - before * keys, before + math.ceil((start + behind + 1) / keys))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; 1 for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

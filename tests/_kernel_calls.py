@@ -1,0 +1,219 @@
+"""Calls of the operators that launch every Triton kernel in every way in which it is compiled.
+
+A calls' function takes the inputs' dtype and a width: channels of a head, of a map, or the size of a filter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitrail.kernels.channel_attention import channel_attention, channel_attention_packed
+from vitrail.kernels.context_window_attention import context_window_attention
+from vitrail.kernels.depthwise_conv import depthwise_conv
+from vitrail.kernels.linear_attention import linear_attention, linear_attention_packed
+from vitrail.kernels.neighborhood_attention import neighborhood_attention
+from vitrail.kernels.routing_attention import region_routes, routing_attention
+from vitrail.kernels.scattered_linear_attention import (
+    scattered_linear_attention,
+    scattered_linear_attention_packed,
+    sort_windows,
+)
+from vitrail.kernels.sparse_conv import (
+    depthwise_sparse_conv,
+    mixed_depthwise_conv,
+    sparse_conv,
+    strided_sites,
+    strided_table,
+    submanifold_table,
+)
+from vitrail.kernels.strip_gate import strip_gate
+from vitrail.kernels.varied_window_attention import varied_window_attention, varied_window_attention_packed
+from vitrail.kernels.window_attention import window_attention, window_attention_packed
+
+_HEADS = 2
+
+
+class Calls(NamedTuple):
+    """Calls of one operator: what runs them, for which widths, and the width of the selection that tests compile."""
+
+    run: Callable[[torch.dtype, int], None]
+    widths: tuple[int, ...]
+    usual: int
+
+
+def _input(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+
+def _packed(dtype: torch.dtype, head_dim: int, size: int = 28) -> Tensor:
+    return _input(dtype, 2, size, size, 3, _HEADS, head_dim)
+
+
+def _train(operator: Callable[..., Tensor], *inputs: Any, **options: Any) -> None:
+    """Forward and backward; nothing that kernels would fill is read."""
+    out = operator(*inputs, **options, backend="triton")
+    out.backward(torch.zeros_like(out))
+
+
+def _window_attention(dtype: torch.dtype, head_dim: int) -> None:
+    pads = {name: _input(dtype, _HEADS, head_dim) for name in ("pad_k", "pad_v")}
+    whole, cut = _packed(dtype, head_dim), _packed(dtype, head_dim, 25)
+    _train(window_attention, *whole.unbind(3), window_size=7)
+    for window in (7, 14):  # one tile, and several
+        bias = _input(dtype, _HEADS, window**2, window**2)
+        _train(window_attention_packed, whole, window_size=window, shift_size=3, bias=bias)
+        _train(window_attention_packed, cut, window_size=window, shift_size=3, bias=bias, roll_first=True, **pads)
+        _train(window_attention_packed, cut, window_size=window, bias=bias)
+
+
+def _neighborhood_attention(dtype: torch.dtype, head_dim: int) -> None:
+    extra = {name: _input(dtype, 2, 20, _HEADS, head_dim) for name in ("extra_k", "extra_v")}
+    pads = {name: _input(dtype, _HEADS, head_dim) for name in ("pad_k", "pad_v")}
+    maps = _packed(dtype, head_dim).unbind(3)
+    line = [_input(dtype, 2, 60, _HEADS, head_dim) for _ in range(3)]
+    volume = [_input(dtype, 1, 6, 14, 14, _HEADS, head_dim) for _ in range(3)]
+    rpb = _input(dtype, _HEADS, 13, 13)
+    _train(neighborhood_attention, *maps, kernel_size=7, rpb=rpb)
+    _train(neighborhood_attention, *maps, kernel_size=7, dilation=5, rpb=rpb, **pads)  # 35 places of 28 are real
+    _train(neighborhood_attention, *maps, kernel_size=7, stride=2, is_causal=(True, False), **extra)
+    for kernel in (3, 13):
+        _train(neighborhood_attention, *maps, kernel_size=kernel, rpb=_input(dtype, _HEADS, *[2 * kernel - 1] * 2))
+    _train(neighborhood_attention, *line, kernel_size=7, rpb=_input(dtype, _HEADS, 13))
+    _train(neighborhood_attention, *volume, kernel_size=(3, 5, 5), rpb=_input(dtype, _HEADS, 5, 9, 9))
+
+
+def _routing_attention(dtype: torch.dtype, head_dim: int) -> None:
+    pads = [_input(dtype, _HEADS, head_dim) for _ in range(2)]
+    for size, topk in ((56, 4), (25, 4), (14, 16), (7, 49)):
+        q, k, v = _packed(dtype, head_dim, size).unbind(3)
+        region_routes(q, k, n_regions=7, topk=topk, pad_q=pads[0], pad_k=pads[1], backend="triton")
+        routes = torch.arange(topk).expand(2, 49, topk)
+        _train(routing_attention, q, k, v, routes, n_regions=7, pad_k=pads[0], pad_v=pads[1])
+
+
+def _linear_attention(dtype: torch.dtype, head_dim: int) -> None:
+    qkv, temperature = _packed(dtype, head_dim), _input(dtype, _HEADS)
+    _train(linear_attention, *qkv.unbind(3), temperature)
+    _train(linear_attention_packed, qkv, temperature)
+
+
+def _channel_attention(dtype: torch.dtype, head_dim: int) -> None:
+    qkv = _packed(dtype, head_dim)
+    _train(channel_attention, *qkv.unbind(3))
+    _train(channel_attention_packed, qkv)
+
+
+def _varied_window_attention(dtype: torch.dtype, head_dim: int) -> None:
+    for window in (4, 7):
+        rows = -(-28 // window)
+        offsets, stretch = (_input(torch.float32, 2, rows, rows, _HEADS, 2) for _ in range(2))
+        qkv, bias = _packed(dtype, head_dim), _input(dtype, _HEADS, window**2, window**2)
+        _train(varied_window_attention_packed, qkv, offsets, stretch, window_size=window, bias=bias)
+        _train(varied_window_attention, *qkv.unbind(3), offsets, stretch, window_size=window)
+
+
+def _context_window_attention(dtype: torch.dtype, head_dim: int) -> None:
+    for size, window in ((28, 7), (25, 7), (28, 14)):  # one tile, cut-off windows, and several tiles
+        q, k, v = _packed(dtype, head_dim, size).unbind(3)
+        starts = [min(first, size - window) for first in range(0, size, window)]
+        _train(context_window_attention, q, k, v, window_size=window, row_starts=starts, column_starts=starts)
+
+
+def _strip_gate(dtype: torch.dtype, channels: int) -> None:
+    for size, layout in product((7, 56), (torch.contiguous_format, torch.channels_last)):
+        x = torch.zeros(2, channels, size, size, dtype=dtype).to(memory_format=layout).requires_grad_()
+        for strips in {dtype, torch.float32}:
+            _train(strip_gate, x, *(_input(strips, 2, channels, size) for _ in range(2)), skip=True)
+
+
+def _depthwise_conv(dtype: torch.dtype, kernel: int) -> None:
+    for channels in (64, 20):  # whole blocks of channels, and one that is cut off
+        bias, pad = (_input(dtype, channels) for _ in range(2))
+        x, weight = _input(dtype, 2, 14, 14, channels), _input(dtype, channels, 1, kernel, kernel)
+        _train(depthwise_conv, x, weight, bias, gelu=True, skip=True)
+        _train(depthwise_conv, x, weight, bias, pads=(1, 2), pad_value=pad)
+    value = _input(dtype, 2, 14, 14, 3, channels)[:, :, :, 2]
+    _train(depthwise_conv, value, weight)
+    _train(depthwise_conv, value, weight, residual=x)
+
+
+def _scattered_linear_attention(dtype: torch.dtype, head_dim: int) -> None:
+    from vitrail.kernels.scattered_linear_attention.triton_windows import find_windows
+
+    ids = torch.arange(800) // 500  # a crowded window
+    windows = sort_windows(ids)
+    qkv = _input(dtype, 800, 3, _HEADS, head_dim)
+    _train(scattered_linear_attention, *qkv.unbind(1), windows)
+    _train(scattered_linear_attention_packed, qkv, windows)
+    find_windows(ids, ids, 32, 64, 256, 100)
+
+
+def _sparse_conv(dtype: torch.dtype, channels: int) -> None:
+    from vitrail.kernels.sparse_conv.triton_sites import coords_of, keys_of_points, neighbour_table, reached_keys
+
+    shape, three, two = (4, 8, 8), (3, 3, 3), (2, 2, 2)
+    keys = torch.arange(0, 256, 2)
+    table = submanifold_table(keys, shape, three)
+    x = _input(dtype, len(keys), channels)
+    for out_channels in (channels, 2 * channels):
+        _train(sparse_conv, x, _input(dtype, out_channels, 27, channels), table)
+    out_keys, out_shape = strided_sites(keys, shape, two, two, (0, 0, 0))
+    strided = strided_table(keys, shape, out_keys, out_shape, two, two, (0, 0, 0))
+    _train(sparse_conv, x, _input(dtype, channels, 8, channels), strided)
+    _train(depthwise_sparse_conv, x, _input(dtype, 27, channels), table)
+    weights = [_input(dtype, 27, channels // 4) for _ in range(3)]
+    _train(mixed_depthwise_conv, x, weights, [table] * 3)
+
+    neighbour_table(keys, shape, keys, shape, three, (1, 1, 1), (-1, -1, -1))
+    reached_keys(keys, shape, out_shape, two, two, (0, 0, 0), (1, 1, 1))
+    coords_of(keys, shape)
+    keys_of_points(torch.zeros(50, 5), torch.zeros(50, dtype=torch.int64), (0.0, 0.0, 0.0), (0.1, 0.1, 0.2), shape)
+
+
+_HEAD_DIMS = (16, 32, 64, 128)
+CALLS = {
+    "window_attention": Calls(_window_attention, _HEAD_DIMS, 32),
+    "neighborhood_attention": Calls(_neighborhood_attention, _HEAD_DIMS, 32),
+    "routing_attention": Calls(_routing_attention, _HEAD_DIMS, 32),
+    "linear_attention": Calls(_linear_attention, _HEAD_DIMS, 32),
+    "channel_attention": Calls(_channel_attention, _HEAD_DIMS, 32),
+    "varied_window_attention": Calls(_varied_window_attention, _HEAD_DIMS, 32),
+    "context_window_attention": Calls(_context_window_attention, _HEAD_DIMS, 32),
+    "strip_gate": Calls(_strip_gate, (16, 64, 100), 64),
+    "depthwise_conv": Calls(_depthwise_conv, (3, 5, 7), 3),
+    "scattered_linear_attention": Calls(_scattered_linear_attention, _HEAD_DIMS[:3], 32),
+    "sparse_conv": Calls(_sparse_conv, (16, 32, 64, 128), 32),
+}
+
+
+def _map_of_size(operator: Callable[..., Tensor], **options: Any) -> Callable[[int], None]:
+    def run(size: int) -> None:
+        qkv = _input(torch.bfloat16, 1, 1 + size % 32, 1 + size % 31, 3, _HEADS, 32)
+        _train(operator, *qkv.unbind(3), **options)
+
+    return run
+
+
+def _voxels(size: int) -> None:
+    qkv = _input(torch.bfloat16, size, 3, _HEADS, 32)
+    _train(scattered_linear_attention_packed, qkv, sort_windows(torch.arange(size) // 100))
+
+
+def _sites(size: int) -> None:
+    keys = torch.arange(size)
+    table = submanifold_table(keys, (4, 16, 16), (3, 3, 3))
+    _train(sparse_conv, _input(torch.bfloat16, size, 32), _input(torch.bfloat16, 32, 27, 32), table)
+
+
+# Calls whose inputs have some hundred tokens, voxels or sites.
+SIZED = {
+    "window_attention": _map_of_size(window_attention, window_size=7),
+    "neighborhood_attention": _map_of_size(neighborhood_attention, kernel_size=7),
+    "scattered_linear_attention": _voxels,
+    "sparse_conv": _sites,
+}

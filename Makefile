@@ -14,9 +14,9 @@ $(STAMP): setup.cfg pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python -m vitrail.tools.train digits/biformer_n
 
-# A process a core; a file's tests stay together, as some share what is slow to make.
+# A process a core; a file's tests stay together, as some share what is slow to make, and slow files come first.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not gpu"
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not gpu"
 
 test-models: $(STAMP)
 	$(BIN)/python tests/contract/run.py

@@ -32,7 +32,12 @@ if importlib.util.find_spec("hypothesis"):
     settings.load_profile("repeatable")
 
 
+# Folders by how long their slowest file takes, so that no process is left with one of them at the end.
+_SLOWEST_FIRST = ("contract", "tools", "models", "docs", "configs", "kernels", "layers")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_turn)
     if torch.cuda.is_available():
         return
     for item in items:
@@ -53,6 +58,11 @@ def _nothing_is_drawn_on_meta() -> Iterator[None]:
 
 def _drawn_elsewhere(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda tensor, *args, **kwargs: tensor if tensor.is_meta else draw(tensor, *args, **kwargs)
+
+
+def _turn(item: pytest.Item) -> int:
+    folder = item.path.relative_to(ROOT / "tests").parts[0]
+    return _SLOWEST_FIRST.index(folder) if folder in _SLOWEST_FIRST else len(_SLOWEST_FIRST)
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from vitrail.models.mm import datasets, hooks, metrics, optim, samplers, sharding  # noqa: F401 -- they register their parts
 from vitrail.models.mm.checkpoint import CheckpointError, atomic_write, load_strictly, read_checkpoint
 from vitrail.models.mm.classifier import check_fits
-from vitrail.models.mm.parallel import is_sharded, replicate, shard
+from vitrail.models.mm.parallel import find_blocks, is_sharded, replicate, shard
 from vitrail.models.mm.seeding import seed_everything
 
 # What every run has, unless its config says otherwise.
@@ -170,6 +170,16 @@ class ClassificationRunner(DeviceRunner):
     def has_static_graph(self) -> bool:
         """Accumulation has several backward passes, and a compiled model is split in its own way."""
         return self.cfg.optim_wrapper.accumulative_counts == 1 and not self.cfg.get("compile")
+
+    def _maybe_compile(self, target: str) -> None:
+        """Compiles the classifier's blocks, where mmengine would compile the optimizer and the logging with them.
+
+        What joins the processes stays between the graphs: shards are gathered for a block and given up after it.
+        """
+        options = self.cfg.get("compile")
+        if options not in (None, False):
+            for block in find_blocks(self.model):
+                block.compile(**({} if options is True else options))
 
     def validation_follows(self) -> bool:
         """Whether the epoch that is being trained ends with a validation."""

@@ -1,0 +1,63 @@
+"""What the processes of `tests/models/mm/test_parallel.py` do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from _families import build
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from vitrail.models.mm.parallel import find_blocks, replicate, shard
+
+CPU = torch.device("cpu")
+_SIZE, _STEPS = 32, 3  # replicas settle their buckets in the first two steps
+
+
+def compare_with_one_process(names: Sequence[str], compiled: Sequence[str], file: Path) -> None:
+    """Trains models as replicas and as shards; leaves how far their weights are from those of one process.
+
+    Args:
+        names: Of the smallest models of families.
+        compiled: Of those, to be compiled, too.
+        file: Where the first process writes `{name and way: largest difference}`.
+    """
+    dist.init_process_group("gloo")
+    found = {}
+    for name in names:
+        print(name, flush=True)
+        expected = _train(build(name, size=_SIZE).double(), everything=True) if dist.get_rank() == 0 else {}
+        for graphs in (False, True) if name in compiled else (False,):
+            for way in ("replicas", "shards"):
+                model = build(name, checkpointing=True, size=_SIZE).double()
+                if graphs:
+                    for block in find_blocks(model):
+                        block.compile(backend="aot_eager")
+                joined = replicate(model, CPU, static_graph=not graphs) if way == "replicas" else shard(model, CPU)
+                weights = _train(joined, everything=False)
+                found[f"{name}, {way}{', compiled' if graphs else ''}"] = max(
+                    (float((weights[key] - tensor).abs().max()) for key, tensor in expected.items()), default=0.0
+                )
+    if dist.get_rank() == 0:
+        torch.save(found, file)
+    dist.destroy_process_group()
+
+
+def _train(model: nn.Module, everything: bool) -> dict[str, Tensor]:
+    """Weights after some steps on a batch, or on this process's part of it."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(2, 3, _SIZE, _SIZE, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([1, 4])
+    if not everything:
+        images, labels = (x[dist.get_rank() :: dist.get_world_size()] for x in (images, labels))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(_STEPS):
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    named = getattr(model, "module", model).named_parameters()
+    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in named}

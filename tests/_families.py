@@ -17,7 +17,7 @@ SMALLEST: dict[str, dict[str, Any]] = {
     "biformer_n": {},
     "davit_t": {"depths": (1, 1, 1, 1), "dims": (32, 32, 64, 64), "num_heads": (1, 1, 2, 2)},
     "dinat_n": {},
-    "dinats_t": {"depths": (1, 1, 1, 1), "dims": (32, 32, 64, 64), "num_heads": (1, 1, 2, 2)},
+    "dinats_t": {"depths": (2, 2, 2, 2), "dims": (32, 32, 64, 64), "num_heads": (1, 1, 2, 2)},
     "gated_swinrmt_retention_n": {},
     "gated_swinrmt_swat_n": {},
     "l2vit_n": {},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,44 +15,52 @@ from torch.distributed.tensor import DTensor
 from vitrail.models.mm.parallel import find_blocks, replicate, shard
 
 CPU = torch.device("cpu")
-_SIZE, _STEPS = 32, 3  # replicas settle their buckets in the first two steps
+_SIZE, _STEPS = 32, 2  # the second shows what the first has left behind
 
 
 def compare_with_one_process(names: Sequence[str], compiled: Sequence[str], file: Path) -> None:
-    """Trains models as replicas and as shards; leaves how far their weights are from those of one process.
+    """Trains models as replicas and as shards, computing blocks again.
 
     Args:
         names: Of the smallest models of families.
         compiled: Of those, to be compiled, too.
-        file: Where the first process writes `{name and way: largest difference}`.
+        file: Where the first process writes for every name and way how far the weights are at most from those of one
+            process ("weights"), and how far training has moved these ("way").
     """
     dist.init_process_group("gloo")
     found = {}
     for name in names:
-        print(name, flush=True)
-        expected = _train(build(name, size=_SIZE).double(), everything=True) if dist.get_rank() == 0 else {}
+        expected = _train(build(name, size=_SIZE).double(), joined=False) if dist.get_rank() == 0 else {}
+        start = dict(build(name, size=_SIZE).named_parameters())
         for graphs in (False, True) if name in compiled else (False,):
             for way in ("replicas", "shards"):
-                model = build(name, checkpointing=True, size=_SIZE).double()
-                if graphs:
-                    for block in find_blocks(model):
-                        block.compile(backend="aot_eager")
-                joined = replicate(model, CPU, static_graph=not graphs) if way == "replicas" else shard(model, CPU)
-                weights = _train(joined, everything=False)
-                found[f"{name}, {way}{', compiled' if graphs else ''}"] = max(
-                    (float((weights[key] - tensor).abs().max()) for key, tensor in expected.items()), default=0.0
-                )
+                weights = _train(_join(name, way, graphs), joined=True)
+                found[f"{name}, {way}{', compiled' if graphs else ''}"] = {
+                    "weights": _distance(weights, expected), "way": _distance(start, expected)
+                }  # fmt: skip
     if dist.get_rank() == 0:
         torch.save(found, file)
     dist.destroy_process_group()
 
 
-def _train(model: nn.Module, everything: bool) -> dict[str, Tensor]:
+def _join(name: str, way: str, graphs: bool) -> nn.Module:
+    model = build(name, checkpointing=True, size=_SIZE).double()
+    if graphs:
+        for block in find_blocks(model):
+            block.compile(backend="eager")
+    return replicate(model, CPU, static_graph=not graphs) if way == "replicas" else shard(model, CPU)
+
+
+def _distance(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    return max((float((weights[name].detach() - tensor).abs().max()) for name, tensor in expected.items()), default=0.0)
+
+
+def _train(model: nn.Module, joined: bool) -> dict[str, Tensor]:
     """Weights after some steps on a batch, or on this process's part of it."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(2, 3, _SIZE, _SIZE, generator=generator, dtype=torch.float64)
     labels = torch.tensor([1, 4])
-    if not everything:
+    if joined:
         images, labels = (x[dist.get_rank() :: dist.get_world_size()] for x in (images, labels))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(_STEPS):

@@ -6,18 +6,20 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["vitrail", "vitrail.tools.train", "vitrail.models.mm.runner", "vitrail.tools._common.train_classifier"])  # fmt: skip
+_SERVER.set_forkserver_preload(["vitrail.tools.train", "vitrail.tools._common.train_classifier"])
 
 
 class Finished(NamedTuple):
-    """A job after its end: the first exit status other than 0, and what all processes wrote."""
+    """A job after its end: an exit status other than 0 if there is one, and what all processes wrote."""
 
     returncode: int
     stdout: str
@@ -43,8 +45,12 @@ def run_job(count: int, function: Callable[..., Any], *arguments: Any, folder: P
     ]
     for process in processes:
         process.start()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(process.is_alive() for process in processes):
+        wait([process.sentinel for process in processes if process.is_alive()], timeout=1)
+        if any(process.exitcode for process in processes):  # the others may wait for it for ever
+            end = min(end, time.monotonic() + 10)
     for process in processes:
-        process.join(seconds)
         process.kill()
         process.join()
     texts = ["".join((folder / f"{name}{rank}").read_text() for rank in range(count)) for name in ("stdout", "stderr")]

@@ -1,4 +1,4 @@
-"""Jobs of several processes, for tests: forked from one server that has imported what they need, so that they start at once."""
+"""Jobs of several processes, forked from one server that has imported what they need: they start at once."""
 
 from __future__ import annotations
 

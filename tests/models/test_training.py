@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vitrail.models.mm.parallel import find_blocks
 
+
 def _gradients(name: str, checkpointing: bool) -> dict[str, Tensor | None]:
     model = build(name, checkpointing)
     torch.manual_seed(1)

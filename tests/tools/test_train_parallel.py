@@ -167,7 +167,7 @@ def test_wrong_settings_are_named(
 def test_processes_of_torchrun_do_not_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="torchrun started 2 processes.* add --launcher pytorch"):
+    with pytest.raises(ValueError, match=r"torchrun started 2 processes.* add --launcher pytorch"):
         start_processes("none", torch.device("cpu"))
 
 

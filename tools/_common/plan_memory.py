@@ -106,7 +106,7 @@ class _Step:
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.shards: dict[Tensor, nn.Parameter] = {}
         self.buckets: dict[Tensor, Tensor] = {}
-        self.held: list[Tensor] = []
+        self.held: list[Tensor] = []  # by DDP besides its buckets
         if setting.mode == "shards":
             self._shard(moved)
         elif setting.mode == "replicas":
@@ -159,8 +159,8 @@ class _Step:
     def _make_buckets(self) -> None:
         """DDP keeps the gradients' memory from step to step; what autograd makes is copied there and dropped.
 
-        On GPUs it holds as much once more: on two H100 (torch 2.11, NCCL) a step of `biformer_s` and `davit_t` takes two
-        sets of gradients more than one process does, although the gradients are views of the buckets.
+        On GPUs it holds as much once more, as measured on two H100 (torch 2.11, NCCL): a step of `biformer_s` or
+        `davit_t` takes two sets of gradients more than in one process, although gradients are views of the buckets.
         """
         self.tracker.label = "gradients"
         for parameter in self.trained:

@@ -59,9 +59,10 @@ _PLANS = """\
 ## Training plans
 
 **Computed** by `vitrail.tools.plan`, not measured: what one GPU holds at the peak of a step (forward, loss, backward,
-AdamW) and sends in it. "use" is the first setting that fits, in the order of the columns. Weights and AdamW's moments
-are those of replicas, where every GPU has all of them; activations, bytes sent and arithmetic those of the setting in
-use. Sending and arithmetic are least times: links and tensor cores busy all the time.
+AdamW) and sends in it. "use" is the first setting that fits, in the order of the columns. Weights, gradients and
+AdamW's moments are those of replicas, where every GPU has all of them (DDP holds two sets of gradients); activations,
+bytes sent and arithmetic those of the setting in use. Sending and arithmetic are least times: links and tensor cores
+busy all the time.
 """
 _VARIANTS = {"eager": ("eager", False), "compiled": ("compiled", False), "CUDA graph": ("eager", True)}
 _VARIANTS["compiled, CUDA graph"] = ("compiled", True)
@@ -276,7 +277,8 @@ def _plans(rows: list[Row]) -> str:
     for title, members in _grouped(rows, _plan_title).items():
         settings = list(dict.fromkeys(row["setting"] for row in members))
         lines = [_plan_line(found, settings) for found in _grouped(members, lambda row: row["model"]).values()]
-        titles = ("model", "use", "weights MB", "AdamW MB", "activations MB", *(f"{name}, GB" for name in settings),
+        titles = ("model", "use", "weights MB", "gradients MB", "AdamW MB", "activations MB",
+                  *(f"{name}, GB" for name in settings),
                   "sent inside a host MB", "to others MB", "sending ms", "arithmetic ms")  # fmt: skip
         parts.append(f"### {title}\n\n{_table(titles, lines, 2)}")
     return "\n".join(parts)
@@ -303,6 +305,7 @@ def _plan_line(rows: list[Row], settings: Sequence[str]) -> tuple[str, ...]:
         row["model"],
         used["setting"] if used else f"{max(row['largest_batch'] for row in rows)} images at a time",
         f"{parts['parameters'] / 1e6:,.0f}",
+        f"{parts['gradients'] / 1e6:,.0f}",
         f"{parts['optimizer state'] / 1e6:,.0f}",
         f"{row['parts']['activations'] / 1e6:,.0f}",
         *(f"{peak:.1f}" for peak in peaks),

@@ -12,7 +12,7 @@ from torch import nn
 
 from vitrail.models.mm.parallel import checkpoint_blocks
 
-FAMILIES = ("biformer_n", "davit_t", "resnet18_ela_t", "rmt_n", "vsa_swin_n")
+FAMILIES = ("biformer_n", "davit_t", "resnet18_ela_t", "vsa_swin_n")
 COMPILED = ("davit_t",)
 
 

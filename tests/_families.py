@@ -1,4 +1,4 @@
-"""The smallest variant of every family of backbones, and a step of training without chance."""
+"""The smallest variant of every family of backbones."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import DropPath
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import vitrail  # noqa: F401 -- registers the models
 
@@ -33,13 +31,10 @@ _FIXED_SIZE = ("vsa_vitae_s",)  # made for one size
 
 
 def build(name: str, checkpointing: bool = False, size: int = 64) -> nn.Module:
-    """A family's smallest model with seven classes, in training mode but for what depends on chance or on the batch."""
+    """A family's smallest model with seven classes, in training mode, with the same weights every time."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=7, **SMALLEST[name]).train()
     if hasattr(model, "set_input_size") and name not in _FIXED_SIZE:
         model.set_input_size(img_size=(size, size))
     model.set_grad_checkpointing(checkpointing)
-    for module in model.modules():
-        if isinstance(module, (DropPath, nn.Dropout, _BatchNorm)):
-            module.eval()
     return model

@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from _families import build
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from vitrail.models.mm.parallel import find_blocks, replicate, shard
 
@@ -30,8 +32,8 @@ def compare_with_one_process(names: Sequence[str], compiled: Sequence[str], file
     dist.init_process_group("gloo")
     found = {}
     for name in names:
-        expected = _train(build(name, size=_SIZE).double(), joined=False) if dist.get_rank() == 0 else {}
-        start = dict(build(name, size=_SIZE).named_parameters())
+        expected = _train(_build(name), joined=False) if dist.get_rank() == 0 else {}
+        start = dict(_build(name).named_parameters())
         for graphs in (False, True) if name in compiled else (False,):
             for way in ("replicas", "shards"):
                 weights = _train(_join(name, way, graphs), joined=True)
@@ -43,8 +45,17 @@ def compare_with_one_process(names: Sequence[str], compiled: Sequence[str], file
     dist.destroy_process_group()
 
 
+def _build(name: str, checkpointing: bool = False) -> nn.Module:
+    """In float64, without what depends on chance or on the other images of a batch."""
+    model = build(name, checkpointing, _SIZE).double()
+    for module in model.modules():
+        if isinstance(module, (DropPath, nn.Dropout, _BatchNorm)):
+            module.eval()
+    return model
+
+
 def _join(name: str, way: str, graphs: bool) -> nn.Module:
-    model = build(name, checkpointing=True, size=_SIZE).double()
+    model = _build(name, checkpointing=True)
     if graphs:
         for block in find_blocks(model):
             block.compile(backend="eager")

@@ -135,6 +135,11 @@ def _run(runner: Any, task: Any) -> None:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
+        if "DTensor" in str(error):
+            raise ToolError(
+                f"--sharded: {type(runner.optim_wrapper.optimizer).__name__} cannot work on parts of weights; allowed: "
+                "optimisers such as adamw, sgd, lamb"
+            ) from error
         if not any(sign in str(error) for sign in _SIGNS_OF_LOSS):
             raise
         raise ToolError(

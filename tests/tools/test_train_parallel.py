@@ -6,6 +6,7 @@ import importlib.util
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -13,7 +14,8 @@ import torch
 from _processes import Finished, run_job
 
 from vitrail.models.mm.runner import start_processes
-from vitrail.tools.train import main
+from vitrail.tools._common.cli import ToolError
+from vitrail.tools.train import _run, main
 
 _spec = importlib.util.spec_from_file_location("_vitrail_test_runs", Path(__file__).parent / "_runs.py")
 _runs = importlib.util.module_from_spec(_spec)
@@ -37,7 +39,8 @@ class KillHook(Hook):
             (Path(runner.work_dir) / "killed").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
 
-from vitrail.tools.train import main
+from vitrail.tools._common.cli import ToolError
+from vitrail.tools.train import _run, main
 import vitrail.models.mm.runner as runner
 runner._OWN_HOOKS = (*runner._OWN_HOOKS, "KillHook")
 sys.exit(main(sys.argv[1:]))
@@ -148,6 +151,7 @@ def test_mixed_precision_of_a_hierarchical_model(options: tuple[str, ...], confi
         (["--sharded"], [], "--sharded needs --launcher pytorch"),
         (["--launcher", "pytorch"], [], "needs torchrun; the environment lacks RANK, WORLD_SIZE"),
         ([], ["ddp.bucket=1"], "ddp has bucket; allowed: bucket_cap_mb, static_graph"),
+        ([], ["custom_hooks=[]", "custom_hooks.0.type=EMAHook"], "--cfg-options model.mixup=None"),
         ([], ["compile=eager"], "compile is 'eager'; allowed: True, False or a dict of torch.compile's arguments"),
     ],
 )
@@ -162,6 +166,17 @@ def test_wrong_settings_are_named(
     arguments = [str(config), "--work-dir", str(tmp_path / "run"), "--device", "cpu", *options]
     assert main([*arguments, "--cfg-options", *PLAIN, *changes]) in (1, 2)
     assert message in capsys.readouterr().err
+
+
+def test_an_optimizer_that_mixes_parts_and_wholes_is_named() -> None:
+    class Runner:
+        optim_wrapper = SimpleNamespace(optimizer=torch.optim.Adafactor([torch.zeros(1)]))
+
+        def train(self) -> None:
+            raise RuntimeError("aten.lerp_.Scalar got mixed torch.Tensor and DTensor")
+
+    with pytest.raises(ToolError, match="--sharded: Adafactor cannot work on parts of weights; allowed: .* adamw"):
+        _run(Runner(), None)
 
 
 def test_processes_of_torchrun_do_not_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:

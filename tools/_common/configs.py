@@ -74,6 +74,6 @@ def read_config(path: Path, changes: Sequence[str] = ()) -> Any:
         parsed[key] = DictAction._parse_iterable(value)
     try:
         config.merge_from_dict(parsed)
-    except (KeyError, TypeError, AssertionError, IndexError) as error:
+    except (KeyError, TypeError, AssertionError, IndexError, AttributeError) as error:
         raise UsageError(f"--cfg-options {' '.join(changes)}: {error}") from error
     return config

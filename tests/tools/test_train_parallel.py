@@ -175,7 +175,7 @@ def test_an_optimizer_that_mixes_parts_and_wholes_is_named() -> None:
         def train(self) -> None:
             raise RuntimeError("aten.lerp_.Scalar got mixed torch.Tensor and DTensor")
 
-    with pytest.raises(ToolError, match="--sharded: Adafactor cannot work on parts of weights; allowed: .* adamw"):
+    with pytest.raises(ToolError, match=r"--sharded: Adafactor cannot work on parts of weights; allowed: .* adamw"):
         _run(Runner(), None)
 
 

@@ -20,9 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import timm
+import torch
 from rich.console import Console
 
 from vitrail.tools._common.cli import ArgumentParser, UsageError, run_command, unknown_name
+from vitrail.tools._common.measure import environment
 from vitrail.tools._common.table import Column, Row, print_table, write_json
 
 COLUMNS = (
@@ -71,6 +73,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--link-gbps", type=float, nargs=2, default=(300.0, 40.0), metavar=("INSIDE", "BETWEEN"),
         help="GB/s that a GPU sends inside its host and to others; default 300 40")  # fmt: skip
     add("--tflops", type=float, default=989.0, help="the GPU's peak in the precision; default 989 (H100, bf16)")
+    add("--no-search", action="store_true", help="not the largest batches, which take most of the time")
     add("--images-per-s", type=float, help="measured training speed of one GPU: adds the efficiency to expect")
     add("--json", type=Path, metavar="FILE", help="write all figures")
     options = parser.parse_args(argv)
@@ -117,9 +120,10 @@ def _plan(options: argparse.Namespace) -> int:
     rows: list[Row] = []
     for name in options.models:
         found = plan_model(
-            name, cluster, limits, options.batch, size, options.amp, options.sharded, options.checkpointing
+            name, cluster, limits, options.batch, size, options.amp, options.sharded, options.checkpointing,
+            search=not options.no_search,
         )  # fmt: skip
-        rows += found
+        rows += [{**row, **_facts()} for row in found]
         _show(console, found, options)
         console.print(f"{name}: {recommend(found)}\n")
         if options.json:
@@ -127,6 +131,12 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json:
         console.print(f"wrote {options.json}")
     return 0
+
+
+def _facts() -> Row:
+    """Software that the figures depend on, and when they were computed."""
+    facts = environment(torch.device("cpu"))
+    return {name: facts[name] for name in ("torch", "triton", "timm", "vitrail", "commit", "date")}
 
 
 def _show(console: Console, rows: Sequence[Row], options: argparse.Namespace) -> None:

@@ -143,6 +143,11 @@ def _run(runner: Any, task: Any) -> None:
             f"{error}: a batch norm over one number; a process needs 2 images in a batch (train_dataloader.batch_size)"
         ) from error
     except RuntimeError as error:
+        if "DTensor" in str(error):
+            raise ToolError(
+                f"--sharded: {type(runner.optim_wrapper.optimizer).__name__} cannot work on parts of weights; allowed: "
+                "optimisers such as adamw, sgd, lamb"
+            ) from error
         if not any(sign in str(error) for sign in _SIGNS_OF_LOSS):
             raise
         raise ToolError(

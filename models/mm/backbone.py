@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from vitrail.models._checkpoint import unwrap
 from vitrail.models._dense import DenseBackbone, checkpoint_filter_fn
 from vitrail.models.mm.checkpoint import CheckpointError, load_strictly, read_checkpoint
+from vitrail.models.mm.parallel import checkpoint_blocks
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # What timm's models of a fixed image size call the permission to take others; each is tried.
@@ -85,7 +86,7 @@ class VitrailBackbone(DenseBackbone, BaseModule):
         self.size_divisor = size_divisor
         self._arguments = arguments
         if with_cp:
-            _enable_checkpointing(self.model)
+            checkpoint_blocks(self.model, "with_cp")
         self._always_eval = list(self._freeze(frozen_stages))
         self.register_load_state_dict_pre_hook(_accept_official)
         self.train()
@@ -195,13 +196,6 @@ def _fetch(name: str, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
         return timm.create_model(name, pretrained=True, num_classes=0, **arguments).state_dict()
     except RuntimeError as error:
         raise ValueError(f"pretrained weights of {name}: {error}; give checkpoint=FILE") from error
-
-
-def _enable_checkpointing(model: nn.Module) -> None:
-    try:
-        model.set_grad_checkpointing(True)
-    except (AttributeError, AssertionError) as error:
-        raise NotImplementedError(f"with_cp: {type(model).__name__} has no gradient checkpointing") from error
 
 
 def _frozen_modules(module: nn.Module) -> Iterator[nn.Module]:

@@ -16,6 +16,8 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from vitrail.models.mm.parallel import checkpoint_blocks
+
 
 class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite; the weights have not been touched by that step."""
@@ -29,14 +31,24 @@ class TimmClassifier(BaseModel):
         backbone: Arguments of `timm.create_model`; the entry point's name under `name`.
         label_smoothing: Share of the target spread evenly over the classes.
         mixup: Arguments of `timm.data.Mixup` other than the number of classes and the smoothing; None for no mixing.
+        grad_checkpointing: Keep the blocks' inputs alone and compute the blocks again in the backward pass.
+
+    Raises:
+        NotImplementedError: The model cannot compute its blocks again.
     """
 
     def __init__(
-        self, backbone: Mapping[str, Any], label_smoothing: float = 0.0, mixup: Mapping[str, Any] | None = None
+        self,
+        backbone: Mapping[str, Any],
+        label_smoothing: float = 0.0,
+        mixup: Mapping[str, Any] | None = None,
+        grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         arguments = dict(backbone)
         self.backbone = timm.create_model(arguments.pop("name"), **arguments)
+        if grad_checkpointing:
+            checkpoint_blocks(self.backbone, "grad_checkpointing")
         self.predict_dtype: torch.dtype | None = None  # of autocast, where the weights are of low precision
         self.mixup = None
         self._unchecked: list[_UncheckedLoss] = []

@@ -114,6 +114,22 @@ def find_shard_units(model: nn.Module, precision: torch.dtype | None) -> list[Sh
     return [*units, ShardUnit(model, precision, False)]
 
 
+def checkpoint_blocks(model: nn.Module, option: str) -> None:
+    """Lets a model of timm's registry keep its blocks' inputs alone and compute the blocks again in the backward pass.
+
+    Args:
+        model: To be changed.
+        option: What asked for it, for the message.
+
+    Raises:
+        NotImplementedError: The model cannot.
+    """
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise NotImplementedError(f"{option}: {type(model).__name__} has no gradient checkpointing") from error
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether `shard` was applied to a model."""
     return isinstance(model, FSDPModule)

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from vitrail.models.mm import datasets, hooks, metrics, optim, samplers, sharding  # noqa: F401 -- they register their parts
 from vitrail.models.mm.checkpoint import CheckpointError, atomic_write, load_strictly, read_checkpoint
 from vitrail.models.mm.classifier import check_fits
-from vitrail.models.mm.parallel import is_sharded, replicate, shard
+from vitrail.models.mm.parallel import find_blocks, is_sharded, replicate, shard
 from vitrail.models.mm.seeding import seed_everything
 
 # What every run has, unless its config says otherwise.
@@ -170,6 +170,16 @@ class ClassificationRunner(DeviceRunner):
     def has_static_graph(self) -> bool:
         """Accumulation has several backward passes, and a compiled model is split in its own way."""
         return self.cfg.optim_wrapper.accumulative_counts == 1 and not self.cfg.get("compile")
+
+    def _maybe_compile(self, target: str) -> None:
+        """Compiles the classifier's blocks, where mmengine would compile the optimizer and the logging with them.
+
+        What joins the processes stays between the graphs: shards are gathered for a block and given up after it.
+        """
+        options = self.cfg.get("compile")
+        if options not in (None, False):
+            for block in find_blocks(self.model):
+                block.compile(**({} if options is True else options))
 
     def validation_follows(self) -> bool:
         """Whether the epoch that is being trained ends with a validation."""
@@ -357,9 +367,14 @@ def _check_builds(config: Config, wrapper: Mapping[str, Any], model: nn.Module) 
 
 
 def _check_parallel(config: Config, sharded: bool) -> None:
+    """Raises ValueError for what would only fail when the processes are joined."""
     wrong = [name for name in config.get("ddp") or {} if name not in _DDP_OPTIONS]
     if wrong:
         raise ValueError(f"the config's ddp has {', '.join(wrong)}; allowed: {', '.join(_DDP_OPTIONS)}")
+    if not isinstance(config.get("compile"), (bool, dict, type(None))):
+        raise ValueError(
+            f"the config's compile is {config.compile!r}; allowed: True, False or a dict of torch.compile's arguments"
+        )
     if sharded and any("EMA" in str(hook["type"]) for hook in config.custom_hooks):
         raise ValueError("--sharded keeps no averaged copy of the weights; leave out the EMAHook (custom_hooks=[])")
 
@@ -419,15 +434,27 @@ def start_processes(launcher: str, device: torch.device) -> torch.device:
     gloo on CPUs, NCCL on GPUs (mmengine's own start would ask for a GPU in any case).
 
     Raises:
-        ValueError: The environment does not come from torchrun.
+        ValueError: The environment does not come from torchrun, or does although nobody asked for it; or there are more
+            processes than GPUs.
     """
     if launcher == "none":
+        if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"torchrun started {os.environ['WORLD_SIZE']} processes, each of which would train alone; "
+                "add --launcher pytorch"
+            )
         return device
     lacking = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]
     if lacking:
-        raise ValueError(f"--launcher pytorch needs torchrun; the environment lacks {', '.join(lacking)}")
+        raise ValueError(
+            f"--launcher pytorch needs torchrun; the environment lacks {', '.join(lacking)}; start with "
+            "torchrun --standalone --nproc-per-node N -m vitrail.tools.train ..."
+        )
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise ValueError(f"process {local} of this machine has no GPU; allowed: --nproc-per-node of at most {gpus}")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device

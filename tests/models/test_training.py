@@ -5,33 +5,14 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from _families import SMALLEST, build
 from torch import Tensor
 
-import vitrail  # noqa: F401 -- registers the models
 from vitrail.models.mm.parallel import find_blocks
-
-# The smallest variant of every family of backbones; shallower where a family has no small one.
-SMALLEST = {
-    "biformer_n": {},
-    "davit_t": {"depths": (1, 1, 1, 1), "dims": (32, 32, 64, 64), "num_heads": (1, 1, 2, 2)},
-    "gated_swinrmt_retention_n": {},
-    "gated_swinrmt_swat_n": {},
-    "l2vit_n": {},
-    "mobilenetv2_ela_b": {},
-    "resnet18_ela_t": {},
-    "rmt_n": {},
-    "swin_t": {"depths": (1, 1, 2, 1), "dims": (32, 64, 64, 128), "num_heads": (1, 2, 2, 4)},
-    "vsa_swin_n": {},
-    "vsa_vitae_s": {},
-}
 
 
 def _gradients(name: str, checkpointing: bool) -> dict[str, Tensor | None]:
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=7, **SMALLEST[name]).train()
-    if hasattr(model, "set_input_size") and name not in ("vsa_vitae_s",):
-        model.set_input_size(img_size=(64, 64))
-    model.set_grad_checkpointing(checkpointing)
+    model = build(name, checkpointing)
     torch.manual_seed(1)
     logits = model(torch.randn(2, 3, 64, 64))
     (logits * torch.randn_like(logits)).sum().backward()

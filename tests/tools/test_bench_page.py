@@ -99,6 +99,28 @@ def test_what_has_no_figures_says_why(results: Path, tmp_path: Path) -> None:
     assert "| out of memory |" in render(tmp_path)
 
 
+def _plan(setting: str, fits: bool, **changes: Any) -> dict[str, Any]:
+    return {
+        "model": "test_vit", "setting": setting, "fits": fits, "img_size": [224, 320], "amp": "bf16", "gpus": 64,
+        "gpus_per_host": 8, "batch_per_gpu": 2, "link_bytes_per_s": [3e11, 4e10], "memory_bytes": 78e9,
+        "peak_bytes": 91_200_000_000, "largest_batch": None, "sent_inside_bytes": 198_600_000,
+        "sent_between_bytes": 24_400_000, "communication_ms": 0.66, "arithmetic_ms": 12.34, "commit": "abc",
+        "parts": {"parameters": 113_800_000, "gradients": 227_000_000, "optimizer state": 230_000_000,
+                  "activations": 5_000_000_000}, **changes,
+    }  # fmt: skip
+
+
+def test_plans_name_the_first_setting_that_fits(tmp_path: Path) -> None:
+    rows = [_plan("replicas", False), _plan("shards", True, peak_bytes=71e9), _plan("shards, checkpointing", True)]
+    (tmp_path / "plan.json").write_text(json.dumps(rows))
+    page = render(tmp_path)
+    assert "128 images of 224x320, bf16, on 64 GPUs, 2 each; 8 GPUs a host, 78 GB a GPU, 300 GB/s inside" in page
+    assert "| test_vit | shards | 114 | 227 | 230 | 5,000 | 91.2 | 71.0 | 91.2 | 199 | 24 | 0.66 | 12.3 |" in page
+    assert "not measured" in page
+    (tmp_path / "plan.json").write_text(json.dumps([_plan("replicas", False, largest_batch=1)]))
+    assert "| test_vit | 1 images at a time |" in render(tmp_path)
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('[{"something": 1}]')
     with pytest.raises(ValueError, match="no result file"):
@@ -110,6 +132,7 @@ def test_committed_results_are_of_gpus_and_of_commits() -> None:
     for path in (FOLDER / "benchmarks").glob("*.json"):
         content = json.loads(path.read_text())
         for row in content if isinstance(content, list) else []:
-            if "head" not in row:  # whose forms do the same on any machine, with more or less work
+            # A plan is of a GPU wherever it was made, and forms of heads do the same everywhere, with more or less work.
+            if "largest_batch" not in row and "head" not in row:
                 assert row["threads"] is None, f"{path.name} was measured on a CPU"
             assert row["commit"], f"{path.name} does not name its commit"

@@ -171,11 +171,11 @@ def test_a_step_in_bfloat16_on_a_gpu_by_hand() -> None:
     assert found.after_backward == found.before + PARAMETERS
 
 
-def test_replicas_hold_the_gradients_all_the_time() -> None:
+def test_replicas_hold_two_sets_of_gradients_all_the_time() -> None:
     one = measure_step(_network(), Setting(64, (16, 16)))
     many = measure_step(_network(), Setting(64, (16, 16), mode="replicas", gpus=4))
-    assert many.before == one.before + PARAMETERS
-    assert many.after_backward == one.after_backward
+    assert many.before == one.before + 2 * PARAMETERS
+    assert many.after_backward == one.after_backward + PARAMETERS
 
 
 def test_shards_hold_their_part_and_the_rest_gathered() -> None:
@@ -349,6 +349,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     text = capsys.readouterr().out
     assert "computed, not measured" in text
     assert "test_vit: train with replicas, checkpointing, 4 images a GPU" in text
+    assert main([*arguments, "--no-search"]) == 0
+    rows = json.loads(file.read_text())
+    assert [row["largest_batch"] for row in rows] == [None, None]
+    assert all(row["torch"] == torch.__version__ for row in rows)
 
 
 @pytest.mark.parametrize(

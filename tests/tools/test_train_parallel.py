@@ -6,13 +6,16 @@ import importlib.util
 import json
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
+from _processes import Finished, run_job
 
-from vitrail.tools.train import main
+from vitrail.models.mm.runner import start_processes
+from vitrail.tools._common.cli import ToolError
+from vitrail.tools.train import _run, main
 
 _spec = importlib.util.spec_from_file_location("_vitrail_test_runs", Path(__file__).parent / "_runs.py")
 _runs = importlib.util.module_from_spec(_spec)
@@ -36,7 +39,8 @@ class KillHook(Hook):
             (Path(runner.work_dir) / "killed").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
 
-from vitrail.tools.train import main
+from vitrail.tools._common.cli import ToolError
+from vitrail.tools.train import _run, main
 import vitrail.models.mm.runner as runner
 runner._OWN_HOOKS = (*runner._OWN_HOOKS, "KillHook")
 sys.exit(main(sys.argv[1:]))
@@ -60,18 +64,15 @@ def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _train(
-    count: int,
-    config: Path,
-    folder: Path,
-    *options: Any,
-    command: tuple[Any, ...] = ("-m", "vitrail.tools.train"),
-    changes: tuple[str, ...] = (),
-) -> Any:
-    return _runs.run_python(
-        *_TORCHRUN, count, *command, config, "--work-dir", folder, "--device", "cpu", "--launcher", "pytorch", *options,
-        "--cfg-options", *PLAIN, f"train_dataloader.batch_size={6 // count}", *changes, folder=folder.parent,
-    )  # fmt: skip
+def _arguments(count: int, config: Path, folder: Path, *options: str, changes: tuple[str, ...] = ()) -> list[str]:
+    """Of `vitrail-train` in each of some processes."""
+    return [str(config), "--work-dir", str(folder), "--device", "cpu", "--launcher", "pytorch", *options,
+            "--cfg-options", *PLAIN, f"train_dataloader.batch_size={6 // count}", *changes]  # fmt: skip
+
+
+def _train(count: int, config: Path, folder: Path, *options: str, changes: tuple[str, ...] = ()) -> Finished:
+    arguments = _arguments(count, config, folder, *options, changes=changes)
+    return run_job(count, main, arguments, folder=folder.parent)
 
 
 def _assert_same_training(folder: Path, alone: Path) -> None:
@@ -94,7 +95,7 @@ def _assert_same_training(folder: Path, alone: Path) -> None:
 def test_a_killed_process_ends_the_job_and_three_go_on(config: Path, alone: Path, tmp_path: Path) -> None:
     folder, script = tmp_path / "run", tmp_path / "killed.py"
     script.write_text(_KILLED_RUN)
-    done = _train(2, config, folder, command=(script,))
+    done = _runs.run_python(*_TORCHRUN, 2, script, *_arguments(2, config, folder), folder=tmp_path)
     assert time.time() - float((folder / "killed").read_text()) < 30
     assert done.returncode == 1
     assert "Signal 9 (SIGKILL)" in done.stderr  # torchrun names the process and its end
@@ -104,7 +105,7 @@ def test_a_killed_process_ends_the_job_and_three_go_on(config: Path, alone: Path
     assert not list(folder.glob(".*.tmp"))
     content = torch.load(folder / "last.pth", weights_only=True)
     assert (content["meta"]["epoch"], content["meta"]["iter"]) == (1, 3)
-    done = _train(3, config, folder, "--resume")
+    done = _train(3, config, folder, "--resume", changes=("model.grad_checkpointing=True",))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("epoch 2/2") == 1  # one process shows the progress
     assert json.loads((folder / "metrics.json").read_text())["processes"] == 3
@@ -113,13 +114,14 @@ def test_a_killed_process_ends_the_job_and_three_go_on(config: Path, alone: Path
 
 def test_shards_equal_one_process_and_change_their_number(config: Path, alone: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    done = _train(2, config, folder, "--sharded", changes=("train_cfg.max_epochs=1", "param_scheduler.1.end=2"))
+    first = ("train_cfg.max_epochs=1", "param_scheduler.1.end=2", "model.grad_checkpointing=True")
+    done = _train(2, config, folder, "--sharded", changes=first)
     assert done.returncode == 0, done.stderr[-3000:]
     parts = list(folder.glob("last-*.shards"))
     assert [part.name for part in parts] == ["last-00000003.shards"]
     assert len(list(parts[0].glob("*.safetensors"))) == 2
     assert torch.load(folder / "last.pth", weights_only=True)["state_dict"] == {}
-    done = _train(3, config, folder, "--sharded", "--resume")
+    done = _train(3, config, folder, "--sharded", "--resume", changes=("compile.backend=eager",))
     assert done.returncode == 0, done.stderr[-3000:]
     assert [part.name for part in folder.glob("*.shards")] == ["last-00000006.shards"]
     assert not list(folder.glob(".*.tmp"))
@@ -147,7 +149,10 @@ def test_mixed_precision_of_a_hierarchical_model(options: tuple[str, ...], confi
     ("options", "changes", "message"),
     [
         (["--sharded"], [], "--sharded needs --launcher pytorch"),
+        (["--launcher", "pytorch"], [], "needs torchrun; the environment lacks RANK, WORLD_SIZE"),
         ([], ["ddp.bucket=1"], "ddp has bucket; allowed: bucket_cap_mb, static_graph"),
+        ([], ["custom_hooks=[]", "custom_hooks.0.type=EMAHook"], "--cfg-options model.mixup=None"),
+        ([], ["compile=eager"], "compile is 'eager'; allowed: True, False or a dict of torch.compile's arguments"),
     ],
 )
 def test_wrong_settings_are_named(
@@ -161,6 +166,24 @@ def test_wrong_settings_are_named(
     arguments = [str(config), "--work-dir", str(tmp_path / "run"), "--device", "cpu", *options]
     assert main([*arguments, "--cfg-options", *PLAIN, *changes]) in (1, 2)
     assert message in capsys.readouterr().err
+
+
+def test_an_optimizer_that_mixes_parts_and_wholes_is_named() -> None:
+    class Runner:
+        optim_wrapper = SimpleNamespace(optimizer=torch.optim.Adafactor([torch.zeros(1)]))
+
+        def train(self) -> None:
+            raise RuntimeError("aten.lerp_.Scalar got mixed torch.Tensor and DTensor")
+
+    with pytest.raises(ToolError, match=r"--sharded: Adafactor cannot work on parts of weights; allowed: .* adamw"):
+        _run(Runner(), None)
+
+
+def test_processes_of_torchrun_do_not_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"torchrun started 2 processes.* add --launcher pytorch"):
+        start_processes("none", torch.device("cpu"))
 
 
 @pytest.mark.gpu

@@ -77,6 +77,15 @@ Figures of `vitrail.tools.scale`: forward, loss, backward and AdamW on made-up i
 of one process times their number. Steps that are launched operation by operation depend on the host, which the
 processes share; those replayed as CUDA graphs do not.
 """
+_PLANS = """\
+## Training plans
+
+**Computed** by `vitrail.tools.plan`, not measured: what one GPU holds at the peak of a step (forward, loss, backward,
+AdamW) and sends in it. "use" is the first setting that fits, in the order of the columns. Weights, gradients and
+AdamW's moments are those of replicas, where every GPU has all of them (DDP holds two sets of gradients); activations,
+bytes sent and arithmetic those of the setting in use. Sending and arithmetic are least times: links and tensor cores
+busy all the time.
+"""
 _VARIANTS = {"eager": ("eager", False), "compiled": ("compiled", False), "CUDA graph": ("eager", True)}
 _VARIANTS["compiled, CUDA graph"] = ("compiled", True)
 _PASSES = ("forward", "forward+backward")
@@ -92,6 +101,7 @@ def render(folder: Path) -> str:
     models: list[Row] = []
     heads: list[Row] = []
     scaling: list[Row] = []
+    plans: list[Row] = []
     trainings: dict[str, Row] = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
@@ -103,10 +113,12 @@ def render(folder: Path) -> str:
             heads += content
         elif isinstance(content, list) and content and "scaling" in content[0]:
             scaling += [row for row in content if "images_per_s" in row]  # the others are loss curves
+        elif isinstance(content, list) and content and "largest_batch" in content[0]:
+            plans += content
         elif isinstance(content, list) and content and "images_per_s" in content[0]:
             models += content
         else:
-            raise ValueError(f"{path} is no result file of vitrail.tools.benchmark, scale or train")
+            raise ValueError(f"{path} is no result file of vitrail.tools.benchmark, scale, plan or train")
     on_device = [row for row in kernels if not row["host_time"]]
     on_host = [row for row in kernels if row["host_time"]]
     one_kernel = ("operator", "case", "pass", "implementation")
@@ -121,6 +133,7 @@ def render(folder: Path) -> str:
         _section(_HEADS, heads, one_head, _heads),
         _NOT_MEASURED if kernels or models else "",
         _section(_SCALING, scaling, one_scaling, _scaling),
+        _plans(plans),
         _trainings(trainings),
     ]
     return "\n".join(part for part in parts if part)
@@ -317,6 +330,51 @@ def _scaling(rows: list[Row]) -> str:
     ]
     titles = ("model", "mode", "scaling", "launch", "processes", "images each", "images/s", "efficiency", "memory MB")
     return _table(titles, lines, 4)
+
+
+def _plans(rows: list[Row]) -> str:
+    """A table for every kind of training, a line for every model."""
+    parts = [_PLANS] if rows else []
+    for title, members in _grouped(rows, _plan_title).items():
+        settings = list(dict.fromkeys(row["setting"] for row in members))
+        lines = [_plan_line(found, settings) for found in _grouped(members, lambda row: row["model"]).values()]
+        titles = ("model", "use", "weights MB", "gradients MB", "AdamW MB", "activations MB",
+                  *(f"{name}, GB" for name in settings),
+                  "sent inside a host MB", "to others MB", "sending ms", "arithmetic ms")  # fmt: skip
+        parts.append(f"### {title}\n\n{_table(titles, lines, 2)}")
+    return "\n".join(parts)
+
+
+def _plan_title(row: Row) -> str:
+    height, width = row["img_size"]
+    inside, between = (speed / 1e9 for speed in row["link_bytes_per_s"])
+    gpus, each = row["gpus"], row["batch_per_gpu"]
+    return (
+        f"{each * gpus:,} images of {height}x{width}, {row['amp'] or 'float32'}, on {gpus} GPUs, {each} each; "
+        f"{row['gpus_per_host']} GPUs a host, {row['memory_bytes'] / 1e9:.0f} GB a GPU, {inside:g} GB/s inside a host, "
+        f"{between:g} GB/s to others"
+    )
+
+
+def _plan_line(rows: list[Row], settings: Sequence[str]) -> tuple[str, ...]:
+    by_setting = {row["setting"]: row for row in rows}
+    used = next((row for row in rows if row["fits"]), None)
+    row = used or rows[0]
+    peaks = (by_setting[name]["peak_bytes"] / 1e9 for name in settings)
+    parts = rows[0]["parts"]
+    return (
+        row["model"],
+        used["setting"] if used else f"{max(row['largest_batch'] for row in rows)} images at a time",
+        f"{parts['parameters'] / 1e6:,.0f}",
+        f"{parts['gradients'] / 1e6:,.0f}",
+        f"{parts['optimizer state'] / 1e6:,.0f}",
+        f"{row['parts']['activations'] / 1e6:,.0f}",
+        *(f"{peak:.1f}" for peak in peaks),
+        f"{row['sent_inside_bytes'] / 1e6:,.0f}",
+        f"{row['sent_between_bytes'] / 1e6:,.0f}",
+        f"{row['communication_ms']:.2f}",
+        f"{row['arithmetic_ms']:.1f}",
+    )
 
 
 def _trainings(results: dict[str, Row]) -> str:

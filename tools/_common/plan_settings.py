@@ -41,6 +41,7 @@ def plan_model(
     amp: str | None = None,
     sharded: bool = False,
     checkpointing: bool = False,
+    search: bool = True,
 ) -> list[Row]:
     """One row for every setting: replicas and shards, without and with checkpointing.
 
@@ -53,15 +54,20 @@ def plan_model(
         amp: "bf16", "fp16" or None for float32.
         sharded: Only shards.
         checkpointing: Only with checkpointing.
+        search: Look for every setting's largest batch; else only where no setting holds the one asked for.
     """
     size = size or tuple(timm.get_pretrained_cfg(name).input_size[1:])
     modes = ["single"] if cluster.gpus == 1 else ["shards"] if sharded else ["replicas", "shards"]
     model = build_model(name, size).to("meta")
-    rows = []
-    for recompute in (True,) if checkpointing else (False, True):
-        for mode in modes:
-            setting = Setting(batch // cluster.gpus, size, amp, mode, cluster.gpus, recompute)
-            rows.append({"model": name, **_plan_setting(model, setting, cluster, limits)})
+    settings = [
+        Setting(batch // cluster.gpus, size, amp, mode, cluster.gpus, recompute)
+        for recompute in ((True,) if checkpointing else (False, True))
+        for mode in modes
+    ]
+    rows = [{"model": name, **_plan_setting(model, setting, cluster, limits)} for setting in settings]
+    if search or not any(row["fits"] for row in rows):
+        for row, setting in zip(rows, settings, strict=True):
+            row["largest_batch"] = _search_batch(model, setting, row["reserved_bytes"], limits)
     return rows
 
 
@@ -105,15 +111,22 @@ def _find_traffic(model: nn.Module, setting: Setting, cluster: Cluster) -> Traff
     return shards_traffic(find_units(model, setting.amp), 4, cluster)  # gradients are reduced in float32
 
 
-def _plan_setting(model: nn.Module, setting: Setting, cluster: Cluster, limits: Limits) -> Row:
-    def measure(batch: int) -> StepMemory:
-        trained = copy.deepcopy(model)
-        trained.set_grad_checkpointing(setting.checkpointing)
-        return measure_step(trained, replace(setting, batch=batch))
+def _measure(model: nn.Module, setting: Setting) -> StepMemory:
+    trained = copy.deepcopy(model)
+    trained.set_grad_checkpointing(setting.checkpointing)
+    return measure_step(trained, setting)
 
+
+def _search_batch(model: nn.Module, setting: Setting, reserved: int, limits: Limits) -> int:
+    def measure(batch: int) -> int:
+        return _measure(model, replace(setting, batch=batch)).reserved
+
+    return find_largest_batch({setting.batch: reserved}, measure, limits.memory)
+
+
+def _plan_setting(model: nn.Module, setting: Setting, cluster: Cluster, limits: Limits) -> Row:
     traffic = _find_traffic(model, setting, cluster)
-    found = measure(setting.batch)
-    known = {setting.batch: found.reserved}
+    found = _measure(model, setting)
     arithmetic = found.flops / limits.flops
     sending = traffic.seconds(cluster)
     return {
@@ -125,12 +138,14 @@ def _plan_setting(model: nn.Module, setting: Setting, cluster: Cluster, limits: 
         "amp": setting.amp,
         "gpus": cluster.gpus,
         "gpus_per_host": cluster.per_host,
+        "link_bytes_per_s": [cluster.inside, cluster.between],
+        "memory_bytes": limits.memory,
         "batch_per_gpu": setting.batch,
         "peak_bytes": found.peak,
         "reserved_bytes": found.reserved,
         "parts": {part: found.parts.get(part, 0) for part in PARTS},
         "fits": found.reserved <= limits.memory,
-        "largest_batch": find_largest_batch(known, lambda batch: measure(batch).reserved, limits.memory),
+        "largest_batch": None,
         "sent": traffic.inside + traffic.between,
         "sent_inside_bytes": traffic.inside,
         "sent_between_bytes": traffic.between,

@@ -26,6 +26,7 @@ FORMATS = {"onnx": ".onnx", "torchscript": ".pt", "exported-program": ".pt2"}
 OPSET = 17
 TOLERANCE = 1e-4
 _MOST_UNITS = 64
+_IDLE = 1e-3
 Runner = Callable[[Tensor], Tensor]
 
 
@@ -51,6 +52,17 @@ def require_packages(export_format: str) -> None:
         raise ToolError(
             f"--format {export_format} needs {' and '.join(missing)}: install the extra: pip install 'vitrail[onnx]'"
         )
+
+
+def wake_idle_parts(model: nn.Module) -> None:
+    """Gives random values to parameters that start at zero or next to it, such as biases, offsets and layer scales.
+
+    Otherwise what depends on them would hardly be seen in a comparison of a file with a model of random weights.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() and parameter.abs().max() < _IDLE:
+                parameter.normal_(std=0.05)
 
 
 def write_model(

@@ -60,9 +60,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _check_options(options: argparse.Namespace) -> None:
     """Raises `UsageError` for values that argparse lets pass."""
     known = vitrail.list_models()
-    if options.model.split(".")[0] not in known:
+    name = options.model.partition(".")[0]
+    if name not in known:
         raise unknown_name("model", options.model, known)
-    if timm.get_pretrained_cfg(options.model).input_size is None:
+    if timm.get_pretrained_cfg(name).input_size is None:
         raise UsageError(f"{options.model} takes points, not images; files for other runtimes hold models of images")
     if options.img_size and (len(options.img_size) > 2 or min(options.img_size) < 1):
         raise UsageError(f"--img-size is {options.img_size}; allowed: H or H W, each at least 1")

@@ -215,7 +215,7 @@ def _read_onnx(path: Path) -> Runner:
 
 def _read_torchscript(path: Path) -> Runner:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # recent versions of PyTorch advise torch.export
         return torch.jit.load(str(path), map_location="cpu")
 
 

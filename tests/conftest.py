@@ -56,7 +56,7 @@ def _forget_compilations() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _forget_default_scope() -> Iterator[None]:
-    """A Runner of one test leaves its scope as the process's: the next test's heads would look for their losses there."""
+    """A Runner of one test leaves its scope as the process's: the next test's heads would look for losses there."""
     yield
     if "mmengine.registry.default_scope" in sys.modules:
         from mmengine.registry import DefaultScope

@@ -39,12 +39,8 @@ _needs_onnx = pytest.mark.skipif(
 
 
 def _model(name: str) -> nn.Module:
-    """A model no part of which is idle: parameters that start at zero get values."""
     model = timm.create_model(name, **_FAMILIES[name]).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05)
+    export.wake_idle_parts(model)
     return model
 
 
@@ -54,6 +50,17 @@ def _check(model: nn.Module, path: Path, export_format: str, size: tuple[int, in
     assert len({shape[0] for shape in shapes}) == len({shape[2:] for shape in shapes}) == (2 if dynamic else 1)
     for check in export.verify_file(model, path, export_format, shapes):
         assert check.relative <= export.TOLERANCE, check
+
+
+@pytest.mark.parametrize("name", _FAMILIES)
+def test_no_part_of_a_model_is_idle(name: str) -> None:
+    """What images change in the output is as large as the output: errors of any part would be seen."""
+    model = _model(name)
+    images = export._make_images((2, 3, 64, 64), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, second = model(images)
+    assert (first - second).abs().max() > 0.1 * first.abs().max()
+    assert not any(module.training for module in model.modules())
 
 
 @_needs_onnx

@@ -17,21 +17,22 @@ import vitrail
 from vitrail.tools._common import export
 from vitrail.tools.export import main
 
-_TINY = {"depths": (1, 1, 1, 1), "dims": (32, 64, 96, 128)}
+_SHORT = {"depths": (1, 1, 1, 1)}  # PyTorch's exporters take time for every node
+_TINY = {**_SHORT, "dims": (32, 64, 96, 128)}
 _FAMILIES: dict[str, dict[str, Any]] = {
-    "biformer_n": {},
+    "biformer_n": _SHORT,
     "biformer_stl": _TINY,
     "davit_t": {**_TINY, "num_heads": (1, 2, 3, 4)},
-    "gated_swinrmt_retention_n": {},
-    "gated_swinrmt_swat_n": {},
-    "l2vit_n": {},
+    "gated_swinrmt_retention_n": _SHORT,
+    "gated_swinrmt_swat_n": _SHORT,
+    "l2vit_n": {"depths": (2, 2), "dims": (48, 96), "num_heads": (2, 4)},  # a window and a linear block each
     "mobilenetv2_ela_b": {},
-    "resnet18_ela_t": {},
-    "rmt_n": {},
-    "swin_t": {"depths": (1, 1, 2, 1)},
-    "vsa_swin_n": {},
-    "vsa_vitae_s": {"depths": (1, 1, 1, 1)},
-    **{name: {} for name in ("nat_n", "dinat_n") if timm.is_model(name)},
+    "resnet18_ela_t": {"layers": (1, 1, 1, 1)},
+    "rmt_n": _SHORT,
+    "swin_t": {**_TINY, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 3, 4)},  # the second block of a stage shifts
+    "vsa_swin_n": _SHORT,
+    "vsa_vitae_s": _SHORT,
+    "dinat_n": {},
 }
 _needs_onnx = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")), reason="needs the extra 'onnx'"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import vitrail
-from vitrail.tools._common import export
+from vitrail.tools._common import export, export_table
 from vitrail.tools.export import main
 
 _SHORT = {"depths": (1, 1, 1, 1)}  # PyTorch's exporters take time for every node
@@ -125,6 +125,34 @@ def test_the_command_uses_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFix
         assert torch.allclose(torch.jit.load(str(tmp_path / "out.pt"))(image), trained(image), atol=1e-5)
 
 
+def test_the_command_notes_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notes = tmp_path / "notes.json"
+    command = ["l2vit_n", "--format", "torchscript", "-o", str(tmp_path / "out.pt"), "--json", str(notes)]
+    assert main(command) == main([*command, "--img-size", "32", "40"]) == 0
+    (row,) = export_table.read_rows(notes)  # the second in place of the first
+    assert (row["model"], row["format"], row["dynamic"], row["weights"]) == ("l2vit_n", "torchscript", False, "random")
+    assert [check["shape"] for check in row["checks"]] == [[1, 3, 32, 40]]
+    assert row["bytes"] == (tmp_path / "out.pt").stat().st_size
+    assert row["torch"] == torch.__version__
+    notes.write_text('{"score": 1}')
+    assert main(command) == 1
+    assert "no file of vitrail.tools.export --json" in capsys.readouterr().err
+
+
+def test_every_model_of_images_has_been_exported() -> None:
+    """The figures that the documentation shows; `vitrail-export MODEL --dynamic --json FILE` adds new ones."""
+    rows = [row for row in export_table.read_rows() if row["format"] == "onnx" and row["dynamic"]]
+    images = {name for name in vitrail.list_models() if timm.get_pretrained_cfg(name).input_size}
+    assert {row["model"] for row in rows} == images
+    for row in rows:
+        shapes = [check["shape"] for check in row["checks"]]
+        assert len({shape[0] for shape in shapes}) == len({tuple(shape[2:]) for shape in shapes}) == 2, row["model"]
+        assert max(check["relative"] for check in row["checks"]) <= export.TOLERANCE, row["model"]
+    table = export_table.render(rows).splitlines()
+    assert len(table) == len(rows) + 2
+    assert {line.count("|") for line in table} == {10}
+
+
 def test_the_command_fails_where_the_file_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +172,8 @@ def test_the_command_fails_where_the_file_is_wrong(
     [
         (["davit_x"], "davit_t"),
         (["resnet50"], "unknown model"),
+        (["l2vit_n.other"], "other"),
+        (["scatterformer_kitti"], "takes points, not images"),
         (["biformer_n", "--img-size", "0"], "--img-size"),
         (["biformer_n", "--img-size", "1", "2", "3"], "--img-size"),
         (["biformer_n", "--batch-size", "0"], "--batch-size"),

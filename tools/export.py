@@ -21,9 +21,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-import vitrail
 from vitrail.tools._common import export, export_table
-from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command, unknown_name
+from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command
+from vitrail.tools._common.entry_points import check_takes_images
 from vitrail.tools._common.table import Column, print_table
 
 _COLUMNS = (
@@ -60,12 +60,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _check_options(options: argparse.Namespace) -> None:
     """Raises `UsageError` for values that argparse lets pass."""
-    known = vitrail.list_models()
-    name = options.model.partition(".")[0]
-    if name not in known:
-        raise unknown_name("model", options.model, known)
-    if timm.get_pretrained_cfg(name).input_size is None:
-        raise UsageError(f"{options.model} takes points, not images; files for other runtimes hold models of images")
+    check_takes_images(options.model)
     if options.img_size and (len(options.img_size) > 2 or min(options.img_size) < 1):
         raise UsageError(f"--img-size is {options.img_size}; allowed: H or H W, each at least 1")
     if options.batch_size is not None and options.batch_size < 1:

@@ -20,10 +20,10 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-import vitrail
-from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command, unknown_name
+from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command
 from vitrail.tools._common.draw import all_panels
 from vitrail.tools._common.draw_page import Drawn, write_html, write_png
+from vitrail.tools._common.entry_points import check_takes_images
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,10 +57,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _visualize(options: argparse.Namespace) -> int:
     specs = [options.model, *options.compare]
-    known = vitrail.list_models()
     for spec in specs:
-        if spec.partition("=")[0].split(".")[0] not in known:
-            raise unknown_name("model", spec.partition("=")[0], known)
+        check_takes_images(spec.partition("=")[0])
     drawn = []
     for spec in specs:
         model = _build(spec, options.pretrained)

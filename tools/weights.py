@@ -21,18 +21,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
-import timm
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-from timm.models import PretrainedCfg
 from torch import Tensor
 
 import vitrail
 from vitrail.models import _weights
 from vitrail.models._fetch import fetch, file_digest, verify
-from vitrail.models._registry import configurations, is_shipped
+from vitrail.models._registry import is_shipped
 from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command, unknown_name
+from vitrail.tools._common.entry_points import find_configuration
 from vitrail.tools._common.golden import CASES, filled_checkpoint, golden_folder
 from vitrail.tools._common.table import Column, _write, print_table
 from vitrail.tools._common.weight_sources import ask_server, sources
@@ -114,7 +113,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _fetch(options: argparse.Namespace) -> int:
-    name, cfg = _configuration(options.model)
+    name, cfg = find_configuration(options.model)
     if options.sha256 and not options.url:
         raise UsageError("--sha256 is the digest of a file from --url; other files are checked by themselves")
     console = Console(highlight=False, soft_wrap=True)
@@ -132,7 +131,7 @@ def _fetch(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    name, _ = _configuration(options.model)
+    name, _ = find_configuration(options.model)
     checkpoint = _weights.read_checkpoint(options.file)
     model, weights = _weights.convert(name, checkpoint, options.wrapper)
     if options.dtype:
@@ -161,8 +160,8 @@ def _verify(options: argparse.Namespace) -> int:
     verify(options.file, options.sha256)
     weights = _weights.read_checkpoint(options.file)
     if options.model:
-        _check_model(options.model)
-        _weights.convert(options.model, weights)
+        name, _ = find_configuration(options.model)
+        _weights.convert(name, weights)
     print(f"{options.file} is whole" + (f" and fits {options.model}" if options.model else ""))
     print(f"SHA-256 {file_digest(options.file)}")
     return 0
@@ -212,23 +211,6 @@ def _cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
     if lost:
         raise ToolError(f"{lost[0]} does not fit in {dtype}: values overflow")
     return cast
-
-
-def _check_model(name: str) -> None:
-    if name not in vitrail.list_models():
-        raise unknown_name("model", name, vitrail.list_models())
-
-
-def _configuration(model: str) -> tuple[str, PretrainedCfg]:
-    """The entry point and the pretrained configuration that `NAME` or `NAME.TAG` means."""
-    name, _, tag = model.partition(".")
-    _check_model(name)
-    if not tag:
-        return name, timm.models.get_pretrained_cfg(name)
-    known = {cfg.tag: cfg for cfg in configurations(name) if cfg.tag}
-    if tag not in known:
-        raise UsageError(f"{name} has no weights tagged {tag!r}; its tags: {', '.join(known) or 'none'}")
-    return name, known[tag]
 
 
 class _Bar:

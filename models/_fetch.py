@@ -251,7 +251,7 @@ class _Download:
 
     def _describe_failure(self, arrived: int, error: _Interrupted) -> str:
         if not arrived:
-            return f"{self.url} cannot be reached: {error} ({_ATTEMPTS} attempts)"
+            return f"nothing came from {self.url}: {error} ({_ATTEMPTS} attempts)"
         return f"{self.url} broke off after {arrived:,} bytes ({error}); the next call goes on from there"
 
     def _arrived(self) -> int:

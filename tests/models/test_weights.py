@@ -133,7 +133,7 @@ def test_a_digest_that_cannot_be_asked_for_is_not_left_out(
     site = Site({f"/{file}": stored(source, tmp_path / "w.safetensors")}, failing={f"/{file}.sha256": 503})
     with serve(site) as url:
         monkeypatch.setenv("VITRAIL_WEIGHTS_URL", url)
-        with pytest.raises(WeightsError, match=r"sha256 cannot be reached: HTTP 503"):
+        with pytest.raises(WeightsError, match=r"nothing came from .*sha256: HTTP 503"):
             create(f"{url}/w.safetensors", cache_dir=tmp_path / "cache")
         site.failing[f"/{file}.sha256"] = 403  # how some stores say that there is none
         create(f"{url}/w.safetensors", cache_dir=tmp_path / "cache")

@@ -70,7 +70,7 @@ def _key(row: Row) -> tuple[str, str, bool]:
 def render(rows: Sequence[Row]) -> str:
     """A Markdown table of dynamic ONNX files: the relative differences at the sizes and batches that were compared."""
     rows = [row for row in rows if row["format"] == "onnx" and row["dynamic"]]
-    titles = ["model", "MB", "written in", *["at", "batch 1", "batch 3"] * 2]
+    titles = ["model", "MB", *["at", "batch 1", "batch 3"] * 2]
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *map(_cells, rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
@@ -80,4 +80,4 @@ def _cells(row: Row) -> list[str]:
     for check in row["checks"]:
         by_size.setdefault("{2} x {3}".format(*check["shape"]), []).append(f"{check['relative']:.0e}")
     sizes = [cell for size, errors in by_size.items() for cell in (size, *errors)]
-    return [row["model"], f"{row['bytes'] / 1e6:.1f}", f"{row['seconds']:.0f} s", *sizes]
+    return [row["model"], f"{row['bytes'] / 1e6:.1f}", *sizes]

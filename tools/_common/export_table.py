@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from vitrail.tools._common.cards import FOLDER
 from vitrail.tools._common.export import OPSET, Check
@@ -39,13 +40,15 @@ def make_row(model: str, export_format: str, dynamic: bool, checks: Sequence[Che
 
 
 def add_row(path: Path, row: Row) -> None:
-    """Adds a row to a file of rows, in place of the one of the same model and kind of file.
+    """Adds a row to a file of rows, in place of the one of the same model and kind of file; processes take turns.
 
     Raises:
         ValueError: The file holds something else.
     """
-    others = [other for other in (read_rows(path) if path.exists() else []) if _key(other) != _key(row)]
-    write_json(path, sorted([*others, row], key=_key))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        others = [other for other in (read_rows(path) if path.exists() else []) if _key(other) != _key(row)]
+        write_json(path, sorted([*others, row], key=_key))
 
 
 def read_rows(path: Path = FILE) -> list[Row]:

@@ -146,7 +146,8 @@ def _draw(axes: Any, key: str, rows: Sequence[Row]) -> None:
             size = row["model"].removeprefix(f"{family}_")
             place = ((4, -8), (4, 4), (-4, 4), (-4, -8))[index % 4]  # so that near ones of two families can be read
             side = "left" if place[0] > 0 else "right"
-            axes.annotate(size, (row[key], row["top1"]), place, textcoords="offset points", fontsize=7, ha=side)
+            look = {"textcoords": "offset points", "fontsize": 7, "ha": side, "color": style["color"]}
+            axes.annotate(size, (row[key], row["top1"]), place, **look)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))

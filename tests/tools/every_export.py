@@ -9,15 +9,12 @@ import os
 from pathlib import Path
 
 import pytest
-import timm
 
-import vitrail
+from vitrail.tools._common.entry_points import image_models
 from vitrail.tools.export import main
 
-_IMAGES = [name for name in vitrail.list_models() if timm.get_pretrained_cfg(name).input_size]
 
-
-@pytest.mark.parametrize("name", _IMAGES)
+@pytest.mark.parametrize("name", image_models())
 def test_export(name: str, tmp_path: Path) -> None:
     notes = ["--json", os.environ["EXPORTS"]] if "EXPORTS" in os.environ else []
     file = tmp_path / "model.onnx"

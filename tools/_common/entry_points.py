@@ -33,3 +33,8 @@ def check_takes_images(model: str) -> None:
     name, cfg = find_configuration(model)
     if cfg.input_size is None:
         raise UsageError(f"{name} takes points, not images; allowed: models of images")
+
+
+def image_models() -> list[str]:
+    """Sorted entry points that take images."""
+    return [name for name in vitrail.list_models() if timm.models.get_pretrained_cfg(name).input_size]

@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 
 from vitrail.tools._common.cards import FOLDER
+from vitrail.tools._common.entry_points import image_models
 from vitrail.tools._common.export import OPSET, Check
 from vitrail.tools._common.measure import environment, version_of
 from vitrail.tools._common.table import Row, write_json
@@ -71,11 +72,15 @@ def _key(row: Row) -> tuple[str, str, bool]:
 
 
 def render(rows: Sequence[Row]) -> str:
-    """A Markdown table of dynamic ONNX files: the relative differences at the sizes and batches that were compared."""
+    """A Markdown table of dynamic ONNX files: the relative differences at the sizes and batches that were compared.
+
+    Above it stands how many of the models of images it has.
+    """
     rows = [row for row in rows if row["format"] == "onnx" and row["dynamic"]]
     titles = ["model", "MB", *["at", "batch 1", "batch 3"] * 2]
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *map(_cells, rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"{len(rows)} of {len(image_models())} models:\n\n{table}\n"
 
 
 def _cells(row: Row) -> list[str]:

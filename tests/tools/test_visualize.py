@@ -248,6 +248,8 @@ def test_a_checkpoint_is_used(photo: Path, tmp_path: Path) -> None:
     ("arguments", "status", "hint"),
     [
         (["biformer_x", "PHOTO"], 2, "unknown model"),
+        (["biformer_n.other", "PHOTO"], 2, "'other'"),
+        (["biformer_n", "PHOTO", "--compare", "scatterformer_kitti_n"], 2, "takes points"),
         (["biformer_n", "PHOTO", "--query", "2", "0"], 2, "--query"),
         (["biformer_n", "PHOTO", "--img-size", "0"], 2, "--img-size"),
         (["biformer_n", "PHOTO", "-o", "no/such/folder/out"], 2, "does not exist"),

@@ -22,7 +22,7 @@ test-models: $(STAMP)
 	$(BIN)/python tests/contract/run.py
 
 test-export: $(STAMP)
-	$(BIN)/python -m pytest -q tests/tools/every_export.py
+	$(BIN)/python -m pytest -q -n auto tests/tools/every_export.py
 
 test-kernels-compile: $(STAMP)
 	$(BIN)/python -m pytest -q tests/kernels/every_kernel.py

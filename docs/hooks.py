@@ -1,4 +1,7 @@
-"""What mkdocs calls for every page: formulas of docstrings become MathML, which browsers draw without scripts."""
+"""What mkdocs calls for every page.
+
+Formulas of docstrings become MathML, which browsers draw without scripts; figures that lie in files become tables.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,18 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
+from vitrail.tools._common import export_table
+
 _INLINE = re.compile(r":math:<code>(.*?)</code>", re.S)
 _BLOCK = re.compile(r"<p>\.\. math::(.*?)</p>", re.S)
+_EXPORTS = "<!-- exports -->"
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Puts the table of exported models in its place."""
+    if _EXPORTS not in markdown:
+        return markdown
+    return markdown.replace(_EXPORTS, export_table.render(export_table.read_rows()))
 
 
 def on_page_content(content: str, **_: Any) -> str:

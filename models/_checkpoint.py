@@ -10,6 +10,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 _SIGNS_OF_OBJECTS = ("GLOBAL ", "call reduce", "instantiate")  # in what torch's restricted unpickler says
 
@@ -73,3 +74,15 @@ def rename_keys(weights: Mapping[str, Any], rules: Sequence[tuple[str, str]]) ->
             key = re.sub(pattern, replacement, key)
         renamed[key] = value
     return renamed
+
+
+def describe_misfits(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+    """Names the first of the weights that are missing, left over or of another shape, and counts the others; or ""."""
+    misfits = [f"missing {name}" for name in expected if name not in weights]
+    misfits += [f"unexpected {name}" for name in weights if name not in expected]
+    misfits += [
+        f"{name} is {tuple(weights[name].shape)}, the model's is {tuple(expected[name].shape)}"
+        for name in expected
+        if name in weights and weights[name].shape != expected[name].shape
+    ]
+    return "; ".join(misfits[:4]) + (f"; and {len(misfits) - 4} more" if len(misfits) > 4 else "")

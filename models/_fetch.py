@@ -29,6 +29,7 @@ _CHUNK = 1 << 20
 _ATTEMPTS = 5
 _MAX_HEADER = 100_000_000  # bytes of a safetensors header, as its own library allows
 _AGENT = "vitrail"
+_WEB_PAGE = "is a web page, not weights: the address may want a login or a click in a browser"
 Progress = Callable[[int, "int | None"], None]
 
 
@@ -37,6 +38,18 @@ class WeightsError(ValueError, RuntimeError):
 
     A `RuntimeError` as well, which is what timm raises for a model without weights.
     """
+
+
+class NotServedError(WeightsError):
+    """The server answers, and has no such file for us: HTTP 4xx, or a web page in place of it.
+
+    Attributes:
+        code: The answer's HTTP status.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def fetch(
@@ -124,7 +137,7 @@ def _damage(path: Path, suffix: str) -> str | None:
     with path.open("rb") as file:
         start = file.read(512)
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "is a web page, not weights: the address may want a login or a click in a browser"
+        return _WEB_PAGE
     if suffix == ".safetensors":
         return _safetensors_damage(path, size)
     if start.startswith(b"PK"):
@@ -147,6 +160,35 @@ def _safetensors_damage(path: Path, size: int) -> str | None:
             return "is not a safetensors file: its header cannot be read"
     wanted = 8 + length + max(ends, default=0)
     return None if size == wanted else f"has {size:,} bytes, its header says {wanted:,}: it is cut off or damaged"
+
+
+def probe(url: str, timeout: float = 10.0) -> int | None:
+    """Asks a server for a file without fetching it; returns the file's bytes where the server tells them.
+
+    Raises:
+        NotServedError: The server answers, and has no such file for us.
+        WeightsError: No server answers.
+    """
+    request = urllib.request.Request(url, headers={"User-Agent": _AGENT, "Accept-Encoding": "identity"}, method="HEAD")
+    try:
+        with _open(request, timeout) as answer:
+            if _is_web_page(answer):
+                raise NotServedError(f"{url} {_WEB_PAGE}", answer.status)
+            length = answer.headers.get("Content-Length")
+            return None if length is None else int(length)
+    except urllib.error.HTTPError as error:
+        raise NotServedError(f"{url} cannot be fetched: HTTP {error.code} {error.reason}", error.code) from error
+    except (http.client.HTTPException, OSError) as error:
+        reason = getattr(error, "reason", error)
+        raise WeightsError(f"{url} cannot be reached: {getattr(reason, 'strerror', None) or reason}") from error
+
+
+def _open(request: urllib.request.Request, timeout: float) -> http.client.HTTPResponse:
+    return urllib.request.build_opener(_SafeRedirects).open(request, timeout=timeout)
+
+
+def _is_web_page(answer: http.client.HTTPResponse) -> bool:
+    return answer.headers.get_content_type() in ("text/html", "application/xhtml+xml")
 
 
 class _Interrupted(Exception):
@@ -204,10 +246,13 @@ class _Download:
                 failures = failures + 1 if arrived == stalled_at else 1  # progress earns new attempts
                 stalled_at = arrived
                 if failures >= _ATTEMPTS:
-                    raise WeightsError(
-                        f"{self.url} broke off after {arrived:,} bytes ({error}); the next call goes on from there"
-                    ) from error
+                    raise WeightsError(self._describe_failure(arrived, error)) from error
                 time.sleep(min(0.1 * 2**failures, 5.0))
+
+    def _describe_failure(self, arrived: int, error: _Interrupted) -> str:
+        if not arrived:
+            return f"nothing came from {self.url}: {error} ({_ATTEMPTS} attempts)"
+        return f"{self.url} broke off after {arrived:,} bytes ({error}); the next call goes on from there"
 
     def _arrived(self) -> int:
         return self.partial.stat().st_size if self.partial.exists() else 0
@@ -229,7 +274,7 @@ class _Download:
     def _answer(self, request: urllib.request.Request) -> Iterator[http.client.HTTPResponse]:
         """The server's answer; what goes wrong on the way becomes one of two kinds of error."""
         try:
-            with urllib.request.build_opener(_SafeRedirects).open(request, timeout=self.timeout) as answer:
+            with _open(request, self.timeout) as answer:
                 yield answer
         except urllib.error.HTTPError as error:
             if error.code == 416:  # the file has changed or is complete already
@@ -237,18 +282,17 @@ class _Download:
                 raise _Interrupted("the server refused to go on from there") from error
             if error.code >= 500 or error.code == 429:
                 raise _Interrupted(f"HTTP {error.code} {error.reason}") from error
-            raise WeightsError(f"{self.url} cannot be fetched: HTTP {error.code} {error.reason}") from error
+            message = f"{self.url} cannot be fetched: HTTP {error.code} {error.reason}"
+            raise NotServedError(message, error.code) from error
         except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
             raise _Interrupted(str(error) or type(error).__name__) from error
         except urllib.error.URLError as error:
             raise _Interrupted(str(error.reason)) from error
 
     def _store(self, answer: http.client.HTTPResponse, start: int) -> None:
-        if answer.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
+        if _is_web_page(answer):
             self._discard()
-            raise WeightsError(
-                f"{self.url} is a web page, not weights: the address may want a login or a click in a browser"
-            )
+            raise NotServedError(f"{self.url} {_WEB_PAGE}", answer.status)
         length = answer.headers.get("Content-Length")
         total = None if length is None else start + int(length)
         try:

@@ -28,15 +28,15 @@ from timm.models import build_model_with_cfg as build_with_timm
 from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from vitrail.models._checkpoint import DamagedError, HoldsObjectsError, load_without_code
-from vitrail.models._fetch import Progress, WeightsError, fetch, file_digest, verify
-from vitrail.models._registry import PACKAGE, is_shipped
+from vitrail.models._checkpoint import DamagedError, HoldsObjectsError, describe_misfits, load_without_code
+from vitrail.models._fetch import NotServedError, Progress, WeightsError, fetch, file_digest, verify
+from vitrail.models._registry import PACKAGE, configurations, is_shipped
 
 __all__ = ["WRAPPERS", "WeightsError", "build_model_with_cfg", "locate", "read_checkpoint", "select_weights"]
 
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 SHIPPED = Path(__file__).parent.parent / "weights"  # what came with the package
-_HUB_FILE = "model.safetensors"
+HUB_FILE = "model.safetensors"
 
 
 def build_model_with_cfg(
@@ -90,12 +90,26 @@ def locate(
     cache = Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints")
     if mirrored := _from_mirror(name, url, cache, progress):
         return mirrored
-    if cfg.hf_hub_id:
-        return _from_hub(cfg.hf_hub_id, cfg.hf_hub_filename or _HUB_FILE, cache_dir)
-    if url:
-        return _download(url, cache, progress)
-    by_hand = f": {' '.join(cfg.notes)}" if cfg.notes else ""
-    raise WeightsError(f"No pretrained weights exist for {name} that a program can fetch{by_hand}")
+    try:
+        if cfg.hf_hub_id:
+            return _from_hub(cfg.hf_hub_id, cfg.hf_hub_filename or HUB_FILE, cache_dir)
+        if url:
+            return _download(url, cache, progress)
+        raise WeightsError(_describe_absence(variant, name, cfg))
+    except WeightsError as error:
+        if place := os.environ.get("VITRAIL_WEIGHTS_URL"):
+            looked_for = " or ".join(_mirrored_names(name, url))
+            said = str(error).rstrip(".")
+            raise WeightsError(f"{said}; VITRAIL_WEIGHTS_URL ({place}) does not hold {looked_for} either") from error
+        raise
+
+
+def _describe_absence(variant: str, name: str, cfg: PretrainedCfg) -> str:
+    """Why a configuration has no weights, and which others of the variant have some."""
+    others = [f"{variant}.{one.tag}" for one in configurations(variant) if one.has_weights and one.tag != cfg.tag]
+    notes = f": {' '.join(cfg.notes)}" if cfg.notes else ""
+    hint = f"; there are some for {', '.join(others)}" if others else ""
+    return f"No pretrained weights exist for {name} that a program can fetch{notes}{hint}"
 
 
 def is_offline() -> bool:
@@ -104,10 +118,16 @@ def is_offline() -> bool:
 
 
 _OFFLINE = ("VITRAIL_OFFLINE", "HF_HUB_OFFLINE")
+_SWITCHED_OFF = f"the network is switched off ({' or '.join(_OFFLINE)})"
 
 
 def _file_name(url: str) -> str:
     return urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
+
+
+def _mirrored_names(name: str, url: str) -> list[str]:
+    """The files, by name, that count as a variant's in the user's own folder or address."""
+    return [f"{name}.safetensors", *filter(None, [_file_name(url)])]
 
 
 def _from_mirror(name: str, url: str, cache: Path, progress: Progress | None) -> Path | None:
@@ -115,7 +135,7 @@ def _from_mirror(name: str, url: str, cache: Path, progress: Progress | None) ->
     place = os.environ.get("VITRAIL_WEIGHTS_URL", "")
     if not place:
         return None
-    candidates = [f"{name}.safetensors", *filter(None, [_file_name(url)])]
+    candidates = _mirrored_names(name, url)
     if place.startswith(("http://", "https://")):
         return next(filter(None, (_from_address(place, file, cache, progress) for file in candidates)), None)
     folder = Path(place.removeprefix("file://")).expanduser()
@@ -151,13 +171,13 @@ def _from_address(place: str, file: str, cache: Path, progress: Progress | None)
     address = f"{place.rstrip('/')}/{urllib.parse.quote(file)}"
     try:
         listed = fetch(f"{address}.sha256", folder, check=_is_digest_line)
-    except WeightsError:
+    except NotServedError:
         listed = None
     try:
         return fetch(address, folder, sha256=_first_word(listed.read_text(), address) if listed else None,
                      progress=progress)  # fmt: skip
-    except WeightsError as error:
-        if "HTTP 404" in str(error):
+    except NotServedError as error:
+        if error.code == 404:
             return None
         raise
 
@@ -178,7 +198,7 @@ def _download(url: str, cache: Path, progress: Progress | None) -> Path:
         path = cache / _file_name(url)
         if path.is_file():
             return path
-        raise WeightsError(f"{url} is not in {cache}, and the network is switched off ({' or '.join(_OFFLINE)})")
+        raise WeightsError(f"{url} is not in {cache}, and {_SWITCHED_OFF}")
     return fetch(url, cache, progress=progress)
 
 
@@ -190,6 +210,8 @@ def _from_hub(repo: str, filename: str, cache_dir: str | os.PathLike[str] | None
     repo, _, revision = repo.partition("@")
     where = {"repo_id": repo, "filename": filename, "revision": revision or None, "cache_dir": cache_dir}
     known = isinstance(try_to_load_from_cache(**where), str)
+    if is_offline() and not known:
+        raise WeightsError(f"{filename} of {repo} is not in the Hugging Face Hub's cache, and {_SWITCHED_OFF}")
     try:
         path = Path(hf_hub_download(**where, endpoint=os.environ.get("HF_ENDPOINT"), local_files_only=is_offline()))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
@@ -280,9 +302,8 @@ def convert(
     dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
     model.to(dtype)
     counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
-    try:
-        model.load_state_dict({**counters, **renamed})
-    except RuntimeError as error:
-        problems = " ".join(str(error).split()[:60])
-        raise WeightsError(f"the checkpoint does not fit {variant}: {problems}") from error
+    complete = {**counters, **renamed}
+    if problems := describe_misfits(model.state_dict(), complete):
+        raise WeightsError(f"the checkpoint does not fit {variant}: {problems}")
+    model.load_state_dict(complete)
     return model, {key: value.contiguous().clone() for key, value in model.state_dict().items()}

@@ -18,6 +18,7 @@ class Site:
         files: Content by path.
         cut_after: Bytes of the body after which the next answers break off, one entry an answer.
         redirects: Path to send elsewhere.
+        failing: Status by path of answers without a file.
         types: Content type by path.
         delay: Seconds between two pieces of a body.
         ranges: Whether a part of a file can be asked for.
@@ -27,6 +28,7 @@ class Site:
     files: dict[str, bytes]
     cut_after: list[int] = field(default_factory=list)
     redirects: dict[str, str] = field(default_factory=dict)
+    failing: dict[str, int] = field(default_factory=dict)
     types: dict[str, str] = field(default_factory=dict)
     delay: float = 0.0
     ranges: bool = True
@@ -50,10 +52,14 @@ def serve(site: Site) -> Iterator[str]:
                 self.send_header("Location", site.redirects[self.path])
                 self.send_header("Content-Length", "0")
                 self.end_headers()
+            elif self.path in site.failing:
+                self.send_error(site.failing[self.path])
             elif self.path in site.files:
                 self._send(site.files[self.path])
             else:
                 self.send_error(404)
+
+        do_HEAD = do_GET
 
         def _send(self, content: bytes) -> None:
             tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
@@ -68,7 +74,7 @@ def serve(site: Site) -> Iterator[str]:
             if site.with_length:
                 self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()
-            body = content[start:]
+            body = b"" if self.command == "HEAD" else content[start:]
             if site.cut_after:
                 body = body[: site.cut_after.pop(0)]
             step = max(len(body) // 8, 1)

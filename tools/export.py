@@ -4,13 +4,15 @@
 
 The file holds standard operators only. `--dynamic` lets batch, height and width vary: of ONNX and TorchScript files to
 any size from the one that the command prints, of exported programs to multiples of what it prints. After writing, the
-file is run on the CPU; the command fails if its output differs from the model's by more than 1e-4 of the largest one.
+file is run on the CPU on made-up images; the command fails where its output differs from the model's by more than 1e-4
+of what the images change in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,9 +21,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-import vitrail
-from vitrail.tools._common import export
-from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command, unknown_name
+from vitrail.tools._common import export, export_table
+from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command
+from vitrail.tools._common.entry_points import check_takes_images
 from vitrail.tools._common.table import Column, print_table
 
 _COLUMNS = (
@@ -45,11 +47,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--format", choices=tuple(export.FORMATS), default="onnx", help="default: onnx")
     add("--dynamic", action="store_true", help="let batch size, height and width vary")
     add("-o", "--output", type=Path, metavar="FILE", help="default: MODEL with the format's ending")
-    add("--checkpoint", type=Path, metavar="FILE", help="weights (default: random ones)")
+    add("--checkpoint", type=Path, metavar="FILE", help="weights (default: random ones, none of them idle)")
     add("--pretrained", action="store_true", help="use the weights that timm fetches")
     add("--num-classes", type=int, help="width of the classifier, 0 for none (default: the model's own)")
     add("--img-size", type=int, nargs="+", metavar=("H", "W"), help="default: the model's own")
     add("--batch-size", type=int, help="images in a batch of a file that is not dynamic (default: 1)")
+    add("--json", type=Path, metavar="FILE", help="add the figures of the comparison to the list in this file")
     options = parser.parse_args(argv)
     _check_options(options)
     return options
@@ -57,9 +60,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _check_options(options: argparse.Namespace) -> None:
     """Raises `UsageError` for values that argparse lets pass."""
-    known = vitrail.list_models()
-    if options.model.split(".")[0] not in known:
-        raise unknown_name("model", options.model, known)
+    check_takes_images(options.model)
     if options.img_size and (len(options.img_size) > 2 or min(options.img_size) < 1):
         raise UsageError(f"--img-size is {options.img_size}; allowed: H or H W, each at least 1")
     if options.batch_size is not None and options.batch_size < 1:
@@ -70,6 +71,8 @@ def _check_options(options: argparse.Namespace) -> None:
         raise UsageError(f"--num-classes is {options.num_classes}; allowed: 0 (no classifier) or more")
     if options.checkpoint and options.pretrained:
         raise UsageError("--checkpoint and --pretrained both name weights; give one of them")
+    if options.json and options.json.exists():
+        export_table.read_rows(options.json)  # raises before the work where the file holds something else
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -80,7 +83,9 @@ def _export(options: argparse.Namespace) -> int:
     if not path.absolute().parent.is_dir():
         raise UsageError(f"--output is {path}, whose folder does not exist")
     batch_size = options.batch_size or (2 if options.dynamic else 1)
+    start = time.perf_counter()
     export.write_model(model, path, options.format, size, options.dynamic, batch_size)
+    seconds = time.perf_counter() - start
     shapes = export.shapes_to_try(model, options.format, size, options.dynamic, batch_size)
     checks = export.verify_file(model, path, options.format, shapes)
     console = Console(highlight=False, soft_wrap=True)
@@ -88,8 +93,13 @@ def _export(options: argparse.Namespace) -> int:
     worst = max(check.relative for check in checks)
     if not worst <= export.TOLERANCE:
         raise ToolError(
-            f"{path} differs from the model by {worst:.1e} of its largest output; allowed: {export.TOLERANCE:.0e}"
+            f"{path} differs from the model by {worst:.1e} of what images change in its output; "
+            f"allowed: {export.TOLERANCE:.0e}"
         )
+    if options.json:
+        facts = {"bytes": path.stat().st_size, "seconds": seconds, "weights": _describe_weights(options)}
+        row = export_table.make_row(options.model, options.format, options.dynamic, checks, **facts)
+        export_table.add_row(options.json, row)
     console.print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB; {_describe_sizes(options, model, size)}")
     return 0
 
@@ -107,7 +117,15 @@ def _build(options: argparse.Namespace) -> nn.Module:
         with refuse_untrained_parts(f"checkpoint {options.checkpoint}"):
             weights = convert_for(model, read_weights(options.checkpoint))
         load_strictly(model, weights, options.checkpoint)
+    elif not options.pretrained:
+        export.wake_idle_parts(model, model.default_cfg["input_size"][0])
     return model.eval()
+
+
+def _describe_weights(options: argparse.Namespace) -> str:
+    if options.checkpoint:
+        return options.checkpoint.name
+    return "pretrained" if options.pretrained else "random"
 
 
 def _choose_size(options: argparse.Namespace, model: nn.Module) -> tuple[int, int, int]:

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from vitrail.tools._common.cards import read_facts, read_measured
-from vitrail.tools._common.cli import ArgumentParser, UsageError, run_command, unknown_name
+from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command, unknown_name
 from vitrail.tools._common.table import Column, Row, _write, print_table, write_csv, write_json
 
 _COLUMNS = [
@@ -94,46 +94,65 @@ def read_throughput(paths: Sequence[Path]) -> dict[str, float]:
             found = [(row["model"], float(row["images_per_s"])) for row in rows if row.get("source") != "timm"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is not a result file of vitrail-benchmark") from error
+        if not found:
+            raise UsageError(f"{path} holds no speed of a model's inference")
         for name, value in found:
             best[name] = max(value, best.get(name, 0.0))
     return best
 
 
 def write_plot(path: Path, rows: Sequence[Row]) -> None:
-    """Draws accuracy against GMACs and, where it is known, against throughput; one line a family.
+    """Draws accuracy against GMACs and, where it is known, against throughput; a colour a family.
+
+    A line joins the models of a family that are better than all cheaper ones of it.
 
     Args:
         path: Picture file; its ending chooses the format.
         rows: Of `make_rows`.
+
+    Raises:
+        ToolError: No row has an accuracy.
     """
     from matplotlib.figure import Figure
 
     axes_of = [("gmacs", "GMACs of one image"), ("images_per_second", "images per second, inference")]
     shown = [(key, title) for key, title in axes_of if any(row[key] and row["top1"] for row in rows)]
-    figure = Figure(figsize=(1 + 6.5 * max(len(shown), 1), 5.5), layout="constrained")
+    if not shown:
+        raise ToolError("--plot has nothing to draw: no model of the table has a published accuracy")
+    figure = Figure(figsize=(1 + 6.5 * len(shown), 5.5), layout="constrained")
     for place, (key, title) in enumerate(shown):
         axes = figure.add_subplot(1, len(shown), place + 1)
         _draw(axes, key, [row for row in rows if row[key] and row["top1"]])
         axes.set_xlabel(title)
         axes.set_ylabel("ImageNet-1k top-1, the papers' (%)")
-    if shown:
-        figure.axes[0].legend(fontsize=8)
+    figure.axes[0].legend(fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format=path.suffix[1:] or "png", dpi=130)
     _write(path, picture.getvalue())
 
 
 def _draw(axes: Any, key: str, rows: Sequence[Row]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     families = list(dict.fromkeys(_family(row["model"]) for row in rows))
     for index, family in enumerate(families):
-        members = sorted((row for row in rows if _family(row["model"]) == family), key=lambda row: row[key])
-        points = [[row[key] for row in members], [row["top1"] for row in members]]
-        marker = _MARKERS[index % len(_MARKERS)]
-        axes.plot(*points, marker=marker, markersize=5, linewidth=1, color=f"C{index % 10}", label=family)
+        members = [row for row in rows if _family(row["model"]) == family]
+        members.sort(key=lambda row: row[key], reverse=key == "images_per_second")  # what costs least comes first
+        better = [row for i, row in enumerate(members) if row["top1"] >= max(r["top1"] for r in members[: i + 1])]
+        style = {"marker": _MARKERS[index % len(_MARKERS)], "markersize": 5, "color": f"C{index % 10}"}
+        axes.plot([row[key] for row in better], [row["top1"] for row in better], linewidth=1, label=family, **style)
         for row in members:
+            axes.plot(row[key], row["top1"], **style)
             size = row["model"].removeprefix(f"{family}_")
-            axes.annotate(size, (row[key], row["top1"]), (4, -8), textcoords="offset points", fontsize=7)
+            place = ((4, -8), (4, 4), (-4, 4), (-4, -8))[index % 4]  # so that near ones of two families can be read
+            side = "left" if place[0] > 0 else "right"
+            look = {"textcoords": "offset points", "fontsize": 7, "ha": side, "color": style["color"]}
+            axes.annotate(size, (row[key], row["top1"]), place, **look)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(0.08)
     axes.grid(alpha=0.3)
 
 

@@ -20,10 +20,10 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-import vitrail
-from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command, unknown_name
+from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command
 from vitrail.tools._common.draw import all_panels
-from vitrail.tools._common.draw_page import Drawn, write_html, write_png
+from vitrail.tools._common.draw_page import Drawn, paint, write_html, write_png
+from vitrail.tools._common.entry_points import check_takes_images
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,15 +57,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _visualize(options: argparse.Namespace) -> int:
     specs = [options.model, *options.compare]
-    known = vitrail.list_models()
     for spec in specs:
-        if spec.partition("=")[0].split(".")[0] not in known:
-            raise unknown_name("model", spec.partition("=")[0], known)
+        check_takes_images(spec.partition("=")[0])
     drawn = []
     for spec in specs:
         model = _build(spec, options.pretrained)
-        for path in options.images:
-            drawn.append(_draw(spec.partition("=")[0], model, path, options))
+        name, _, checkpoint = spec.partition("=")
+        name += "" if checkpoint or options.pretrained else ", random weights"
+        drawn += [_draw(name, model, path, options) for path in options.images]
     png, page = (options.output.with_name(f"{options.output.name}{ending}") for ending in (".png", ".html"))
     write_png(png, drawn)
     write_html(page, drawn, " and ".join(dict.fromkeys(one.model for one in drawn)))
@@ -108,7 +107,7 @@ def _draw(name: str, model: nn.Module, path: Path, options: argparse.Namespace) 
         panels = all_panels(model, batch, query)
     except (RuntimeError, ValueError) as error:
         raise ToolError(f"{name} cannot run on {batch.shape[2]} x {batch.shape[3]} pixels: {error}") from error
-    return Drawn(name, path.name, pixels, panels)
+    return paint(name, path.name, pixels, panels)
 
 
 def _read_image(path: Path, model: nn.Module, size: Sequence[int] | None) -> tuple[Tensor, np.ndarray]:

@@ -2,7 +2,7 @@
 
 | command | does |
 |---|---|
-| `list [PATTERN]` | which weights there are of every model, where they lie, how to get those that want a browser |
+| `list [PATTERN]` | which weights there are of every model, where, how they are checked; `--try` asks the servers |
 | `fetch NAME[.TAG]` | downloads and verifies them; goes on where an earlier download was cut |
 | `convert NAME FILE` | turns an official checkpoint into a safetensors file in this package's layout |
 | `verify FILE` | checks a file: structure, SHA-256, whether it fits a model; `--golden` proves a conversion |
@@ -15,27 +15,29 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
-import timm
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-from timm.models import PretrainedCfg
 from torch import Tensor
 
 import vitrail
 from vitrail.models import _weights
 from vitrail.models._fetch import fetch, file_digest, verify
-from vitrail.models._registry import configurations, is_shipped
+from vitrail.models._registry import is_shipped
 from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command, unknown_name
+from vitrail.tools._common.entry_points import find_configuration
 from vitrail.tools._common.golden import CASES, filled_checkpoint, golden_folder
-from vitrail.tools._common.table import Column, Row, _write, print_table
+from vitrail.tools._common.table import Column, _write, print_table
+from vitrail.tools._common.weight_sources import ask_server, sources
 
 _TOLERANCE = 1e-8  # relative, in float64
+_PIPE_WIDTH = 250  # where no terminal limits the lines
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -45,7 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     listing = commands.add_parser("list", help="where the weights of every model lie")
-    listing.add_argument("pattern", nargs="?", default="*", help="shell-style pattern of model names")
+    listing.add_argument("pattern", nargs="?", default="*", help="shell-style pattern of names, or of names with tags")
+    listing.add_argument("--try", action="store_true", dest="ask", help="ask the servers whether the files are there")
     listing.add_argument("--json", action="store_true", help="rows as JSON")
     listing.set_defaults(command=_list)
 
@@ -57,9 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
     fetching.set_defaults(command=_fetch)
 
     converting = commands.add_parser("convert", help="official checkpoint to safetensors in this package's layout")
-    converting.add_argument("model")
+    converting.add_argument("model", help="name, or name.tag")
     converting.add_argument("file")
-    converting.add_argument("--output", metavar="FILE", help="default: MODEL.safetensors")
+    converting.add_argument("--output", metavar="FILE",
+                            help="default: MODEL.safetensors; VITRAIL_WEIGHTS_URL wants name and tag")  # fmt: skip
     converting.add_argument("--wrapper", choices=_weights.WRAPPERS, help="which set of weights, if there are several")
     converting.add_argument("--dtype", choices=_DTYPES, help="default: that of the checkpoint")
     converting.set_defaults(command=_convert)
@@ -84,33 +88,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(run)
 
 
-def sources(pattern: str = "*") -> list[Row]:
-    """One row for every pretrained configuration: name, tag, access, place, licence, what to know."""
-    return [_source(name, cfg) for name in vitrail.list_models(pattern) for cfg in configurations(name)]
-
-
-def _source(name: str, cfg: PretrainedCfg) -> Row:
-    place = f"hf-hub:{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url or None
-    unpublished = not place and not any("browser" in note or "by hand" in note for note in cfg.notes or ())
-    access = "included" if is_shipped(cfg) else "download" if place else "none" if unpublished else "by hand"
-    return {
-        "name": f"{name}.{cfg.tag}" if cfg.tag else name,
-        "access": access,
-        "place": place or (None if unpublished else cfg.origin_url),
-        "license": cfg.license,
-        "notes": " ".join(cfg.notes or ()) or cfg.description,
-    }
-
-
 def _list(options: argparse.Namespace) -> int:
     rows = sources(options.pattern)
     if not rows:
         raise unknown_name("model", options.pattern, vitrail.list_models())
-    console = Console(highlight=False, soft_wrap=True)
+    titles = ["name", "access", "place", "checked", "license"]
+    if options.ask:
+        if _weights.is_offline():
+            raise UsageError("--try asks servers, and the network is switched off in the environment")
+        rows = [{**row, "answer": ask_server(row)} for row in rows]
+        titles.insert(4, "answer")
     if options.json:
         print(json.dumps(rows, indent=1))
         return 0
-    columns = [Column(title, title, left=True) for title in ("name", "access", "place", "license")]
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    columns = [Column(title, title, left=True) for title in titles]
     print_table(console, "pretrained weights", columns, rows)
     for note in dict.fromkeys(row["notes"] for row in rows if row["notes"]):
         names = ", ".join(row["name"] for row in rows if row["notes"] == note)
@@ -121,49 +113,55 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _fetch(options: argparse.Namespace) -> int:
-    name = options.model.partition(".")[0]
-    _check_model(name)
+    name, cfg = find_configuration(options.model)
+    if options.sha256 and not options.url:
+        raise UsageError("--sha256 is the digest of a file from --url; other files are checked by themselves")
     console = Console(highlight=False, soft_wrap=True)
     with _Bar(console) as progress:
         if options.url:
             folder = options.to or Path(torch.hub.get_dir()) / "checkpoints"
             path = fetch(options.url, folder, sha256=options.sha256, progress=progress)
         else:
-            path = _weights.locate(name, _configuration(options.model), options.to, progress)
+            path = _weights.locate(name, cfg, options.to, progress)
+            if options.to and is_shipped(cfg):
+                Path(options.to).mkdir(parents=True, exist_ok=True)
+                path = Path(shutil.copy(path, options.to))
     console.print(f"{path}  {path.stat().st_size:,} bytes\nSHA-256 {file_digest(path)}", markup=False)
     return 0
 
 
 def _convert(options: argparse.Namespace) -> int:
-    _check_model(options.model)
+    name, _ = find_configuration(options.model)
     checkpoint = _weights.read_checkpoint(options.file)
-    model, weights = _weights.convert(options.model, checkpoint, options.wrapper)
+    model, weights = _weights.convert(name, checkpoint, options.wrapper)
     if options.dtype:
         weights = _cast(weights, _DTYPES[options.dtype])
     output = Path(options.output or f"{options.model}.safetensors")
     if output.suffix != ".safetensors":
         raise UsageError(f"--output is {output}; allowed: a name that ends in .safetensors")
-    _write(output, safetensors.torch.save(weights, {"format": "pt", "architecture": options.model}))
+    _write(output, safetensors.torch.save(weights, {"format": "pt", "architecture": name}))
     digest = file_digest(output)
     _write(output.with_name(f"{output.name}.sha256"), f"{digest}  {output.name}\n".encode())
     print(f"{output}  {output.stat().st_size:,} bytes, {model.num_classes} classes\nSHA-256 {digest}")
     folder = golden_folder()
-    if folder is None or options.model not in CASES:
+    if folder is None or name not in CASES:
         print("parity not checked: there is no golden case of this model here")
         return 0
-    return _prove(options.model, folder)
+    return _prove(name, folder)
 
 
 def _verify(options: argparse.Namespace) -> int:
     if options.golden:
+        if options.file:
+            raise UsageError("--golden proves the conversion of a model by itself; leave FILE out")
         return _verify_golden(options.model)
     if not options.file:
         raise UsageError("give FILE, or --golden with --model")
     verify(options.file, options.sha256)
     weights = _weights.read_checkpoint(options.file)
     if options.model:
-        _check_model(options.model)
-        _weights.convert(options.model, weights)
+        name, _ = find_configuration(options.model)
+        _weights.convert(name, weights)
     print(f"{options.file} is whole" + (f" and fits {options.model}" if options.model else ""))
     print(f"SHA-256 {file_digest(options.file)}")
     return 0
@@ -174,7 +172,8 @@ def _verify_golden(name: str | None) -> int:
     if folder is None:
         raise ToolError("there are no golden cases here; VITRAIL_SHARED names the folder that holds 'golden'")
     if name not in CASES:
-        raise UsageError(f"--model is {name!r}; golden cases exist for {', '.join(CASES)}")
+        given = "--golden wants --model" if name is None else f"--model is {name!r}"
+        raise UsageError(f"{given}; golden cases exist for {', '.join(CASES)}")
     return _prove(name, folder)
 
 
@@ -212,18 +211,6 @@ def _cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
     if lost:
         raise ToolError(f"{lost[0]} does not fit in {dtype}: values overflow")
     return cast
-
-
-def _check_model(name: str) -> None:
-    if name not in vitrail.list_models():
-        raise unknown_name("model", name, vitrail.list_models())
-
-
-def _configuration(name: str) -> PretrainedCfg:
-    try:
-        return timm.models.get_pretrained_cfg(name)
-    except RuntimeError as error:
-        raise UsageError(str(error)) from error
 
 
 class _Bar:

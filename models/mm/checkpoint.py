@@ -28,7 +28,13 @@ from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
-from vitrail.models._checkpoint import DamagedError, HoldsObjectsError, UntrainedPartWarning, load_without_code
+from vitrail.models._checkpoint import (
+    DamagedError,
+    HoldsObjectsError,
+    UntrainedPartWarning,
+    describe_misfits,
+    load_without_code,
+)
 from vitrail.models.mm.parallel import is_sharded
 from vitrail.models.mm.sharding import SHARDS, join_shards, load_whole_weights
 
@@ -157,17 +163,8 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], path: str | o
     Raises:
         CheckpointError: A key is missing, left over or has another shape.
     """
-    expected = model.state_dict()
-    misfits = [f"missing {name}" for name in expected if name not in weights]
-    misfits += [f"unexpected {name}" for name in weights if name not in expected]
-    misfits += [
-        f"{name} is {tuple(weights[name].shape)}, the model's is {tuple(expected[name].shape)}"
-        for name in expected
-        if name in weights and weights[name].shape != expected[name].shape
-    ]
-    if misfits:
-        shown = "; ".join(misfits[:4]) + (f"; and {len(misfits) - 4} more" if len(misfits) > 4 else "")
-        raise CheckpointError(f"checkpoint {path} does not fit the model: {shown}")
+    if misfits := describe_misfits(model.state_dict(), weights):
+        raise CheckpointError(f"checkpoint {path} does not fit the model: {misfits}")
     if is_sharded(model):
         load_whole_weights(model, weights)
     else:

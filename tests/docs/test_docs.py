@@ -132,6 +132,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert "<math" in page
     assert ":math:" not in page
     assert ".. math::" not in page
+    page = (tmp_path / "site/tutorials/export.html").read_text()
+    assert "<td>l2vit_n</td>" in page  # a row for every model, from the figures
 
 
 def test_the_configuration_is_plain_yaml() -> None:

@@ -71,7 +71,7 @@ def test_a_part_of_another_version_is_not_continued(tmp_path: Path, ranges: bool
     old = WEIGHTS[:-4] + b"\1\2\3\4"
     site = Site({f"/{NAME}": old}, cut_after=[100_000] + [0] * 5, ranges=ranges)
     with serve(site) as url:
-        with pytest.raises(WeightsError, match="broke off"):
+        with pytest.raises(WeightsError, match="broke off" if ranges else "nothing came from"):
             fetch(f"{url}/{NAME}", tmp_path)
         site.cut_after.clear()
         site.files[f"/{NAME}"] = WEIGHTS
@@ -144,7 +144,7 @@ def test_redirects_do_not_leave_https() -> None:
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     with serve(Site({})) as url:
         pass
-    with pytest.raises(WeightsError, match="broke off after 0 bytes"):
+    with pytest.raises(WeightsError, match=r"nothing came from http.*refused"):
         fetch(f"{url}/{NAME}", tmp_path)
 
 

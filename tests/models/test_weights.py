@@ -119,9 +119,24 @@ def test_a_mirror_may_lack_a_file(tmp_path: Path, source: torch.nn.Module, monke
     with serve(Site({"/w.safetensors": stored(source, tmp_path / "w.safetensors")})) as url:
         monkeypatch.setenv("VITRAIL_WEIGHTS_URL", f"{url}/mirror")
         create(f"{url}/w.safetensors")
+        with pytest.raises(WeightsError, match=r"HTTP 404.*mirror\) does not hold davit_t\.t\.safetensors or x\.pth"):
+            create(f"{url}/x.pth")
     monkeypatch.setenv("VITRAIL_WEIGHTS_URL", str(tmp_path / "missing"))
     with pytest.raises(WeightsError, match="an existing folder, or"):
         create("http://127.0.0.1:9/w.safetensors")
+
+
+def test_a_digest_that_cannot_be_asked_for_is_not_left_out(
+    tmp_path: Path, source: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = f"{NAME}.t.safetensors"
+    site = Site({f"/{file}": stored(source, tmp_path / "w.safetensors")}, failing={f"/{file}.sha256": 503})
+    with serve(site) as url:
+        monkeypatch.setenv("VITRAIL_WEIGHTS_URL", url)
+        with pytest.raises(WeightsError, match=r"nothing came from .*sha256: HTTP 503"):
+            create(f"{url}/w.safetensors", cache_dir=tmp_path / "cache")
+        site.failing[f"/{file}.sha256"] = 403  # how some stores say that there is none
+        create(f"{url}/w.safetensors", cache_dir=tmp_path / "cache")
 
 
 def test_the_hub_file_is_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +155,7 @@ def test_the_hub_file_is_verified_once(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_hub_is_not_asked_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VITRAIL_OFFLINE", "1")
-    with pytest.raises(WeightsError, match=r"model\.safetensors of timm/davit_tiny.* cannot be had"):
+    with pytest.raises(WeightsError, match=r"timm/davit_tiny.* not in .* cache, and the network is switched off"):
         locate(NAME, PretrainedCfg(hf_hub_id="timm/davit_tiny.msft_in1k"), tmp_path)
 
 

@@ -14,24 +14,26 @@ import torch
 from torch import Tensor, nn
 
 import vitrail
-from vitrail.tools._common import export
+from vitrail.tools._common import export, export_table
+from vitrail.tools._common.entry_points import image_models
 from vitrail.tools.export import main
 
-_TINY = {"depths": (1, 1, 1, 1), "dims": (32, 64, 96, 128)}
+_SHORT = {"depths": (1, 1, 1, 1)}  # PyTorch's exporters take time for every node
+_TINY = {**_SHORT, "dims": (32, 64, 96, 128)}
 _FAMILIES: dict[str, dict[str, Any]] = {
-    "biformer_n": {},
+    "biformer_n": _SHORT,
     "biformer_stl": _TINY,
     "davit_t": {**_TINY, "num_heads": (1, 2, 3, 4)},
-    "gated_swinrmt_retention_n": {},
-    "gated_swinrmt_swat_n": {},
-    "l2vit_n": {},
+    "gated_swinrmt_retention_n": _SHORT,
+    "gated_swinrmt_swat_n": _SHORT,
+    "l2vit_n": {"depths": (2, 2), "dims": (48, 96), "num_heads": (2, 4)},  # a window and a linear block each
     "mobilenetv2_ela_b": {},
-    "resnet18_ela_t": {},
-    "rmt_n": {},
-    "swin_t": {"depths": (1, 1, 2, 1)},
-    "vsa_swin_n": {},
-    "vsa_vitae_s": {"depths": (1, 1, 1, 1)},
-    **{name: {} for name in ("nat_n", "dinat_n") if timm.is_model(name)},
+    "resnet18_ela_t": {"layers": (1, 1, 1, 1)},
+    "rmt_n": _SHORT,
+    "swin_t": {**_TINY, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 3, 4)},  # the second block of a stage shifts
+    "vsa_swin_n": _SHORT,
+    "vsa_vitae_s": _SHORT,
+    "dinat_n": {},
 }
 _needs_onnx = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")), reason="needs the extra 'onnx'"
@@ -39,12 +41,8 @@ _needs_onnx = pytest.mark.skipif(
 
 
 def _model(name: str) -> nn.Module:
-    """A model no part of which is idle: parameters that start at zero get values."""
     model = timm.create_model(name, **_FAMILIES[name]).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05)
+    export.wake_idle_parts(model)
     return model
 
 
@@ -54,6 +52,17 @@ def _check(model: nn.Module, path: Path, export_format: str, size: tuple[int, in
     assert len({shape[0] for shape in shapes}) == len({shape[2:] for shape in shapes}) == (2 if dynamic else 1)
     for check in export.verify_file(model, path, export_format, shapes):
         assert check.relative <= export.TOLERANCE, check
+
+
+@pytest.mark.parametrize("name", _FAMILIES)
+def test_no_part_of_a_model_is_idle(name: str) -> None:
+    """What images change in the output is as large as the output: errors of any part would be seen."""
+    model = _model(name)
+    images = export._make_images((2, 3, 64, 64), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, second = model(images)
+    assert (first - second).abs().max() > 0.1 * first.abs().max()
+    assert not any(module.training for module in model.modules())
 
 
 @_needs_onnx
@@ -117,6 +126,33 @@ def test_the_command_uses_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFix
         assert torch.allclose(torch.jit.load(str(tmp_path / "out.pt"))(image), trained(image), atol=1e-5)
 
 
+def test_the_command_notes_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notes = tmp_path / "notes.json"
+    command = ["l2vit_n", "--format", "torchscript", "-o", str(tmp_path / "out.pt"), "--json", str(notes)]
+    assert main(command) == main([*command, "--img-size", "32", "40"]) == 0
+    (row,) = export_table.read_rows(notes)  # the second in place of the first
+    assert (row["model"], row["format"], row["dynamic"], row["weights"]) == ("l2vit_n", "torchscript", False, "random")
+    assert [check["shape"] for check in row["checks"]] == [[1, 3, 32, 40]]
+    assert row["bytes"] == (tmp_path / "out.pt").stat().st_size
+    assert row["torch"] == torch.__version__
+    notes.write_text('{"score": 1}')
+    assert main(command) == 1
+    assert "no file of vitrail.tools.export --json" in capsys.readouterr().err
+
+
+def test_the_figures_of_the_documentation_are_good_ones() -> None:
+    rows = [row for row in export_table.read_rows() if row["format"] == "onnx" and row["dynamic"]]
+    assert {row["model"] for row in rows} <= set(image_models())
+    for row in rows:
+        shapes = [check["shape"] for check in row["checks"]]
+        assert len({shape[0] for shape in shapes}) == len({tuple(shape[2:]) for shape in shapes}) == 2, row["model"]
+        assert max(check["relative"] for check in row["checks"]) <= export.TOLERANCE, row["model"]
+    count, _, *table = export_table.render(rows).splitlines()
+    assert count.startswith(f"{len(rows)} of ")
+    assert len(table) == len(rows) + 2
+    assert {line.count("|") for line in table} == {9}
+
+
 def test_the_command_fails_where_the_file_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +172,8 @@ def test_the_command_fails_where_the_file_is_wrong(
     [
         (["davit_x"], "davit_t"),
         (["resnet50"], "unknown model"),
+        (["l2vit_n.other"], "other"),
+        (["scatterformer_kitti"], "takes points, not images"),
         (["biformer_n", "--img-size", "0"], "--img-size"),
         (["biformer_n", "--img-size", "1", "2", "3"], "--img-size"),
         (["biformer_n", "--batch-size", "0"], "--batch-size"),

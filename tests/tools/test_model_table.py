@@ -54,3 +54,9 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     (tmp_path / "x.json").write_text("{]")
     assert main(["--throughput", str(tmp_path / "x.json")]) == 2
     assert "not a result file" in capsys.readouterr().err
+    (tmp_path / "x.json").write_text('[{"operator": "window_attention", "p50_ms": 1.0}]')
+    assert main(["--throughput", str(tmp_path / "x.json")]) == 2
+    assert "no speed" in capsys.readouterr().err
+    assert main(["scatterformer_*", "--plot", str(tmp_path / "empty.png")]) == 1
+    assert "nothing to draw" in capsys.readouterr().err
+    assert not (tmp_path / "empty.png").exists()

@@ -226,7 +226,8 @@ def test_files(photo: Path, tmp_path: Path) -> None:
         with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as picture:
             picture.load()
             assert picture.width > picture.height  # the image is 32 x 48
-    assert read.texts["h3"].count("biformer_n") == read.texts["h3"].count("rmt_n") == len(read.texts["h2"])
+    models = [read.texts["h3"].count(f"{name}, random weights") for name in ("biformer_n", "rmt_n")]
+    assert models == [len(read.texts["h2"])] * 2
     assert {"Class activation", "Routed regions", "Decay fields"} <= set(read.texts["h2"])
     assert len(read.texts["p"]) > len(read.texts["h2"])  # each kind is explained, and what a model lacks is said
     assert not re.search(r"https?:|@import|<script|<link|url\(", page)
@@ -247,6 +248,8 @@ def test_a_checkpoint_is_used(photo: Path, tmp_path: Path) -> None:
     ("arguments", "status", "hint"),
     [
         (["biformer_x", "PHOTO"], 2, "unknown model"),
+        (["biformer_n.other", "PHOTO"], 2, "'other'"),
+        (["biformer_n", "PHOTO", "--compare", "scatterformer_kitti_n"], 2, "takes points"),
         (["biformer_n", "PHOTO", "--query", "2", "0"], 2, "--query"),
         (["biformer_n", "PHOTO", "--img-size", "0"], 2, "--img-size"),
         (["biformer_n", "PHOTO", "-o", "no/such/folder/out"], 2, "does not exist"),

@@ -14,7 +14,8 @@ from _weights_server import Site, serve
 
 import vitrail
 from vitrail.tools._common.golden import CASES
-from vitrail.tools.weights import conversion_error, main, sources
+from vitrail.tools._common.weight_sources import ask_server, sources
+from vitrail.tools.weights import conversion_error, main
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +30,7 @@ def test_list_has_every_model_and_says_how_to_get_its_weights(capsys: pytest.Cap
         "name": "davit_t.msft_in1k",
         "access": "download",
         "place": "hf-hub:timm/davit_tiny.msft_in1k",
+        "checked": "the Hub's SHA-256",
         "license": "apache-2.0",
         "notes": None,
     }
@@ -36,12 +38,46 @@ def test_list_has_every_model_and_says_how_to_get_its_weights(capsys: pytest.Cap
     assert "OneDrive" in rows["biformer_b"]["notes"]
     assert rows["vsa_swin_t"]["access"] == "none"
     assert rows["biformer_n.digits"]["access"] == rows["mobilenetv2_ela_b.digits"]["access"] == "included"
+    assert rows["biformer_n.digits"]["checked"] == "SHA-256"
+    assert rows["nat_t.shi_in1k"]["checked"] == "length, structure"
     assert rows["biformer_n.digits"]["notes"] == "trained on scikit-learn's handwritten digits"
     assert main(["list", "rmt_*"]) == 0
     assert "Baidu" in capsys.readouterr().out
     assert main(["list", "--json", "rmt_*"]) == 0
     assert {row["name"] for row in json.loads(capsys.readouterr().out)} >= {"rmt_t", "rmt_s", "rmt_b", "rmt_l"}
     assert main(["list", "no_such*"]) == 2
+    assert [row["name"] for row in sources("davit_t.*")] == ["davit_t.msft_in1k"]
+
+
+def test_list_asks_the_servers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    site = Site({"/there.pth": b"x" * 1_500_000, "/page.pth": b"log in"}, failing={"/closed.pth": 403})
+    site.types["/page.pth"] = "text/html"
+    with serve(site) as url:
+        places = [f"{url}/{name}.pth" for name in ("there", "page", "closed", "gone")]
+        answers = [ask_server({"access": "download", "place": place}) for place in places]
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        assert main(["list", "davit_t", "--try"]) == 0
+    assert answers == ["there, 1.5 MB", "wants a login", "wants a login", "dead: HTTP 404"]
+    assert site.requests[-1][0] == "/timm/davit_tiny.msft_in1k/resolve/main/model.safetensors"
+    assert "dead: HTTP 404" in capsys.readouterr().out
+    assert ask_server({"access": "download", "place": f"{url}/closed.now"}) == "no answer: Connection refused"
+    assert ask_server({"access": "by hand", "place": url}) is None
+    monkeypatch.setenv("VITRAIL_OFFLINE", "1")
+    assert main(["list", "davit_t", "--try"]) == 2
+
+
+def test_names_with_tags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fetch", "davit_t.other"]) == 2
+    assert "'other'; its tags: msft_in1k" in capsys.readouterr().err
+    assert main(["fetch", "davit_t", "--sha256", "0" * 64]) == 2
+    assert main(["fetch", "resnet18_ela_t.untrained"]) == 1
+    assert "resnet18_ela_t.start_a1_in1k" in capsys.readouterr().err
+    assert main(["fetch", "biformer_n.digits", "--to", str(tmp_path / "here")]) == 0
+    whole = tmp_path / "here" / "biformer_n.digits.safetensors"
+    assert main(["convert", "biformer_n.digits", str(whole), "--output", str(tmp_path / "again.safetensors")]) == 0
+    assert (
+        safetensors.torch.load_file(tmp_path / "again.safetensors").keys() == safetensors.torch.load_file(whole).keys()
+    )
 
 
 def test_fetch_from_another_address(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +132,7 @@ def test_convert_refuses_what_overflows(tmp_path: Path, capsys: pytest.CaptureFi
 def test_verify_without_golden_cases(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--golden", "--model", "davit_t"]) == 1
     assert "VITRAIL_SHARED" in capsys.readouterr().err
-    assert main(["verify"]) == 2
+    assert main(["verify"]) == main(["verify", "some.pth", "--golden", "--model", "davit_t"]) == 2
 
 
 # One for each way in which official files wrap and name their weights; `verify --golden` proves every other.
@@ -109,10 +145,9 @@ def test_an_official_layout_converts_to_the_official_logits(golden_dir: Path, na
 
 def test_a_wrong_conversion_is_noticed(golden_dir: Path) -> None:
     def swap(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        bias = weights["head.bias"]
-        return {**weights, "head.bias": bias.roll(1)}
+        return {**weights, "classifier.1.bias": weights["classifier.1.bias"].roll(1)}
 
-    assert conversion_error("davit_t", golden_dir, swap) > 1e-6
+    assert conversion_error("mobilenetv2_ela_l", golden_dir, swap) > 1e-6  # the smallest one
 
 
 def test_every_golden_case_of_the_table_exists(golden_dir: Path) -> None:

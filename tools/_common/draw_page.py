@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from vitrail.tools._common.draw import KINDS, Panel, upsampled
+from vitrail.tools._common.drawing import fitted, font
 
 _PALETTE = ("#ffffff", "#ff4d4d", "#4dc3ff", "#ffd24d", "#6be675", "#d98cff", "#ff9f40", "#40e0d0", "#ff80bf")
 _PANELS_IN_ROW = 6
+_WIDTH = 264  # pixels of a panel
+_DPI = 110
+_HEAD = 40  # pixels for two lines above a panel
+_GAP = 10
 _MOST_OUTSIDE = 0.3  # of the image's size
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem; background: #fafafa; color: #1c1c1c; }
@@ -30,44 +36,56 @@ figcaption, p { font-size: .85rem; color: #444; } p { margin: .2rem 0; } .none {
 
 
 class Drawn(NamedTuple):
-    """What was found out about one model on one image.
+    """Pictures of one model on one image.
 
     Attributes:
-        model: Name of the model.
+        model: Name of the model, and what to know of its weights.
         image_name: Name of the image.
-        pixels: The image as the model saw it, (H, W, 3), 0 to 1.
-        panels: By kind, as `draw.all_panels` returns them.
+        photo: The image as the model saw it.
+        pictures: By kind, as `draw.all_panels` returns them: titles and painted panels.
     """
 
     model: str
     image_name: str
-    pixels: np.ndarray
-    panels: dict[str, list[Panel]]
+    photo: Image.Image
+    pictures: dict[str, list[tuple[str, Image.Image]]]
+
+
+def paint(model: str, image_name: str, pixels: np.ndarray, panels: dict[str, list[Panel]]) -> Drawn:
+    """Paints the panels of a model over its image.
+
+    Args:
+        model: See `Drawn`.
+        image_name: See `Drawn`.
+        pixels: The image as the model saw it, (H, W, 3), 0 to 1.
+        panels: By kind, as `draw.all_panels` returns them.
+    """
+    pictures = {kind: [(p.title, _painted(pixels, p)) for p in of_kind] for kind, of_kind in panels.items()}
+    return Drawn(model, image_name, _painted(pixels, None), pictures)
 
 
 def write_png(path: Path, drawn: Sequence[Drawn]) -> None:
     """One picture: for every kind of panel of every model and image a row, or several where there are many panels."""
-    from matplotlib.figure import Figure
-
     rows = [
-        (one, kind, panels[start : start + _PANELS_IN_ROW])
+        (one, kind, pictures[start : start + _PANELS_IN_ROW])
         for one in drawn
-        for kind, panels in one.panels.items()
-        for start in range(0, len(panels), _PANELS_IN_ROW)
+        for kind, pictures in one.pictures.items()
+        for start in range(0, len(pictures), _PANELS_IN_ROW)
     ]
-    columns = 1 + max((len(panels) for _, _, panels in rows), default=0)
-    heights = [2.3 * one.pixels.shape[0] / one.pixels.shape[1] + 0.35 for one, _, _ in rows]  # inches, with the titles
-    figure = Figure(figsize=(2.3 * columns, sum(heights)), layout="constrained")
-    grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
-    for axes, (one, kind, panels) in zip(grid, rows, strict=True):
-        for place in axes:
-            place.set_axis_off()
-        axes[0].imshow(one.pixels)
-        axes[0].set_title(f"{one.model}\n{kind}", fontsize=8, loc="left", fontweight="bold")
-        for place, panel in zip(axes[1:], panels, strict=False):
-            _paint(place, one.pixels, panel)
-            place.set_title(panel.title, fontsize=7)
-    figure.savefig(path, dpi=110)
+    columns = 1 + max((len(pictures) for _, _, pictures in rows), default=0)
+    height = sum(_HEAD + one.photo.height + _GAP for one, _, _ in rows)
+    canvas = Image.new("RGB", (columns * (_WIDTH + _GAP) + _GAP, height + _GAP), "white")
+    pen, top = ImageDraw.Draw(canvas), _GAP
+    for one, kind, pictures in rows:
+        for line, text in enumerate((one.model, kind)):
+            pen.text((_GAP, top + line * _HEAD // 2), text, "black", font("bold"))
+        canvas.paste(one.photo, (_GAP, top + _HEAD))
+        for column, (title, picture) in enumerate(pictures, start=1):
+            left = _GAP + column * (_WIDTH + _GAP)
+            pen.text((left, top + _HEAD // 2), fitted(title, _WIDTH), "black", font())
+            canvas.paste(picture, (left, top + _HEAD))
+        top += _HEAD + one.photo.height + _GAP
+    canvas.save(path)
 
 
 def write_html(path: Path, drawn: Sequence[Drawn], title: str) -> None:
@@ -75,8 +93,9 @@ def write_html(path: Path, drawn: Sequence[Drawn], title: str) -> None:
     parts = []
     for image_name in dict.fromkeys(one.image_name for one in drawn):
         of_image = [one for one in drawn if one.image_name == image_name]
-        parts.append(f"<h1>{html.escape(image_name)}</h1><div class=panels>{_figure(of_image[0].pixels, None)}</div>")
-        for kind in dict.fromkeys(kind for one in of_image for kind in one.panels):
+        photo = _figure(of_image[0].photo, "as the models see it")
+        parts.append(f"<h1>{html.escape(image_name)}</h1><div class=panels>{photo}</div>")
+        for kind in dict.fromkeys(kind for one in of_image for kind in one.pictures):
             models = "".join(_model_cell(one, kind) for one in of_image)
             meaning = html.escape((KINDS[kind].__doc__ or "").partition("\n")[0])
             parts.append(f"<h2>{html.escape(kind.capitalize())}</h2><p>{meaning}</p><div class=side>{models}</div>")
@@ -88,26 +107,31 @@ def write_html(path: Path, drawn: Sequence[Drawn], title: str) -> None:
 
 
 def _model_cell(one: Drawn, kind: str) -> str:
-    figures = "".join(_figure(one.pixels, panel) for panel in one.panels.get(kind, []))
+    figures = "".join(_figure(picture, title) for title, picture in one.pictures.get(kind, []))
     body = f"<div class=panels>{figures}</div>" if figures else "<p class=none>this model has none</p>"
     return f"<div class=model><h3>{html.escape(one.model)}</h3>{body}</div>"
 
 
-def _figure(pixels: np.ndarray, panel: Panel | None) -> str:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.4, 2.4 * pixels.shape[0] / pixels.shape[1]))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
-    if panel is None:
-        axes.imshow(pixels)
-    else:
-        _paint(axes, pixels, panel)
+def _figure(picture: Image.Image, title: str) -> str:
     data = io.BytesIO()
-    figure.savefig(data, dpi=110, format="png")
-    text = html.escape(panel.title if panel else "as the models see it", quote=True)
+    picture.save(data, format="png")
+    text = html.escape(title, quote=True)
     source = base64.b64encode(data.getvalue()).decode()
     return f'<figure><img alt="{text}" src="data:image/png;base64,{source}"><figcaption>{text}</figcaption></figure>'
+
+
+def _painted(pixels: np.ndarray, panel: Panel | None) -> Image.Image:
+    """A panel over its image, or the image alone; all of one image have the same size."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH / _DPI, round(_WIDTH * pixels.shape[0] / pixels.shape[1]) / _DPI), dpi=_DPI)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    _paint(axes, pixels, panel or Panel(""))
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _paint(axes: Any, pixels: np.ndarray, panel: Panel) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
-from matplotlib.font_manager import findfont
+from matplotlib.font_manager import FontProperties, findfont
 from PIL import Image, ImageDraw, ImageFont
 
 from vitrail.models.mm.inference import Classification, Detection, Result, Segmentation
@@ -46,8 +46,9 @@ def colour(label: int) -> tuple[int, int, int]:
 
 
 @cache
-def _font() -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(findfont("DejaVu Sans"), _TEXT)
+def font(weight: str = "normal") -> ImageFont.FreeTypeFont:
+    """The font that all pictures are labelled in; `weight` is "normal" or "bold"."""
+    return ImageFont.truetype(findfont(FontProperties("DejaVu Sans", weight=weight)), _TEXT)
 
 
 def _draw_classes(picture: Image.Image, result: Classification, classes: Sequence[str]) -> Image.Image:
@@ -59,9 +60,9 @@ def _draw_classes(picture: Image.Image, result: Classification, classes: Sequenc
     start, room = width // 2, width // 2 - 70
     for row, (label, score) in enumerate(zip(result.labels, result.scores, strict=True)):
         top = picture.height + 4 + _ROW * row
-        pen.text((8, top + 2), _fitted(classes[label], start - 16), "black", _font())
+        pen.text((8, top + 2), fitted(classes[label], start - 16), "black", font())
         pen.rectangle((start, top + 4, start + round(room * float(score)), top + _ROW - 5), colour(0))
-        pen.text((width - 60, top + 2), f"{100 * score:5.1f} %", "black", _font())
+        pen.text((width - 60, top + 2), f"{100 * score:5.1f} %", "black", font())
     return canvas
 
 
@@ -101,7 +102,7 @@ def _draw_labels(picture: Image.Image, result: Segmentation, classes: Sequence[s
 def _with_legend(picture: Image.Image, entries: Sequence[tuple[str, tuple[int, int, int]]]) -> Image.Image:
     places, left, row = [], 8, 0
     for text, _ in entries:
-        width = round(_font().getlength(text)) + 36
+        width = round(font().getlength(text)) + 36
         if left + width > picture.width and left > 8:
             left, row = 8, row + 1
         places.append((left, picture.height + 4 + _ROW * row))
@@ -111,7 +112,7 @@ def _with_legend(picture: Image.Image, entries: Sequence[tuple[str, tuple[int, i
     pen = ImageDraw.Draw(canvas)
     for (text, fill), (left, top) in zip(entries, places, strict=True):
         pen.rectangle((left, top + 4, left + 14, top + 18), fill)
-        pen.text((left + 20, top + 2), text, "black", _font())
+        pen.text((left + 20, top + 2), text, "black", font())
     return canvas
 
 
@@ -119,20 +120,20 @@ def _label(
     pen: ImageDraw.ImageDraw, size: tuple[int, int], corner: tuple[float, float], text: str, fill: tuple[int, int, int]
 ) -> None:
     """Text on a coloured ground, moved so that it stays inside the picture."""
-    width, height = _font().getlength(text) + 6, _TEXT + 4
+    width, height = font().getlength(text) + 6, _TEXT + 4
     left = min(max(corner[0], 0), max(size[0] - width, 0))
     top = min(max(corner[1], 0), max(size[1] - height, 0))
     pen.rectangle((left, top, left + width, top + height), fill)
     is_light = np.dot(fill, (0.299, 0.587, 0.114)) > 140
-    pen.text((left + 3, top + 1), text, "black" if is_light else "white", _font())
+    pen.text((left + 3, top + 1), text, "black" if is_light else "white", font())
 
 
 def _blend(pixels: np.ndarray, where: np.ndarray, paint: np.ndarray) -> None:
     pixels[where] = (1 - _OPACITY) * pixels[where] + _OPACITY * paint
 
 
-def _fitted(text: str, width: float) -> str:
-    """The text, shortened at its end to the width."""
-    while _font().getlength(text) > width and len(text) > 1:
+def fitted(text: str, width: float) -> str:
+    """The text, shortened at its end to the width in pixels."""
+    while font().getlength(text) > width and len(text) > 1:
         text = text.rstrip("…")[:-1] + "…"
     return text

@@ -26,6 +26,7 @@ FORMATS = {"onnx": ".onnx", "torchscript": ".pt", "exported-program": ".pt2"}
 OPSET = 17
 TOLERANCE = 1e-4
 _MOST_UNITS = 64
+_IDLE = 1e-3
 Runner = Callable[[Tensor], Tensor]
 
 
@@ -35,7 +36,7 @@ class Check(NamedTuple):
     Attributes:
         shape: Of the image batch, (B, C, H, W).
         error: Largest absolute difference of the outputs.
-        relative: `error` over the largest output of the model.
+        relative: `error` over the largest change of the model's output from that for a blank image.
     """
 
     shape: tuple[int, int, int, int]
@@ -51,6 +52,40 @@ def require_packages(export_format: str) -> None:
         raise ToolError(
             f"--format {export_format} needs {' and '.join(missing)}: install the extra: pip install 'vitrail[onnx]'"
         )
+
+
+def wake_idle_parts(model: nn.Module, channels: int = 3) -> None:
+    """Makes every part of a model with random weights count, so that comparing a file with it compares all parts.
+
+    Parameters that start at zero or next to it, such as biases, offsets and layer scales, get random values; batch
+    normalisation gets the statistics of a few images, without which the signal would fade from layer to layer.
+
+    Args:
+        model: A classifier in eval mode; changed in place.
+        channels: Of its images.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() and parameter.abs().max() < _IDLE:
+                parameter.normal_(std=0.05)
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().momentum = 1.0  # what one batch has becomes the statistics
+    if norms:
+        with torch.no_grad(), _eager_operators():
+            model(_make_images((4, channels, 96, 96), torch.Generator().manual_seed(1)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval().momentum = momentum
+
+
+def _make_images(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Images that differ in colour, in large patterns and in every pixel; noise alone is the same when pooled."""
+    batch, channels = shape[:2]
+    colour = torch.randn(batch, channels, 1, 1, generator=generator)
+    pattern = torch.randn(batch, channels, 4, 4, generator=generator)
+    grain = torch.randn(tuple(shape), generator=generator)
+    return colour + nn.functional.interpolate(pattern, tuple(shape[2:]), mode="bilinear") + 0.5 * grain
 
 
 def write_model(
@@ -82,7 +117,7 @@ def write_model(
 
 
 def verify_file(model: nn.Module, path: Path, export_format: str, shapes: Sequence[tuple[int, ...]]) -> list[Check]:
-    """Runs the file and the model on the same random images, one batch of each shape.
+    """Runs the file and the model on the same made-up images, one batch of each shape.
 
     Raises:
         ToolError: The file cannot be run on one of the shapes.
@@ -92,16 +127,17 @@ def verify_file(model: nn.Module, path: Path, export_format: str, shapes: Sequen
     generator = torch.Generator().manual_seed(0)
     checks = []
     for shape in shapes:
-        image = torch.randn(shape, generator=generator)
+        image = _make_images(shape, generator)
         with torch.no_grad(), _eager_operators():
             expected = model(image)
+            signal = (expected - model(torch.zeros_like(image[:1]))).abs().max().item()
             try:
                 given = run(image)
             except Exception as error:  # each runtime has exceptions of its own, onnxruntime derives them from this
                 first = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise ToolError(f"the file does not run on a batch of {_times(shape)}: {first}") from error
         difference = (given - expected).abs().max().item()
-        checks.append(Check(tuple(shape), difference, difference / max(expected.abs().max().item(), 1e-30)))
+        checks.append(Check(tuple(shape), difference, difference / max(signal, 1e-30)))
     return checks
 
 
@@ -203,7 +239,7 @@ def _read_onnx(path: Path) -> Runner:
 
 def _read_torchscript(path: Path) -> Runner:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # recent versions of PyTorch advise torch.export
         return torch.jit.load(str(path), map_location="cpu")
 
 

@@ -247,9 +247,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
         "threads": None if on_gpu else torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "timm": _version("timm"),
-        "vitrail": _version("vitrail"),
+        "triton": version_of("triton"),
+        "timm": version_of("timm"),
+        "vitrail": version_of("vitrail"),
         "python": platform.python_version(),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -266,7 +266,8 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """An installed package's version; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

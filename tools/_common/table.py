@@ -28,7 +28,8 @@ def print_table(console: Console, title: str, columns: Sequence[Column], rows: I
     """Prints rows; an entry that is None is shown as a dash."""
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column.title, justify="left" if column.left else "right", no_wrap=not column.left)
+        justify = "left" if column.left else "right"
+        table.add_column(column.title, justify=justify, no_wrap=not column.left, overflow="fold")
     for row in rows:
         table.add_row(*("-" if row[c.key] is None else c.show(row[c.key]) for c in columns))
     console.print(table)

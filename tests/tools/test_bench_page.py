@@ -132,7 +132,7 @@ def test_committed_results_are_of_gpus_and_of_commits() -> None:
     for path in (FOLDER / "benchmarks").glob("*.json"):
         content = json.loads(path.read_text())
         for row in content if isinstance(content, list) else []:
-            # A plan is of a GPU wherever it was made, and forms of heads do the same everywhere, with more or less work.
+            # A plan is of a GPU wherever it was made, and forms of heads differ in their work on any machine.
             if "largest_batch" not in row and "head" not in row:
                 assert row["threads"] is None, f"{path.name} was measured on a CPU"
             assert row["commit"], f"{path.name} does not name its commit"

@@ -20,8 +20,9 @@ if not torch.cuda.is_available():
     # Triton reads this when it is first imported: its kernels then run on the CPU, in the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # every core has a process already
+if "PYTEST_XDIST_WORKER" in os.environ:  # every core has a process already: more threads would wait for each other
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import HealthCheck, settings

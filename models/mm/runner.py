@@ -178,8 +178,8 @@ class ClassificationRunner(DeviceRunner):
         """
         options = self.cfg.get("compile")
         if options not in (None, False):
-            for block in find_blocks(self.model):
-                block.compile(**({} if options is True else options))
+            for part in find_blocks(self.model) or [self.model]:
+                part.compile(**({} if options is True else options))
 
     def validation_follows(self) -> bool:
         """Whether the epoch that is being trained ends with a validation."""

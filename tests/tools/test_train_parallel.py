@@ -151,7 +151,7 @@ def test_mixed_precision_of_a_hierarchical_model(options: tuple[str, ...], confi
         (["--sharded"], [], "--sharded needs --launcher pytorch"),
         (["--launcher", "pytorch"], [], "needs torchrun; the environment lacks RANK, WORLD_SIZE"),
         ([], ["ddp.bucket=1"], "ddp has bucket; allowed: bucket_cap_mb, static_graph"),
-        ([], ["custom_hooks=[]", "custom_hooks.0.type=EMAHook"], "--cfg-options model.mixup=None"),
+        ([], ["custom_hooks=[]", "custom_hooks.0.type=EMAHook"], "--cfg-options custom_hooks.0.type=EMAHook: "),
         ([], ["compile=eager"], "compile is 'eager'; allowed: True, False or a dict of torch.compile's arguments"),
     ],
 )

@@ -56,7 +56,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     Args:
         kernel: A function under `triton.jit`, its compile-time parameters last.
         grid: Numbers of programs, one to three.
-        arguments: Its other parameters, in their order; the first is a tensor. Tuples hold integers.
+        arguments: Its other parameters, in their order; the first is a tensor. Tuples hold integers alone, or floats.
         constants: The compile-time parameters, and Triton's options.
     """
     if isinstance(arguments[0], FakeTensor):  # a run without data: what the kernel would fill is there
@@ -98,7 +98,8 @@ def _key(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> 
     for argument, parameter in zip(arguments, kernel.params, strict=False):
         kind = type(argument)
         if kind is tuple:
-            found.append(_classes[argument])
+            floats = argument and type(argument[0]) is float  # whose values are not compiled in
+            found.append((float, len(argument)) if floats else _classes[argument])
         elif kind is int:
             is_size = parameter.do_not_specialize
             found.append(-_INT32 <= argument < _INT32 if is_size else _classes[argument])

@@ -92,7 +92,19 @@ def test_tells_apart_what_triton_does() -> None:
         "y": [torch.zeros(8), torch.zeros(8, dtype=torch.int64)[2:]],
         "size": [1, 16, 0, -1, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 1.0, 20.0, True, None],
         "number": [1, 16, 0, 21, 48, 2**31 - 1, 2**31, -(2**31), 2**31 + 1, 1.0, 20.0, 0.5, True, False, None],
-        "strides": [(33, 1), (48, 1), (1, 32), (32, 2), (0, 0), (1, 1), (2**31, 1), (32, 1, 1), ()],
+        "strides": [
+            (33, 1),
+            (48, 1),
+            (1, 32),
+            (32, 2),
+            (0, 0),
+            (1, 1),
+            (2**31, 1),
+            (32, 1, 1),
+            (),
+            (32.0, 1.0),
+            (7.0, 16.0),
+        ],
         "BLOCK": [32],
     }
     calls = [usual, *({**usual, name: value} for name, values in others.items() for value in values)]

@@ -85,4 +85,9 @@ def describe_misfits(expected: Mapping[str, Tensor], weights: Mapping[str, Tenso
         for name in expected
         if name in weights and weights[name].shape != expected[name].shape
     ]
-    return "; ".join(misfits[:4]) + (f"; and {len(misfits) - 4} more" if len(misfits) > 4 else "")
+    return abridge(misfits)
+
+
+def abridge(faults: Sequence[str]) -> str:
+    """The first four of many faults, and how many there are besides."""
+    return "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")

@@ -29,6 +29,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from vitrail.models._checkpoint import abridge
 from vitrail.models._checkpoint import unwrap as unwrap_checkpoint
 from vitrail.models.mm import dense_hooks, hooks, optim  # noqa: F401 -- they register their parts
 from vitrail.models.mm.checkpoint import CheckpointError, read_checkpoint
@@ -261,7 +262,7 @@ def _misfits(message: str) -> str:
             found.append(f"{shapes[1]}: the checkpoint's is {shapes[2]}, the model's {shapes[3]}")
         else:
             found.append(line.strip())
-    return "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
+    return abridge(found)
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import timm
 
-import vitrail
+from vitrail.tools._common.entry_points import image_models
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parents[1] / ".cache" / "timm_tests"
@@ -64,11 +64,6 @@ def _download(path: Path) -> None:
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_bytes(source)
     partial.replace(path)
-
-
-def image_models() -> list[str]:
-    """Models that take images: point clouds have no input size, and timm's tests do not apply to their models."""
-    return [name for name in vitrail.list_models() if timm.get_pretrained_cfg(name).input_size]
 
 
 def smallest_of_each_family() -> list[str]:

@@ -26,6 +26,7 @@ from vitrail.tools._common.measure import (
     measure_in_turns,
     nbytes,
     never,
+    peak_memory,
     waits_for_gpu,
 )
 from vitrail.tools._common.table import Row
@@ -188,7 +189,8 @@ class _Bench:
             if entry.name == self.case.ours:
                 self.flops[kind] = round(_count_flops(runs[0]) * self.case.needed(*self.inputs))
             if on_gpu:
-                figures["peak_memory_bytes"] = _peak_memory(runs[0], settings.device)
+                runs[0]()  # what only the first call allocates does not count
+                figures["peak_memory_bytes"] = peak_memory(runs[0], settings.device)
                 figures["cuda_graph"] = not settings.host and not waits_for_gpu(runs[0])
             ready[entry.name] = capture_graph(runs, pool) if figures["cuda_graph"] else Timed(runs[0])
 
@@ -309,17 +311,6 @@ def _count_flops(run: Callable[[], object]) -> int:
     with _FlopCounter() as counter:
         run()
     return counter.total
-
-
-def _peak_memory(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes that one call allocates at most besides its inputs."""
-    run()
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _forget(device: torch.device, keep_compiled: bool = False) -> None:

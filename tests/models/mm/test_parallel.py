@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from _processes import run_job
 from torch import nn
 
 from vitrail.models.mm.parallel import checkpoint_blocks
+from vitrail.models.mm.runner import ClassificationRunner
 
 FAMILIES = ("biformer_n", "davit_t", "resnet18_ela_t", "vsa_swin_n")
 COMPILED = ("davit_t",)
@@ -30,3 +32,13 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 def test_a_model_without_blocks_is_named() -> None:
     with pytest.raises(NotImplementedError, match="grad_checkpointing: Linear has no gradient checkpointing"):
         checkpoint_blocks(nn.Linear(1, 1), "grad_checkpointing")
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_blocks_are_compiled_or_else_the_whole_model(blocks: bool) -> None:
+    model = nn.Module()
+    part = nn.Linear(1, 1)
+    model.add_module("blocks" if blocks else "head", nn.Sequential(part) if blocks else part)
+    ClassificationRunner._maybe_compile(SimpleNamespace(cfg={"compile": {"backend": "eager"}}, model=model), "train")
+    assert (part._compiled_call_impl is not None) == blocks
+    assert (model._compiled_call_impl is not None) == (not blocks)

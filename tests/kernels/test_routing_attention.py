@@ -256,12 +256,22 @@ def test_form_of_the_kernels(size: int, grid: int, topk: int, dense: bool) -> No
     assert problem.single == (size != 14)
 
 
+@pytest.fixture(params=["counted", "passes"])
+def ranking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every call find the places of regions in one of the two ways."""
+    triton_routes = pytest.importorskip("vitrail.kernels.routing_attention.triton_routes")
+    monkeypatch.setattr(triton_routes, "_COUNTED_A_PASS", 1 if request.param == "passes" else 10**6)
+
+
 @needs_triton
 @pytest.mark.parametrize("seed", range(10))
-def test_fused_routes_are_those_of_the_reference(seed: int, poison: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_routes_are_those_of_the_reference(
+    seed: int, ranking: None, poison: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vitrail.kernels.routing_attention import triton_routes
 
-    monkeypatch.setattr(triton_routes, "_BLOCK", 16)
+    # Tiles of several regions, and several steps of one region's tokens.
+    monkeypatch.setattr(triton_routes, "_MOST_LANES", 2 if seed % 2 else 64)
     monkeypatch.setattr(triton_routes, "_MOST_RANKED", 512 if seed % 3 else 0)
     call = _random_call(seed, torch.float32)
     q, k, _ = call.qkv.requires_grad_().unbind(3)
@@ -275,11 +285,39 @@ def test_fused_routes_are_those_of_the_reference(seed: int, poison: None, monkey
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's, of the products
-def test_fused_routes_stay_inside_the_map_whatever_the_numbers() -> None:
+@pytest.mark.parametrize(("grid", "topk", "heads"), [((2, 3), 6, 1), ((5, 7), 20, 3), ((7, 10), 70, 1)])
+def test_equal_regions_are_ranked_in_their_order(
+    grid: tuple[int, int], topk: int, heads: int, ranking: None, poison: None
+) -> None:
+    """Small integers tie often and are exact; what is no number comes last, as minus infinity does."""
+    generator = torch.Generator().manual_seed(topk)
+    q, k = torch.randint(-1, 2, (2, 2, *grid, heads, 16), generator=generator).float().to(DEVICE).unbind(0)
+    k[0, 0, 0] = math.inf
+    k[1, 1, 1] = math.nan
+    similarity = q.flatten(1, 2).flatten(2) @ k.flatten(1, 2).flatten(2).transpose(1, 2)
+    similarity = torch.where(similarity > -3e38, similarity, -3e38)
+    want = torch.sort(similarity, dim=-1, descending=True, stable=True).indices[..., :topk]
+    assert torch.equal(region_routes(q, k, n_regions=grid, topk=topk, backend="triton"), want)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_fused_routes_stay_inside_the_map_whatever_the_numbers(ranking: None) -> None:
     q = torch.full((1, 6, 6, 1, 16), math.nan, device=DEVICE)
     q[0, :2] = math.inf
     routes = region_routes(q, q, n_regions=3, topk=9, backend="triton")
     assert routes.sort().values.tolist() == [[list(range(9))] * 9]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("regions", "topk", "count"), [(49, 1, False), (49, 4, True), (49, 16, True), (256, 4, False), (256, 64, True)]
+)
+def test_ranking_of_the_models(regions: int, topk: int, count: bool) -> None:
+    """Counting takes time as the regions do, passes as the routes."""
+    from vitrail.kernels.routing_attention.triton_routes import _is_counted
+
+    assert _is_counted(regions, topk) == count
 
 
 @needs_triton

@@ -177,7 +177,8 @@ def _rank_options(regions: int, channels: int) -> dict[str, int]:
     return {
         "BLOCK_Q": _RANK_ROWS,
         "BLOCK_K": block_k,
-        "BLOCK_C": min(_RANK_CHANNELS, channels & -channels),  # a divisor
+        # A divisor of the channels; the widest tile has no registers for more.
+        "BLOCK_C": min(_RANK_CHANNELS if block_k <= 256 else 16, channels & -channels),
         "num_warps": max(_RANK_WARPS, block_k // 32),
         "num_stages": _RANK_STAGES,
     }

@@ -251,9 +251,11 @@ def test_form_of_the_kernels(size: int, grid: int, topk: int, dense: bool) -> No
     from vitrail.kernels.routing_attention.triton import _Problem
 
     routes = torch.zeros(1, grid**2, topk, dtype=torch.int64)
-    problem = _Problem(torch.zeros(1, size, size, 1, 32), None, routes, (grid, grid), 1.0)
-    assert bool(problem.dense) == dense
-    assert problem.single == (size != 14)
+    q = torch.zeros(1, size, size, 1, 32, dtype=torch.float16)
+    forward, backward = (_Problem(q, None, routes, (grid, grid), 1.0, forward=forward) for forward in (True, False))
+    assert bool(forward.dense) == bool(backward.dense) == dense
+    assert forward.single
+    assert backward.single == (size != 14)
 
 
 @pytest.fixture(params=["counted", "passes"])

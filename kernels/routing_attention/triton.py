@@ -222,7 +222,7 @@ def _routing_fwd_kernel(
             total = total * decay + tl.sum(weights, 1)
             out = tl.dot(weights.to(v.dtype), v, acc=out * decay[:, None], input_precision="ieee")
             maximum = new_maximum
-    out = out / tl.where(total == 0.0, 1.0, total)[:, None]
+    out = out * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     out_offsets = _offsets(image, y, x, head, out_strides, HEAD_DIM)
     tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=real[:, None])
 
@@ -254,7 +254,7 @@ def _routing_bwd_dq_kernel(
         weights = tl.exp2(logits - maximum[:, None])
         total = tl.sum(weights, 1)
         total = tl.where(total == 0.0, 1.0, total)
-        weights = weights / total[:, None]
+        weights = weights * (1.0 / total)[:, None]
         d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
         correction = tl.sum(weights * d_weights, 1)
         d_scores = weights * (d_weights - correction[:, None]) * scale

@@ -15,7 +15,7 @@ Numbers of instructions are static ones of Triton 3.6 for sm_90, bfloat16; none 
 
 | idea | outcome |
 |---|---|
-| a program for the mean of each region and head | replaced: 50,176 programs of one warp at 64 x 14x14x256, now 1,568 of two |
+| a program for the mean of each region and head | replaced: 50,176 of them at 64 x 14x14x256, now 1,568 |
 | lanes of a region's tokens even where it has few | rejected: sums of four tokens in one thread need no exchange |
 | two kernels, of the similarities and of the places | rejected: one more launch, and its tile read again |
 | all pairs of a block in one 3-D tile | rejected: 512 comparisons a thread unrolled, and 512 regions do not fit |
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from vitrail.kernels._common.launch import contiguous, launch, map_strides, unit_stride
 from vitrail.kernels.routing_attention.reference import region_routes_reference, region_size, routes_of_means
-from vitrail.kernels.routing_attention.triton import _offsets, _pixels
+from vitrail.kernels.routing_attention.triton import _pixels
 
 _UNROLL = 4  # tokens whose loads are under way at the same time
 _ROWS = 16  # of a tile of the means

@@ -21,6 +21,7 @@ Numbers of instructions are static ones of Triton 3.6 for sm_90, bfloat16; none 
 | all pairs of a block in one 3-D tile | rejected: 512 comparisons a thread unrolled, and 512 regions do not fit |
 | indices in the low half of 64-bit keys, sorted | not tried: 21 exchanges of 64 keys, each across threads |
 | masks for the regions beyond the last in the count | removed: the scratch is of whole tiles, minus infinity beyond |
+| similarities loaded again in the layout of loads | rejected: 307 instructions for 8 regions, not 315 |
 | 32 channels of 512 regions at once | rejected: spills; 16 do not |
 | division of every sum by the tokens | replaced by one reciprocal a thread |
 """
@@ -167,7 +168,7 @@ def region_routes_fused(
     count, options = _is_counted(regions, topk), _rank_options(regions, means.shape[3])
     programs = batch * triton.cdiv(regions, options["BLOCK_Q"])
     tile = options["BLOCK_Q"] * options["BLOCK_K"]
-    similarity = torch.empty(programs * tile if count else 0, dtype=torch.float32, device=q.device)
+    similarity = torch.empty(programs * tile, dtype=torch.float32, device=q.device) if count else None
     launch(
         _rank_kernel, (programs,), means, similarity, routes, batch, regions, means.shape[3], topk, COUNT=count,
         **options,

@@ -243,6 +243,15 @@ def test_fused_is_as_exact_as_eager(
 
 
 @needs_triton
+def test_keys_beyond_the_last_are_hidden(poison: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tile of all 192 keys has places for 85 regions; a mask has bits for 64 and begins anew."""
+    from vitrail.kernels.routing_attention import triton
+
+    monkeypatch.setattr(triton, "_DENSE_ADVANTAGE", math.inf)
+    _random_call(1, torch.float16, (1, 8, 24, 1, 16), 8).check_fused(torch.float16)
+
+
+@needs_triton
 @pytest.mark.parametrize(
     ("size", "grid", "topk", "dense"), [(56, 7, 1, False), (28, 7, 4, False), (14, 7, 16, True), (50, 16, 4, False)]
 )

@@ -180,7 +180,7 @@ def find_tied_routes(model: nn.Module, image: Tensor) -> str:
 
 def _similarities(model: nn.Module, image: Tensor) -> dict[str, tuple[Tensor, Tensor, int]]:
     """Of each routed layer the similarities of its regions (B, R, R), which regions are real (R,), and its top-k."""
-    found = {}
+    found: dict[str, tuple[Tensor, Tensor, int]] = {}
 
     def record(name: str, layer: RoutingAttention, x: Tensor) -> None:
         grid, (height, width) = layer.n_regions, x.shape[1:3]
@@ -196,10 +196,12 @@ def _similarities(model: nn.Module, image: Tensor) -> dict[str, tuple[Tensor, Te
         module.register_forward_pre_hook(lambda module, inputs, name=name: record(name, module, inputs[0]))
         for name, module in layers
     ]
-    with torch.no_grad(), _eager_operators():
-        model(image)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad(), _eager_operators():
+            model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return found
 
 

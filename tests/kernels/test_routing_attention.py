@@ -349,7 +349,7 @@ def test_opposite_lists() -> None:
 @needs_triton
 @pytest.mark.parametrize("padded", [True, False])
 def test_registration_of_the_kernels(padded: bool, kernels: None) -> None:
-    q, k, v, _, pad_k, pad_v = (t.float().to(DEVICE).requires_grad_() for t in _inputs(2, 5, 4, 2, 16))
+    q, k, v, _, pad_k, pad_v = (t.float().to(DEVICE).requires_grad_() for t in _inputs(2, 5, 4, 1, 16))
     routes = torch.rand(2, 4, 4).topk(3).indices.to(DEVICE)
     pads = (pad_k, pad_v) if padded else (None, None)
     torch.library.opcheck(torch.ops.vitrail.routing_attention.default, (q, k, v, *pads, routes, [2, 2], 0.5))

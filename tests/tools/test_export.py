@@ -189,6 +189,13 @@ def test_the_command_notes_its_figures(tmp_path: Path, capsys: pytest.CaptureFix
     assert "no file of vitrail.tools.export --json" in capsys.readouterr().err
 
 
+def test_notes_stand_below_the_table() -> None:
+    checks = [export.Check((1, 3, 32, 40), 1e-7, 1e-7), export.Check((3, 3, 32, 40), 1e-7, 1e-7, "input reseeded")]
+    row = export_table.make_row("biformer_n", "onnx", True, checks, bytes=1)
+    assert ["note" in check for check in row["checks"]] == [False, True]
+    assert export_table.render([row]).endswith("|\n\nbiformer_n, 3 x 3 x 32 x 40: input reseeded.\n")
+
+
 def test_the_figures_of_the_documentation_are_good_ones() -> None:
     rows = [row for row in export_table.read_rows() if row["format"] == "onnx" and row["dynamic"]]
     assert {row["model"] for row in rows} <= set(image_models())

@@ -200,7 +200,7 @@ def masked_product(
         middle = (plane * SIZE_Y + (AXES[1][0] - 1)) * SIZE_X + (AXES[2][0] - 1)
         offsets = (k_y - q_y) * SIZE_X + (k_x - q_x)
         if a.dtype == tl.float32:
-            # Products summed onto the bias would all be rounded at its size. The selection keeps the compiler from that.
+            # Products summed onto the bias would all be rounded at its size: the selection keeps the compiler from it.
             bias = tl.load(rpb_ptr + middle + offsets, mask=visible, other=0.0).to(tl.float32) / scale
             return tl.where(visible, tl.dot(a, b, input_precision="ieee"), float("-inf")) + bias
         bias = tl.load(rpb_ptr + middle + offsets, mask=visible, other=float("-inf")).to(tl.float32) / scale

@@ -13,16 +13,16 @@ from typing import Any
 
 from mmengine.registry import Registry
 
-_KINDS = {bool: "a truth value", int: "a number", float: "a number", str: "a string"}
-_NAMES = {"bool": bool, "int": int, "float": float, "str": str, "None": types.NoneType}
+_WORDS = {bool: "a truth value", int: "a number", float: "a number"}
+_NAMES = {"bool": bool, "int": int, "float": float, "None": types.NoneType}
 
 
 def check_value_types(path: str, part: Any, registries: Sequence[Registry]) -> None:
-    """Looks for strings where a class takes numbers, and the like, in a part of a config and in all parts of it.
+    """Looks for strings where a class takes numbers or truth values, in a part of a config and in all parts of it.
 
-    Only what is certain is refused: arguments whose annotation consists of `bool`, `int`, `float`, `str` and `None`, or
-    without one whose default is a plain value. None fits all, and truth values and numbers fit each other. What the
-    registries do not know, and arguments that a class only passes on, are left alone.
+    Only what is certain is refused: strings for arguments whose annotation consists of `bool`, `int`, `float` and
+    `None`, or that have none and such a default. The libraries' own configs give lists, and numbers for strings, where
+    annotations do not say so.
 
     Args:
         path: The part's key, such as "model".
@@ -35,10 +35,13 @@ def check_value_types(path: str, part: Any, registries: Sequence[Registry]) -> N
     for place, settings in _dicts_of(path, part):
         kind = _find(settings.get("type"), registries)
         for name, value in settings.items():
-            parameter = _parameter(kind, name) if name != "type" and kind is not None else None
-            wanted = _kinds_against(value, parameter) if parameter is not None else None
+            if name == "type" or kind is None or not isinstance(value, str):
+                continue
+            parameter = _parameter(kind, name)
+            wanted = _plain_types(parameter) if parameter is not None else None
             if wanted:
-                raise ValueError(f"{place}.{name} is {value!r}; {_name(kind)} takes {' or '.join(wanted)}")
+                words = " or ".join(dict.fromkeys(text for plain, text in _WORDS.items() if plain in wanted))
+                raise ValueError(f"{place}.{name} is {value!r}; {_name(kind)} takes {words}")
 
 
 def _dicts_of(path: str, part: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -52,7 +55,12 @@ def _dicts_of(path: str, part: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _find(kind: Any, registries: Sequence[Registry]) -> Any:
     if not isinstance(kind, str):
         return kind if callable(kind) else None
-    return next((found for registry in registries if (found := registry.get(kind)) is not None), None)
+    for registry in registries:
+        with registry.switch_scope_and_registry(None) as scoped:  # a root knows nothing of the libraries'
+            found = scoped.get(kind)
+        if found is not None:
+            return found
+    return None
 
 
 def _parameter(kind: Any, name: str) -> inspect.Parameter | None:
@@ -72,39 +80,19 @@ def _parameter(kind: Any, name: str) -> inspect.Parameter | None:
     return None
 
 
-def _kinds_against(value: Any, parameter: inspect.Parameter) -> list[str] | None:
-    """What an argument takes, in words, if the value is certainly nothing of it."""
-    annotated, default = _plain_types(parameter.annotation), parameter.default
-    if value is None or (annotated is None and default == "auto"):  # which stands for values of any type
-        return None
-    given = _family(type(value))
-    if annotated is None and parameter.annotation is parameter.empty and type(default) in _KINDS:
-        annotated = {type(default)}
-        if given is None:  # a default of 3 may stand for (3, 3), too
-            return None
-    if not annotated or given in map(_family, annotated):
-        return None
-    return list(dict.fromkeys(_KINDS[kind] for kind in _NAMES.values() if kind in annotated))
-
-
-def _plain_types(annotation: Any) -> set[type] | None:
-    """The types of an annotation, without None; None unless all of them are plain."""
-    if isinstance(annotation, str):
-        kinds = [_NAMES.get(name.strip()) for name in annotation.split("|")]
+def _plain_types(parameter: inspect.Parameter) -> set[type] | None:
+    """The types that an argument takes besides None: some of bool, int and float, or None if it may take others."""
+    annotation = parameter.annotation
+    if annotation is parameter.empty:
+        kinds = [type(parameter.default)]
+    elif isinstance(annotation, str):
+        names = annotation.removeprefix("Optional[").removesuffix("]").split("|")
+        kinds = [_NAMES.get(name.strip()) for name in names]
     else:
-        kinds = list(typing.get_args(annotation)) if _is_union(annotation) else [annotation]
-    if not all(kind in _NAMES.values() for kind in kinds):
-        return None
-    return {kind for kind in kinds if kind is not types.NoneType}
-
-
-def _is_union(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
-
-
-def _family(kind: type) -> str | None:
-    """Types of one family fit each other."""
-    return "number" if issubclass(kind, (bool, int, float)) else "string" if issubclass(kind, str) else None
+        is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        kinds = list(typing.get_args(annotation)) if is_union else [annotation]
+    plain = {kind for kind in kinds if kind is not types.NoneType}
+    return plain if plain <= {bool, int, float} else None
 
 
 def _name(kind: Any) -> str:

@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import nn
 
 from vitrail.tools._common import export, export_table
-from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command
+from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, check_output_file, run_command
 from vitrail.tools._common.entry_points import check_takes_images
 from vitrail.tools._common.table import Column, print_table
 
@@ -71,6 +71,9 @@ def _check_options(options: argparse.Namespace) -> None:
         raise UsageError(f"--num-classes is {options.num_classes}; allowed: 0 (no classifier) or more")
     if options.checkpoint and options.pretrained:
         raise UsageError("--checkpoint and --pretrained both name weights; give one of them")
+    for option, file in (("--output", options.output), ("--json", options.json)):
+        if file:
+            check_output_file(file, option)
     if options.json and options.json.exists():
         export_table.read_rows(options.json)  # raises before the work where the file holds something else
 

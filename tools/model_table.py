@@ -18,7 +18,14 @@ from typing import Any
 from rich.console import Console
 
 from vitrail.tools._common.cards import read_facts, read_measured
-from vitrail.tools._common.cli import ArgumentParser, ToolError, UsageError, run_command, unknown_name
+from vitrail.tools._common.cli import (
+    ArgumentParser,
+    ToolError,
+    UsageError,
+    check_output_file,
+    run_command,
+    unknown_name,
+)
 from vitrail.tools._common.table import Column, Row, _write, print_table, write_csv, write_json
 
 _COLUMNS = [
@@ -51,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    for option, path in (("--json", options.json), ("--csv", options.csv), ("--plot", options.plot)):
+        if path:
+            check_output_file(path, option)
     rows = make_rows(options.pattern, read_throughput(options.throughput))
     if not rows:
         raise unknown_name("model", options.pattern, read_facts())

@@ -16,10 +16,18 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import HOOKS, LOOPS, OPTIMIZERS, PARAM_SCHEDULERS
+from mmengine.registry import HOOKS, LOOPS, METRICS, OPTIMIZERS, PARAM_SCHEDULERS
 from torch import nn
 
+from vitrail.models.mm.value_types import check_value_types
+
 _IOU_METRICS = ("mIoU", "mDice", "mFscore")
+_REGISTRIES = {
+    "param_scheduler": PARAM_SCHEDULERS,
+    "default_hooks": HOOKS,
+    "custom_hooks": HOOKS,
+    "val_evaluator": METRICS,
+}
 _MISTAKES = (KeyError, TypeError, AssertionError, AttributeError, ValueError, ZeroDivisionError)
 
 
@@ -174,6 +182,8 @@ def check_builds(config: Config, wrapper: Mapping[str, Any], model: nn.Module) -
         if getattr(built, "clip_grad_kwargs", None):
             inspect.signature(built.clip_func).bind([], **built.clip_grad_kwargs)
     parts = config.to_dict()
+    for name, registry in _REGISTRIES.items():
+        check_value_types(name, parts.get(name), (registry,))
     for number, schedule in enumerate(parts.get("param_scheduler") or ()):
         schedule = {name: value for name, value in schedule.items() if name != "convert_to_iter_based"}
         with blaming(f"param_scheduler.{number}"):

@@ -24,7 +24,7 @@ from mmengine.dist import is_distributed
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.model.utils import revert_sync_batchnorm
-from mmengine.registry import DATASETS, MODELS, DefaultScope
+from mmengine.registry import DATA_SAMPLERS, DATASETS, MODELS, TASK_UTILS, TRANSFORMS, DefaultScope
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -53,6 +53,7 @@ from vitrail.models.mm.dense_data_check import check_dense_data
 from vitrail.models.mm.ops import install_operators
 from vitrail.models.mm.runner import DeviceRunner, default_visualizer, unwrap
 from vitrail.models.mm.seeding import seed_everything
+from vitrail.models.mm.value_types import check_value_types
 
 # The libraries by their scopes, with the score that the best checkpoint has most of. Detectors of objects in scans are
 # ours; their parts stand in mmengine's own registries.
@@ -204,8 +205,11 @@ def build_model(config: Config) -> nn.Module:
     lacking = [name for name in ("crop_size", "stride") if name not in inference]
     if inference.get("mode") == "slide" and lacking:
         raise ValueError(f"model.test_cfg has mode 'slide' and no {', '.join(lacking)}")
-    with DefaultScope.overwrite_default_scope(scope), blaming("model"):
-        return MODELS.build(ConfigDict(copy.deepcopy(config.model.to_dict())))
+    parts = copy.deepcopy(config.model.to_dict())
+    with DefaultScope.overwrite_default_scope(scope):
+        check_value_types("model", parts, (MODELS, TASK_UTILS))
+        with blaming("model"):
+            return MODELS.build(ConfigDict(parts))
 
 
 def build_trained_model(config: Config, weights: str | Path) -> nn.Module:
@@ -424,6 +428,7 @@ def _assemble(
 def _build_loader(config: Config, name: str, device: torch.device) -> DataLoader:
     loader = copy.deepcopy(dict(config[name]))
     loader["pin_memory"] = device.type == "cuda"
+    check_value_types(name, loader, (DATASETS, TRANSFORMS, DATA_SAMPLERS))
     with blaming(name):
         return Runner.build_dataloader(loader, seed=config.randomness.seed)
 

@@ -237,6 +237,7 @@ def test_the_command_fails_where_the_file_is_wrong(
         (["biformer_n", "--batch-size", "2", "--dynamic"], "--dynamic"),
         (["biformer_n", "--num-classes", "-1"], "--num-classes"),
         (["biformer_n", "--format", "tflite"], "tflite"),
+        (["biformer_n", "-o", "."], "--output is ., a folder"),
         (["biformer_n", "--format", "torchscript", "-o", "no/such/folder/model.pt"], "does not exist"),
         (["gated_swinrmt_swat", "--format", "torchscript", "--dynamic", "--img-size", "64"], "from 225"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ from vitrail.tools._common import cards
 from vitrail.tools.model_cards import main, make_pages
 
 NAMES = vitrail.list_models()
+measure = functools.cache(cards.measure)  # takes about a second each
 
 
 def test_every_card_is_up_to_date() -> None:
@@ -37,12 +39,12 @@ def test_every_parameter_count_is_right() -> None:
 def test_the_counts_of_a_draw_are_right() -> None:
     drawn = random.Random(0).sample(NAMES, 8)
     measured = cards.read_measured()
-    assert [cards.measure(name) for name in drawn] == [measured[name] for name in drawn]
+    assert [measure(name) for name in drawn] == [measured[name] for name in drawn]
 
 
 @pytest.mark.slow
 def test_all_counts_are_right() -> None:
-    assert {name: cards.measure(name) for name in NAMES} == cards.read_measured()
+    assert {name: measure(name) for name in NAMES} == cards.read_measured()
 
 
 def test_the_count_on_shapes_alone_is_that_of_a_real_run() -> None:
@@ -51,7 +53,7 @@ def test_the_count_on_shapes_alone_is_that_of_a_real_run() -> None:
     model = timm.create_model("biformer_n").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.rand(1, 3, 32, 32))
-    assert cards.measure("biformer_n") == {
+    assert measure("biformer_n") == {
         "parameters": sum(p.numel() for p in model.parameters()),
         "gmacs": counter.get_total_flops() / 2e9,
         "input_size": [3, 32, 32],

@@ -51,6 +51,8 @@ def test_files_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["no_such_model"]) == 2
+    assert main(["rmt_*", "--json", str(tmp_path)]) == 2
+    assert "a folder; expected the name of a file" in capsys.readouterr().err
     (tmp_path / "x.json").write_text("{]")
     assert main(["--throughput", str(tmp_path / "x.json")]) == 2
     assert "not a result file" in capsys.readouterr().err

@@ -258,6 +258,12 @@ def test_problems_are_named_before_anything_is_written(tmp_path: Path, capsys: p
         (_segmenter_options(root, **{"train_cfg.max_iters": "many"}), r"train_cfg\.max_iters is 'many'"),
         (_segmenter_options(root, **{"train_dataloader.batchsize": 2}), r"train_dataloader: .*'batchsize'"),
         (_segmenter_options(root, **{"optim_wrapper.optimizer.lr": "x"}), r"optim_wrapper: .*'float' and 'str'"),
+        (_segmenter_options(root, **{"model.decode_head.loss_decode.loss_weight": "x"}), r"Loss takes a number"),
+        (
+            _segmenter_options(root, **{"train_dataloader.dataset.pipeline.3.cat_max_ratio": "x"}),
+            r"Crop takes a number",
+        ),
+        (_segmenter_options(root, **{"default_hooks.logger.ignore_last": "x"}), r"LoggerHook takes a truth value"),
         (_segmenter_options(root, **{"model.test_cfg.mode": "slide"}), r"mode 'slide' and no crop_size, stride"),
         (_segmenter_options(root, load_from="absent.pth"), r"absent\.pth does not exist"),
     ):

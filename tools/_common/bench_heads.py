@@ -14,8 +14,9 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitrail.tools._common.bench_tables import STEP_COLUMNS
 from vitrail.tools._common.cli import ToolError, UsageError
-from vitrail.tools._common.measure import Timed, Timing, environment, measure_in_turns, peak_memory
+from vitrail.tools._common.measure import Timed, environment, measure_in_turns, peak_memory, step_figures
 from vitrail.tools._common.ready_models import PRECISIONS
 from vitrail.tools._common.table import Column, Row, print_table
 
@@ -27,11 +28,7 @@ _COLUMNS = (
     Column("params M", "parameters", lambda n: f"{n / 1e6:.2f}"),
     Column("GMACs", "flops", lambda n: f"{n / 2e9:.1f}"),
     Column("with backbone", "model_flops", lambda n: f"{n / 2e9:.1f}"),
-    Column("p20 ms", "latency_p20_ms", lambda x: f"{x:,.2f}"),
-    Column("p50 ms", "latency_p50_ms", lambda x: f"{x:,.2f}"),
-    Column("p80 ms", "latency_p80_ms", lambda x: f"{x:,.2f}"),
-    Column("memory MB", "peak_memory_bytes", lambda n: f"{n / 1e6:,.0f}"),
-    Column("speed", "speed_ratio", lambda x: f"{x:.2f}x"),
+    *STEP_COLUMNS,
 )
 _BACKBONE, _CHANNELS, _STRIDES = "convnext_tiny", (96, 192, 384, 768), (4, 8, 16, 32)
 _CLASSES, _WIDTH = 150, 512  # as published
@@ -209,7 +206,11 @@ def _measure(heads: dict[str, _Head], size: tuple[int, int], settings: HeadSetti
         timings = measure_in_turns(runs, settings.device, settings.min_time, cpu_time=on_cpu)
     timing_of = dict(zip(ready, timings, strict=True))
     for name, timing in timing_of.items():
-        figures[name] = {"peak_memory_bytes": ready[name], "note": None, **_times(timing, timing_of.get(REFERENCE))}
+        figures[name] = {
+            "peak_memory_bytes": ready[name],
+            "note": None,
+            **step_figures(timing, timing_of.get(REFERENCE)),
+        }
     return figures
 
 
@@ -234,16 +235,5 @@ def _run(head: _Head, maps: Sequence[Tensor], settings: HeadSettings) -> Tensor:
         return head.forward(maps)
 
 
-def _times(timing: Timing, base: Timing | None) -> Row:
-    return {
-        "latency_p20_ms": timing.percentile(20) * 1e3,
-        "latency_p50_ms": timing.percentile(50) * 1e3,
-        "latency_p80_ms": timing.percentile(80) * 1e3,
-        "calls": sum(map(len, timing.chunks)),
-        "speed_ratio": timing.speed_against(base) if base else None,
-    }
-
-
 def _no_figures(note: str) -> Row:
-    names = ("peak_memory_bytes", "latency_p20_ms", "latency_p50_ms", "latency_p80_ms", "calls", "speed_ratio")
-    return dict.fromkeys(names) | {"note": note}
+    return {"peak_memory_bytes": None, "note": note, **step_figures(None, None)}

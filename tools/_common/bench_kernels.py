@@ -27,6 +27,7 @@ from vitrail.tools._common.measure import (
     nbytes,
     never,
     peak_memory,
+    percentiles,
     waits_for_gpu,
 )
 from vitrail.tools._common.table import Row
@@ -329,12 +330,8 @@ def _describe(error: Exception) -> str:
 
 
 def _figures(timing: Timing | None, ours: Timing | None, floor: float) -> Row:
-    if timing is None:
-        return dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "bandwidth_share", "ours_speedup"))
     return {
-        "p20_ms": timing.percentile(20) * 1e3,
-        "p50_ms": timing.percentile(50) * 1e3,
-        "p80_ms": timing.percentile(80) * 1e3,
-        "bandwidth_share": floor / timing.percentile(50),
-        "ours_speedup": ours.speed_against(timing) if ours else None,
+        **percentiles(timing),
+        "bandwidth_share": floor / timing.percentile(50) if timing else None,
+        "ours_speedup": ours.speed_against(timing) if timing and ours else None,
     }

@@ -12,7 +12,16 @@ import torch
 from torch import nn
 
 from vitrail.tools._common.cli import ToolError
-from vitrail.tools._common.measure import Timed, Timing, capture_graph, environment, measure_in_turns, never
+from vitrail.tools._common.measure import (
+    Timed,
+    Timing,
+    capture_graph,
+    environment,
+    measure_in_turns,
+    never,
+    peak_memory,
+    step_figures,
+)
 from vitrail.tools._common.model_check import ModelVerdict, check_model
 from vitrail.tools._common.ready_models import Settings, Variant, build, count_flops, grad_mode, make_step, resolve
 from vitrail.tools._common.table import Row
@@ -197,7 +206,8 @@ def _prepare_step(
         flops = count_flops(model, size, settings)
         step = make_step(model, size, variants[0].compiled, settings)
         with grad_mode(settings):
-            memory = _peak_memory(step, settings.device, before)
+            step()
+            memory = peak_memory(step, settings.device, before) if on_gpu else None
             for candidate, variant in zip(candidates, variants, strict=True):
                 candidate.facts |= {"flops": flops, "peak_memory_bytes": memory}
                 candidate.timed = capture_graph([step], pool) if variant.graph else Timed(step)
@@ -256,17 +266,6 @@ def _mode(settings: Settings) -> str:
     return "train" if settings.train else "infer"
 
 
-def _peak_memory(step: Callable[[], object], device: torch.device, before: int) -> int | None:
-    """Runs a step twice; the bytes that the second allocates at most, over `before`. PyTorch counts those of GPUs."""
-    step()
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    return torch.cuda.max_memory_allocated(device) - before
-
-
 def _measure(candidates: Sequence[_Candidate], base: _Base, settings: Settings) -> list[Row]:
     """Times candidates and the base in turns; the rows of the candidates."""
     ready = {id(c): c.timed for c in (*candidates, *base.candidates) if c.timed is not None}
@@ -281,15 +280,5 @@ def _measure(candidates: Sequence[_Candidate], base: _Base, settings: Settings) 
 
 
 def _figures(timing: Timing | None, base: Timing | None, settings: Settings) -> Row:
-    if timing is None:
-        names = ("images_per_s", "latency_p20_ms", "latency_p50_ms", "latency_p80_ms", "calls", "speed_ratio")
-        return dict.fromkeys(names)
-    median = timing.percentile(50)
-    return {
-        "images_per_s": settings.batch_size / median,
-        "latency_p20_ms": timing.percentile(20) * 1e3,
-        "latency_p50_ms": median * 1e3,
-        "latency_p80_ms": timing.percentile(80) * 1e3,
-        "calls": sum(map(len, timing.chunks)),
-        "speed_ratio": timing.speed_against(base) if base else None,
-    }
+    speed = settings.batch_size / timing.percentile(50) if timing else None
+    return {"images_per_s": speed, **step_figures(timing, base)}

@@ -10,33 +10,31 @@ from rich.console import Console
 
 from vitrail.tools._common.table import Bar, Column, Row, print_table, write_bars
 
+# Of a step of a model or a part of one, with times in milliseconds.
+STEP_COLUMNS = (
+    *(Column(f"p{p} ms", f"latency_p{p}_ms", lambda x: f"{x:,.2f}") for p in (20, 50, 80)),
+    Column("memory MB", "peak_memory_bytes", lambda n: f"{n / 1e6:,.0f}"),
+    Column("speed", "speed_ratio", lambda x: f"{x:.2f}x"),
+)
 MODEL_COLUMNS = (
     Column("model", "label", left=True),
     Column("size", "size"),
     Column("params M", "parameters", lambda n: f"{n / 1e6:.2f}"),
     Column("GMACs", "flops", lambda n: f"{n / 2e9:.2f}"),
     Column("images/s", "images_per_s", lambda x: f"{x:,.1f}"),
-    Column("p20 ms", "latency_p20_ms", lambda x: f"{x:.2f}"),
-    Column("p50 ms", "latency_p50_ms", lambda x: f"{x:.2f}"),
-    Column("p80 ms", "latency_p80_ms", lambda x: f"{x:.2f}"),
-    Column("memory MB", "peak_memory_bytes", lambda n: f"{n / 1e6:,.0f}"),
-    Column("speed", "speed_ratio", lambda x: f"{x:.2f}x"),
+    *STEP_COLUMNS,
 )
 _KERNEL_COLUMNS = (
     Column("implementation", "label", left=True),
     Column("error", "relative_error", lambda x: f"{x:.1e}"),
-    Column("p20 ms", "p20_ms", lambda x: f"{x:.4f}"),
-    Column("p50 ms", "p50_ms", lambda x: f"{x:.4f}"),
-    Column("p80 ms", "p80_ms", lambda x: f"{x:.4f}"),
+    *(Column(f"p{p} ms", f"p{p}_ms", lambda x: f"{x:.4f}") for p in (20, 50, 80)),
     Column("bandwidth", "bandwidth_share", lambda x: f"{x:.0%}"),
     Column("memory MB", "peak_memory_bytes", lambda n: f"{n / 1e6:,.0f}"),
     Column("ours is", "ours_speedup", lambda x: f"{x:.2f}x"),
 )
 _HOST_COLUMNS = (
     Column("implementation", "label", left=True),
-    Column("p20 us", "p20_ms", lambda x: f"{x * 1e3:.1f}"),
-    Column("p50 us", "p50_ms", lambda x: f"{x * 1e3:.1f}"),
-    Column("p80 us", "p80_ms", lambda x: f"{x * 1e3:.1f}"),
+    *(Column(f"p{p} us", f"p{p}_ms", lambda x: f"{x * 1e3:.1f}") for p in (20, 50, 80)),
     Column("ours is", "ours_speedup", lambda x: f"{x:.2f}x"),
 )
 

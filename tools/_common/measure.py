@@ -61,6 +61,20 @@ class Timing:
         return statistics.median(statistics.median(theirs) / statistics.median(ours) for ours, theirs in pairs)
 
 
+def percentiles(timing: Timing | None, prefix: str = "") -> dict[str, float | None]:
+    """Entries `p20_ms`, `p50_ms` and `p80_ms` of a row, named with a prefix; None without a timing."""
+    return {f"{prefix}p{p}_ms": timing.percentile(p) * 1e3 if timing else None for p in (20, 50, 80)}
+
+
+def step_figures(timing: Timing | None, base: Timing | None) -> dict[str, Any]:
+    """What a row says of the times of a step: percentiles, the number of calls, the speed against `base`."""
+    return {
+        **percentiles(timing, "latency_"),
+        "calls": sum(map(len, timing.chunks)) if timing else None,
+        "speed_ratio": timing.speed_against(base) if timing and base else None,
+    }
+
+
 def measure_in_turns(
     timed: Sequence[Timed], device: torch.device, min_time: float, on_host: bool = False, cpu_time: bool = False
 ) -> list[Timing]:
@@ -206,11 +220,17 @@ def matmul_speed(device: torch.device, dtype: torch.dtype, min_time: float = 0.2
     return 2 * size**3 / timing.percentile(50)
 
 
-def peak_memory(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a call allocates at most, over what there was before; its result counts, until it is there."""
+def peak_memory(run: Callable[[], object], device: torch.device, before: int | None = None) -> int:
+    """Bytes that a call allocates at most, over what there was before; its result counts, until it is there.
+
+    Args:
+        run: The call.
+        device: Where it runs.
+        before: Bytes of the GPU from which to count, such as those before the model was there (default: now).
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
+        before = torch.cuda.memory_allocated(device) if before is None else before
         torch.cuda.reset_peak_memory_stats(device)
         run()
         torch.cuda.synchronize(device)

@@ -68,12 +68,17 @@ _LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def _coordinate(offset, stretch, count, place, size, pad, LENGTH: tl.constexpr):
+def _unbounded(offset, stretch, count, place, pad, LENGTH: tl.constexpr):
     """Where along one axis the samples at some places of a window lie, the `count`-th window along that axis."""
     middle = (LENGTH - 1) / 2
-    at = (count * LENGTH - pad + middle) + offset + stretch * (place - middle)
-    # Comparisons keep NaN. Beyond these bounds all is zero; without them huge predictions would overflow the index.
-    at = tl.where(at < -2, -2.0, at)
+    return (count * LENGTH - pad + middle) + offset + stretch * (place - middle)
+
+
+@triton.jit
+def _coordinate(offset, stretch, count, place, size, pad, LENGTH: tl.constexpr):
+    """`_unbounded`, kept so near to a map of `size` pixels that it can become an index; all is zero beyond."""
+    at = _unbounded(offset, stretch, count, place, pad, LENGTH)
+    at = tl.where(at < -2, -2.0, at)  # comparisons keep NaN
     return tl.where(at > size + 1, size + 1.0, at)
 
 
@@ -118,21 +123,20 @@ def _sample(ptr, at_y, at_x, exists, height, width, strides, HEAD_DIM: tl.conste
 
 
 @triton.jit
-def _slopes(
-    k_ptr, v_ptr, d_k, d_v, at_y, at_x, exists, height, width, k_strides, v_strides, HEAD_DIM: tl.constexpr
-):  # fmt: skip
-    """Gradients of the samples' coordinates, (tokens,) each, from those of the sampled keys and values."""
-    k_corners = _corners(k_ptr, at_y, at_x, exists, height, width, k_strides, HEAD_DIM)
-    v_corners = _corners(v_ptr, at_y, at_x, exists, height, width, v_strides, HEAD_DIM)
-    upper_left = tl.sum(k_corners[0].to(tl.float32) * d_k + v_corners[0].to(tl.float32) * d_v, 1)
-    upper_right = tl.sum(k_corners[1].to(tl.float32) * d_k + v_corners[1].to(tl.float32) * d_v, 1)
-    lower_left = tl.sum(k_corners[2].to(tl.float32) * d_k + v_corners[2].to(tl.float32) * d_v, 1)
-    lower_right = tl.sum(k_corners[3].to(tl.float32) * d_k + v_corners[3].to(tl.float32) * d_v, 1)
+def _sample_and_slopes(ptr, at_y, at_x, exists, height, width, strides, HEAD_DIM: tl.constexpr):
+    """What `_sample` gives, and its derivatives by the vertical and the horizontal coordinate."""
+    upper_left, upper_right, lower_left, lower_right = _corners(
+        ptr, at_y, at_x, exists, height, width, strides, HEAD_DIM
+    )
     _, lower = _neighbour(at_y)
     _, right = _neighbour(at_x)
-    d_y = (1 - right) * (lower_left - upper_left) + right * (lower_right - upper_right)
-    d_x = (1 - lower) * (upper_right - upper_left) + lower * (lower_right - lower_left)
-    return d_y, d_x
+    lower, right = lower[:, None], right[:, None]
+    upper_left, upper_right = upper_left.to(tl.float32), upper_right.to(tl.float32)
+    down_left, down_right = lower_left.to(tl.float32) - upper_left, lower_right.to(tl.float32) - upper_right
+    mixed_left, mixed_right = upper_left + lower * down_left, upper_right + lower * down_right
+    d_x = mixed_right - mixed_left
+    d_y = down_left + right * (down_right - down_left)
+    return mixed_left + right * d_x, d_y, d_x
 
 
 @triton.jit
@@ -274,8 +278,11 @@ def _varied_window_bwd_kernel(
         grad = tl.load(grad_ptr + _offsets(image, y, x, head, grad_strides, HEAD_DIM), mask=real[:, None], other=0.0)
         k_map = _map_of(k_ptr, image, head, k_strides)
         v_map = _map_of(v_ptr, image, head, v_strides)
-        k = _sample(k_map, at_y, at_x, exists, height, width, k_strides, HEAD_DIM)
-        v = _sample(v_map, at_y, at_x, exists, height, width, v_strides, HEAD_DIM)
+        dtype = q.dtype
+        k, k_down, k_right = _sample_and_slopes(k_map, at_y, at_x, exists, height, width, k_strides, HEAD_DIM)
+        v, v_down, v_right = _sample_and_slopes(v_map, at_y, at_x, exists, height, width, v_strides, HEAD_DIM)
+        k, v = k.to(dtype), v.to(dtype)
+        k_down, k_right, v_down, v_right = k_down.to(dtype), k_right.to(dtype), v_down.to(dtype), v_right.to(dtype)
         weights, total = _weights(q, k, b_bias, exists, scale, HAS_BIAS)
         weights = weights / total[:, None]
         d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
@@ -289,16 +296,12 @@ def _varied_window_bwd_kernel(
         d_v = tl.dot(tl.trans(weights.to(v.dtype)), grad, input_precision="ieee")
         samples = d_samples_ptr + (prediction * N_TOKENS + tokens)[:, None] * (2 * HEAD_DIM)
         samples += tl.arange(0, HEAD_DIM)[None, :]
-        tl.store(samples, d_k.to(k.dtype), mask=exists[:, None])
-        tl.store(samples + HEAD_DIM, d_v.to(v.dtype), mask=exists[:, None])
-        # Sums over channels want another layout than products leave, and get it from memory.
-        tl.debug_barrier()
-        d_k = tl.load(samples, mask=exists[:, None], other=0.0).to(tl.float32)
-        d_v = tl.load(samples + HEAD_DIM, mask=exists[:, None], other=0.0).to(tl.float32)
-        at_y, at_x = _points(
-            offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width, pad_y, pad_x, WINDOW_H, WINDOW_W
-        )
-        d_y, d_x = _slopes(k_map, v_map, d_k, d_v, at_y, at_x, exists, height, width, k_strides, v_strides, HEAD_DIM)
+        d_k, d_v = d_k.to(dtype), d_v.to(dtype)
+        tl.store(samples, d_k, mask=exists[:, None])
+        tl.store(samples + HEAD_DIM, d_v, mask=exists[:, None])
+        d_k, d_v = d_k.to(tl.float32), d_v.to(tl.float32)
+        d_y = tl.sum(d_k * k_down.to(tl.float32) + d_v * v_down.to(tl.float32), 1)
+        d_x = tl.sum(d_k * k_right.to(tl.float32) + d_v * v_right.to(tl.float32), 1)
         from_middle_y = tokens // WINDOW_W - (WINDOW_H - 1) / 2
         from_middle_x = tokens % WINDOW_W - (WINDOW_W - 1) / 2
         d_moved = tl.join(tl.join(d_y, d_x), tl.join(d_y * from_middle_y, d_x * from_middle_x))
@@ -317,45 +320,49 @@ def _meets(low, high, first, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def _tents(at, exists, first, LENGTH: tl.constexpr):
-    """Share of each pixel from `first` on in samples at some coordinates, (pixels, samples); zero for NaN."""
-    shares = 1 - tl.abs(at[None, :] - (first + tl.arange(0, LENGTH))[:, None].to(tl.float32))
-    return tl.where((shares > 0) & exists[None, :], shares, 0.0)
-
-
-@triton.jit
-def _reaches(
-    offsets_ptr, stretch_ptr, image, listed, head, n_heads, top, left, height, width, rows, columns,
-    pad_y, pad_x, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-):  # fmt: skip
-    """Which of an image's listed windows have samples that a pixel of the tile has a share in."""
-    known = listed < rows * columns
-    predictions = (image.to(tl.int64) * (rows * columns) + tl.where(known, listed, 0)) * n_heads + head
-    down, right = _moved(offsets_ptr, predictions)
-    vertical, horizontal = _moved(stretch_ptr, predictions)
-    row, column = listed // columns, listed % columns
-    from_y = _coordinate(down, vertical, row, 0, height, pad_y, WINDOW_H)
-    to_y = _coordinate(down, vertical, row, WINDOW_H - 1, height, pad_y, WINDOW_H)
-    from_x = _coordinate(right, horizontal, column, 0, width, pad_x, WINDOW_W)
-    to_x = _coordinate(right, horizontal, column, WINDOW_W - 1, width, pad_x, WINDOW_W)
-    return known & _meets(from_y, to_y, top, TILE_H) & _meets(from_x, to_x, left, TILE_W)
+def _tents(at, pixel):
+    """Shares of pixels in samples along one axis, (pixels, samples); zero for coordinates that are NaN."""
+    return tl.maximum(1 - tl.abs(at[None, :] - pixel[:, None].to(tl.float32)), 0.0)
 
 
 @triton.jit
 def _shares(
-    offsets_ptr, stretch_ptr, prediction, row, column, y, x, top, left, height, width,
-    pad_y, pad_x, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    moved, row, column, chunk, pixel_y, pixel_x, pad_y, pad_x,
+    CHUNK_W: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Bilinear weights of a tile's pixels in the samples at rows y and columns x of a window, (pixels, samples)."""
-    down, right = _moved(offsets_ptr, prediction)
-    vertical, horizontal = _moved(stretch_ptr, prediction)
-    at_y = _coordinate(down, vertical, row, y, height, pad_y, WINDOW_H)
-    at_x = _coordinate(right, horizontal, column, x, width, pad_x, WINDOW_W)
-    shares_y = _tents(at_y, y < WINDOW_H, top, TILE_H)
-    shares_x = _tents(at_x, x < WINDOW_W, left, TILE_W)
-    return shares_y[:, None, :, None] * shares_x[None, :, None, :]
+    """Bilinear weights of pixels in a chunk of N samples of a window, (pixels, N).
+
+    Samples are computed in pairs, which makes Triton do so in the registers of the product that they enter.
+    """
+    first_y, first_x = chunk
+    down, right, vertical, horizontal = moved
+    pair = 2 * tl.arange(0, N // 2)
+    y, x = first_y + pair // CHUNK_W, first_x + pair % CHUNK_W
+    at_y = _unbounded(down, vertical, row, y, pad_y, WINDOW_H)
+    even_x = _unbounded(right, horizontal, column, x, pad_x, WINDOW_W)
+    odd_x = _unbounded(right, horizontal, column, x + 1, pad_x, WINDOW_W)
+    along_y = _tents(at_y, pixel_y)
+    even = (along_y * _tents(even_x, pixel_x)).to(DTYPE)
+    odd = (along_y * _tents(odd_x, pixel_x)).to(DTYPE)
+    return tl.reshape(tl.join(even, odd), (even.shape[0], N))
+
+
+@triton.jit
+def _reaches(
+    offsets_ptr, stretch_ptr, listed, n_heads, top, left, rows, columns, pad_y, pad_x,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+):  # fmt: skip
+    """Which of an image's listed windows have samples that a pixel of the tile has a share in."""
+    known = listed < rows * columns
+    predictions = tl.where(known, listed, 0).to(tl.int64) * n_heads
+    down, right = _moved(offsets_ptr, predictions)
+    vertical, horizontal = _moved(stretch_ptr, predictions)
+    row, column = listed // columns, listed % columns
+    from_y = _unbounded(down, vertical, row, 0, pad_y, WINDOW_H)
+    to_y = _unbounded(down, vertical, row, WINDOW_H - 1, pad_y, WINDOW_H)
+    from_x = _unbounded(right, horizontal, column, 0, pad_x, WINDOW_W)
+    to_x = _unbounded(right, horizontal, column, WINDOW_W - 1, pad_x, WINDOW_W)
+    return known & _meets(from_y, to_y, top, TILE_H) & _meets(from_x, to_x, left, TILE_W)
 
 
 @triton.jit(do_not_specialize=["height", "width", "rows", "columns", "pad_y", "pad_x"])
@@ -371,6 +378,8 @@ def _varied_window_bwd_dkdv_kernel(
     The windows that reach the tile are visited in raster order. Of each, a chunk of samples meets the tile in a
     product with the matrix of bilinear weights.
     """
+    N: tl.constexpr = CHUNK_H * CHUNK_W
+    N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
     head = tl.program_id(0) % n_heads
     tile = tl.program_id(0) // n_heads
     tile_columns = tl.cdiv(width, TILE_W)
@@ -378,44 +387,51 @@ def _varied_window_bwd_dkdv_kernel(
     image = tile // per_image
     top = (tile % per_image) // tile_columns * TILE_H
     left = tile % tile_columns * TILE_W
+    pixels = tl.arange(0, TILE_H * TILE_W)
+    pixel_y, pixel_x = top + pixels // TILE_W, left + pixels % TILE_W
     n_local = rows * columns
-    channels = tl.arange(0, HEAD_DIM)
-    d_k = tl.zeros((TILE_H * TILE_W, HEAD_DIM), tl.float32)
-    d_v = tl.zeros((TILE_H * TILE_W, HEAD_DIM), tl.float32)
+    of_image = image.to(tl.int64) * n_local * n_heads + head
+    offsets_ptr += 2 * of_image
+    stretch_ptr += 2 * of_image
+    d_samples_ptr += of_image * (2 * N_TOKENS * HEAD_DIM)
+    sample = tl.arange(0, N)
+    channels = tl.arange(0, 2 * HEAD_DIM)
+    d_kv = tl.zeros((TILE_H * TILE_W, 2 * HEAD_DIM), tl.float32)
     for first in range(0, n_local, LIST):
         listed = first + tl.arange(0, LIST)
         reach = _reaches(
-            offsets_ptr, stretch_ptr, image, listed, head, n_heads, top, left, height, width, rows, columns,
+            offsets_ptr, stretch_ptr, listed, n_heads, top, left, rows, columns,
             pad_y, pad_x, WINDOW_H, WINDOW_W, TILE_H, TILE_W,
         )  # fmt: skip
         local = tl.min(tl.where(reach, listed, n_local), 0)
-        while local < n_local:
-            prediction = (image.to(tl.int64) * n_local + local) * n_heads + head
+        for _ in range(tl.sum(reach.to(tl.int32), 0)):
+            prediction = local.to(tl.int64) * n_heads
+            row, column = local // columns, local % columns
+            down, right = _moved(offsets_ptr, prediction)
+            vertical, horizontal = _moved(stretch_ptr, prediction)
+            moved = (down, right, vertical, horizontal)
             for i in tl.static_range(0, WINDOW_H, CHUNK_H):
                 for j in tl.static_range(0, WINDOW_W, CHUNK_W):
-                    y, x = i + tl.arange(0, CHUNK_H), j + tl.arange(0, CHUNK_W)
-                    exists = tl.reshape((y < WINDOW_H)[:, None] & (x < WINDOW_W)[None, :], (CHUNK_H * CHUNK_W,))
-                    tokens = tl.reshape(y[:, None] * WINDOW_W + x[None, :], (CHUNK_H * CHUNK_W,))
-                    samples = d_samples_ptr + (prediction * (WINDOW_H * WINDOW_W) + tokens)[:, None] * (2 * HEAD_DIM)
-                    samples += channels[None, :]
-                    d_keys = tl.load(samples, mask=exists[:, None], other=0.0)
-                    d_values = tl.load(samples + HEAD_DIM, mask=exists[:, None], other=0.0)
-                    shares = _shares(
-                        offsets_ptr, stretch_ptr, prediction, local // columns, local % columns, y, x, top, left,
-                        height, width, pad_y, pad_x, WINDOW_H, WINDOW_W, TILE_H, TILE_W,
+                    y, x = i + sample // CHUNK_W, j + sample % CHUNK_W
+                    d_samples = tl.load(
+                        d_samples_ptr + prediction * (2 * N_TOKENS * HEAD_DIM)
+                        + ((y * WINDOW_W + x) * (2 * HEAD_DIM))[:, None] + channels[None, :],
+                        mask=((y < WINDOW_H) & (x < WINDOW_W))[:, None],
+                        other=0.0,
                     )  # fmt: skip
-                    shares = tl.reshape(shares, (TILE_H * TILE_W, CHUNK_H * CHUNK_W)).to(d_keys.dtype)
-                    d_k = tl.dot(shares, d_keys, acc=d_k, input_precision="ieee")
-                    d_v = tl.dot(shares, d_values, acc=d_v, input_precision="ieee")
+                    shares = _shares(
+                        moved, row, column, (i, j), pixel_y, pixel_x, pad_y, pad_x, CHUNK_W, WINDOW_H, WINDOW_W, N,
+                        d_samples.dtype,
+                    )  # fmt: skip
+                    d_kv = tl.dot(shares, d_samples, acc=d_kv, input_precision="ieee")
             local = tl.min(tl.where(reach & (listed > local), listed, n_local), 0)
-    pixels = tl.arange(0, TILE_H * TILE_W)
-    y, x = top + pixels // TILE_W, left + pixels % TILE_W
-    inside = ((y < height) & (x < width))[:, None]
+    d_k, d_v = tl.split(tl.permute(tl.reshape(d_kv, (TILE_H * TILE_W, 2, HEAD_DIM)), (0, 2, 1)))
+    inside = ((pixel_y < height) & (pixel_x < width))[:, None]
     tl.store(
-        d_k_ptr + _offsets(image, y, x, head, d_k_strides, HEAD_DIM), d_k.to(d_k_ptr.dtype.element_ty), mask=inside
+        d_k_ptr + _offsets(image, pixel_y, pixel_x, head, d_k_strides, HEAD_DIM), d_k.to(d_k_ptr.dtype.element_ty), mask=inside
     )
     tl.store(
-        d_v_ptr + _offsets(image, y, x, head, d_v_strides, HEAD_DIM), d_v.to(d_v_ptr.dtype.element_ty), mask=inside
+        d_v_ptr + _offsets(image, pixel_y, pixel_x, head, d_v_strides, HEAD_DIM), d_v.to(d_v_ptr.dtype.element_ty), mask=inside
     )
 
 

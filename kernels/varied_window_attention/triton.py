@@ -90,14 +90,41 @@ def _neighbour(at):
 
 
 @triton.jit
-def _corners(ptr, at_y, at_x, exists, height, width, strides, HEAD_DIM: tl.constexpr):
-    """Rows (tokens, HEAD_DIM) of one image and head at the four pixels around some points, zeros outside the map."""
+def _map_of(ptr, image, head, strides):
+    """Pointer to one head of one image in a (B, H, W, heads, D) tensor."""
+    return ptr + image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[3]
+
+
+@triton.jit
+def _pixel_rows(map_ptr, y, x, strides, HEAD_DIM: tl.constexpr, FAR: tl.constexpr):
+    """Pointers (tokens, HEAD_DIM) to some pixels of a map. FAR: offsets inside a map may need 64 bits."""
+    if FAR:
+        y, x = y.to(tl.int64), x.to(tl.int64)
+    return map_ptr + (y * strides[1] + x * strides[2])[:, None] + tl.arange(0, HEAD_DIM)[None, :]
+
+
+@triton.jit
+def _load_pixels(ptr, image, head, y, x, real, strides, HEAD_DIM: tl.constexpr, FAR: tl.constexpr):
+    """Rows (tokens, HEAD_DIM) of some pixels of one image and head, zeros where they are not real."""
+    pointers = _pixel_rows(_map_of(ptr, image, head, strides), y, x, strides, HEAD_DIM, FAR)
+    return tl.load(pointers, mask=real[:, None], other=0.0)
+
+
+@triton.jit
+def _store_pixels(ptr, image, head, y, x, real, strides, values, HEAD_DIM: tl.constexpr, FAR: tl.constexpr):
+    """Writes what `_load_pixels` reads."""
+    pointers = _pixel_rows(_map_of(ptr, image, head, strides), y, x, strides, HEAD_DIM, FAR)
+    tl.store(pointers, values.to(ptr.dtype.element_ty), mask=real[:, None])
+
+
+@triton.jit
+def _corners(map_ptr, at_y, at_x, exists, height, width, strides, HEAD_DIM: tl.constexpr, FAR: tl.constexpr):
+    """Rows (tokens, HEAD_DIM) of a map at the four pixels around some points, zeros outside the map."""
     y, _ = _neighbour(at_y)
     x, _ = _neighbour(at_x)
     above, below = exists & (y >= 0) & (y < height), exists & (y >= -1) & (y < height - 1)
     left, right = (x >= 0) & (x < width), (x >= -1) & (x < width - 1)
-    channels = tl.arange(0, HEAD_DIM)[None, :]
-    upper_left = ptr + (y.to(tl.int64) * strides[1] + x.to(tl.int64) * strides[2])[:, None] + channels
+    upper_left = _pixel_rows(map_ptr, y, x, strides, HEAD_DIM, FAR)
     upper_right, lower_left = upper_left + strides[2], upper_left + strides[1]
     return (
         tl.load(upper_left, mask=(above & left)[:, None], other=0.0),
@@ -108,49 +135,59 @@ def _corners(ptr, at_y, at_x, exists, height, width, strides, HEAD_DIM: tl.const
 
 
 @triton.jit
-def _sample(ptr, at_y, at_x, exists, height, width, strides, HEAD_DIM: tl.constexpr):
-    """Bilinear interpolation at some points, (tokens, HEAD_DIM), in the map's dtype."""
-    upper_left, upper_right, lower_left, lower_right = _corners(
-        ptr, at_y, at_x, exists, height, width, strides, HEAD_DIM
-    )
+def _mix(corners, at_y, at_x, DTYPE: tl.constexpr):
+    """Bilinear interpolation of `_corners`, (tokens, HEAD_DIM)."""
     _, lower = _neighbour(at_y)
     _, right = _neighbour(at_x)
-    mixed = upper_left.to(tl.float32) * ((1 - lower) * (1 - right))[:, None]
-    mixed += upper_right.to(tl.float32) * ((1 - lower) * right)[:, None]
-    mixed += lower_left.to(tl.float32) * (lower * (1 - right))[:, None]
-    mixed += lower_right.to(tl.float32) * (lower * right)[:, None]
-    return mixed.to(ptr.dtype.element_ty)
+    mixed = corners[0].to(tl.float32) * ((1 - lower) * (1 - right))[:, None]
+    mixed += corners[1].to(tl.float32) * ((1 - lower) * right)[:, None]
+    mixed += corners[2].to(tl.float32) * (lower * (1 - right))[:, None]
+    mixed += corners[3].to(tl.float32) * (lower * right)[:, None]
+    return mixed.to(DTYPE)
 
 
 @triton.jit
-def _sample_and_slopes(ptr, at_y, at_x, exists, height, width, strides, HEAD_DIM: tl.constexpr):
-    """What `_sample` gives, and its derivatives by the vertical and the horizontal coordinate."""
-    upper_left, upper_right, lower_left, lower_right = _corners(
-        ptr, at_y, at_x, exists, height, width, strides, HEAD_DIM
-    )
+def _grouped(x):
+    """(tokens,) -> (tokens / 16, 16), tokens in the order of `_grouped_rows`."""
+    GROUPS: tl.constexpr = x.shape[0] // 16
+    return tl.reshape(tl.permute(tl.reshape(x, (2, GROUPS, 8)), (1, 0, 2)), (GROUPS, 16))
+
+
+@triton.jit
+def _grouped_rows(x):
+    """(tokens, channels) -> (tokens / 16, 16, channels), tokens and channels in another order.
+
+    For 64 tokens and 32 channels it is that in which threads that load rows, 16 bytes each, have the operand of a
+    product with 16 rows.
+    """
+    GROUPS: tl.constexpr = x.shape[0] // 16
+    CHANNELS: tl.constexpr = x.shape[1]
+    parts = tl.permute(tl.reshape(x, (2, GROUPS, 8, CHANNELS // 8, 4, 2)), (1, 0, 2, 4, 3, 5))
+    return tl.reshape(parts, (GROUPS, 16, CHANNELS))
+
+
+@triton.jit
+def _row_products(k_rows, v_rows, d_k, d_v):
+    """Products of grouped gradients with the rows of keys and values, whose own are on the diagonal, (groups, 16, 16)."""
+    products = tl.dot(d_k, tl.permute(_grouped_rows(k_rows), (0, 2, 1)), input_precision="ieee")
+    return tl.dot(d_v, tl.permute(_grouped_rows(v_rows), (0, 2, 1)), acc=products, input_precision="ieee")
+
+
+@triton.jit
+def _slopes(k_corners, v_corners, d_k, d_v, at_y, at_x):
+    """Gradients of the samples' coordinates, (groups, 16) each, from those of the sampled keys and values."""
+    d_k, d_v = _grouped_rows(d_k), _grouped_rows(d_v)
+    upper_left = _row_products(k_corners[0], v_corners[0], d_k, d_v)
+    upper_right = _row_products(k_corners[1], v_corners[1], d_k, d_v)
+    lower_left = _row_products(k_corners[2], v_corners[2], d_k, d_v)
+    lower_right = _row_products(k_corners[3], v_corners[3], d_k, d_v)
     _, lower = _neighbour(at_y)
     _, right = _neighbour(at_x)
-    lower, right = lower[:, None], right[:, None]
-    upper_left, upper_right = upper_left.to(tl.float32), upper_right.to(tl.float32)
-    down_left, down_right = lower_left.to(tl.float32) - upper_left, lower_right.to(tl.float32) - upper_right
-    mixed_left, mixed_right = upper_left + lower * down_left, upper_right + lower * down_right
-    d_x = mixed_right - mixed_left
-    d_y = down_left + right * (down_right - down_left)
-    return mixed_left + right * d_x, d_y, d_x
-
-
-@triton.jit
-def _offsets(image, y, x, head, strides, HEAD_DIM: tl.constexpr):
-    """Element offsets (tokens, HEAD_DIM) into a (B, H, W, heads, D) tensor whose last stride is 1."""
-    stride_b, stride_y, stride_x, stride_h = strides
-    rows = image.to(tl.int64) * stride_b + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x + head * stride_h
-    return rows[:, None] + tl.arange(0, HEAD_DIM)[None, :]
-
-
-@triton.jit
-def _map_of(ptr, image, head, strides):
-    """Pointer to one head of one image in a (B, H, W, heads, D) tensor."""
-    return ptr + image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[3]
+    lower, right = _grouped(lower)[:, :, None], _grouped(right)[:, :, None]
+    d_y = (1 - right) * (lower_left - upper_left) + right * (lower_right - upper_right)
+    d_x = (1 - lower) * (upper_right - upper_left) + lower * (lower_right - lower_left)
+    own = (tl.arange(0, 16)[:, None] == tl.arange(0, 16)[None, :])[None, :, :]
+    return tl.sum(tl.where(own, d_y, 0.0), 2), tl.sum(tl.where(own, d_x, 0.0), 2)
 
 
 @triton.jit
@@ -194,11 +231,21 @@ def _points(
 
 
 @triton.jit
-def _place(window, head, rows, columns, n_heads):
-    """(image, row, column) of a window, and the index of what is predicted for it in one head."""
-    image, local = window // (rows * columns), window % (rows * columns)
-    prediction = (image.to(tl.int64) * (rows * columns) + local) * n_heads + head
-    return image, local // columns, local % columns, prediction
+def _place(window, rows, columns):
+    """(image, row, column) of a window, by which a number of windows may be counted, too."""
+    line = window // columns
+    return line // rows, line % rows, window % columns
+
+
+@triton.jit
+def _stepped(place, step, rows, columns):
+    """The place of the window that is `step`, a number of windows as `_place` counts them, behind another."""
+    image, row, column = place[0] + step[0], place[1] + step[1], place[2] + step[2]
+    row += (column >= columns).to(tl.int32)
+    column = tl.where(column >= columns, column - columns, column)
+    image += (row >= rows).to(tl.int32)
+    row = tl.where(row >= rows, row - rows, row)
+    return image, row, column
 
 
 @triton.jit
@@ -217,33 +264,35 @@ def _varied_window_fwd_kernel(
     q_ptr, k_ptr, v_ptr, offsets_ptr, stretch_ptr, bias_ptr, out_ptr,
     q_strides, k_strides, v_strides, out_strides, height, width, rows, columns, pad_y, pad_x, n_windows, n_heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """One program: one head, every `step`-th window, each a single tile."""
     N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
     head = tl.program_id(0) % n_heads
+    first = tl.program_id(0) // n_heads
     step = tl.num_programs(0) // n_heads
     tokens = tl.arange(0, BLOCK)
     exists = tokens < N_TOKENS
     b_bias = 0.0
     if HAS_BIAS:
         b_bias = _load_bias(bias_ptr, head, tokens, N_TOKENS)
-    for window in range(tl.program_id(0) // n_heads, n_windows, step):
-        image, row, column, prediction = _place(window, head, rows, columns, n_heads)
+    image, row, column = _place(first, rows, columns)
+    step_place = _place(step, rows, columns)
+    for window in range(first, n_windows, step):
         at_y, at_x = _points(
-            offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width, pad_y, pad_x, WINDOW_H, WINDOW_W
-        )
+            offsets_ptr, stretch_ptr, window.to(tl.int64) * n_heads + head, row, column, tokens, height, width,
+            pad_y, pad_x, WINDOW_H, WINDOW_W,
+        )  # fmt: skip
         y, x, real = _pixels(tokens, row, column, height, width, pad_y, pad_x, WINDOW_H, WINDOW_W)
-        q = tl.load(q_ptr + _offsets(image, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
-        k = _sample(_map_of(k_ptr, image, head, k_strides), at_y, at_x, exists, height, width, k_strides, HEAD_DIM)
-        v = _sample(_map_of(v_ptr, image, head, v_strides), at_y, at_x, exists, height, width, v_strides, HEAD_DIM)
+        q = _load_pixels(q_ptr, image, head, y, x, real, q_strides, HEAD_DIM, FAR)
+        k_map, v_map = _map_of(k_ptr, image, head, k_strides), _map_of(v_ptr, image, head, v_strides)
+        k_corners = _corners(k_map, at_y, at_x, exists, height, width, k_strides, HEAD_DIM, FAR)
+        v_corners = _corners(v_map, at_y, at_x, exists, height, width, v_strides, HEAD_DIM, FAR)
+        k, v = _mix(k_corners, at_y, at_x, q.dtype), _mix(v_corners, at_y, at_x, q.dtype)
         weights, total = _weights(q, k, b_bias, exists, scale, HAS_BIAS)
         out = tl.dot(weights.to(v.dtype), v, input_precision="ieee") / total[:, None]
-        tl.store(
-            out_ptr + _offsets(image, y, x, head, out_strides, HEAD_DIM),
-            out.to(out_ptr.dtype.element_ty),
-            mask=real[:, None],
-        )
+        _store_pixels(out_ptr, image, head, y, x, real, out_strides, out, HEAD_DIM, FAR)
+        image, row, column = _stepped((image, row, column), step_place, rows, columns)
 
 
 @triton.jit(do_not_specialize=["height", "width", "rows", "columns", "pad_y", "pad_x", "n_windows"])
@@ -253,7 +302,8 @@ def _varied_window_bwd_kernel(
     grad_strides, q_strides, k_strides, v_strides, d_q_strides,
     height, width, rows, columns, pad_y, pad_x, n_windows, n_heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, FAR: tl.constexpr,
+    READ_AGAIN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of everything but the maps of keys and values, for which it leaves those of the samples.
 
@@ -261,6 +311,7 @@ def _varied_window_bwd_kernel(
     """
     N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
     head = tl.program_id(0) % n_heads
+    first = tl.program_id(0) // n_heads
     step = tl.num_programs(0) // n_heads
     tokens = tl.arange(0, BLOCK)
     exists = tokens < N_TOKENS
@@ -268,47 +319,51 @@ def _varied_window_bwd_kernel(
     if HAS_BIAS:
         b_bias = _load_bias(bias_ptr, head, tokens, N_TOKENS)
         d_bias = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for window in tl.range(tl.program_id(0) // n_heads, n_windows, step, disable_licm=True):
-        image, row, column, prediction = _place(window, head, rows, columns, n_heads)
+    image, row, column = _place(first, rows, columns)
+    step_place = _place(step, rows, columns)
+    for window in tl.range(first, n_windows, step, disable_licm=True):
+        prediction = window.to(tl.int64) * n_heads + head
         at_y, at_x = _points(
             offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width, pad_y, pad_x, WINDOW_H, WINDOW_W
         )
         y, x, real = _pixels(tokens, row, column, height, width, pad_y, pad_x, WINDOW_H, WINDOW_W)
-        q = tl.load(q_ptr + _offsets(image, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
-        grad = tl.load(grad_ptr + _offsets(image, y, x, head, grad_strides, HEAD_DIM), mask=real[:, None], other=0.0)
-        k_map = _map_of(k_ptr, image, head, k_strides)
-        v_map = _map_of(v_ptr, image, head, v_strides)
-        dtype = q.dtype
-        k, k_down, k_right = _sample_and_slopes(k_map, at_y, at_x, exists, height, width, k_strides, HEAD_DIM)
-        v, v_down, v_right = _sample_and_slopes(v_map, at_y, at_x, exists, height, width, v_strides, HEAD_DIM)
-        k, v = k.to(dtype), v.to(dtype)
-        k_down, k_right, v_down, v_right = k_down.to(dtype), k_right.to(dtype), v_down.to(dtype), v_right.to(dtype)
+        q = _load_pixels(q_ptr, image, head, y, x, real, q_strides, HEAD_DIM, FAR)
+        grad = _load_pixels(grad_ptr, image, head, y, x, real, grad_strides, HEAD_DIM, FAR)
+        k_map, v_map = _map_of(k_ptr, image, head, k_strides), _map_of(v_ptr, image, head, v_strides)
+        k_corners = _corners(k_map, at_y, at_x, exists, height, width, k_strides, HEAD_DIM, FAR)
+        v_corners = _corners(v_map, at_y, at_x, exists, height, width, v_strides, HEAD_DIM, FAR)
+        k, v = _mix(k_corners, at_y, at_x, q.dtype), _mix(v_corners, at_y, at_x, q.dtype)
         weights, total = _weights(q, k, b_bias, exists, scale, HAS_BIAS)
-        weights = weights / total[:, None]
+        weights *= (1 / total)[:, None]
         d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
         d_logits = weights * (d_weights - tl.sum(weights * d_weights, 1)[:, None])
         if HAS_BIAS:
             d_bias += d_logits
         d_scores = d_logits.to(q.dtype)
         d_q = tl.dot(d_scores, k, input_precision="ieee") * scale
-        tl.store(d_q_ptr + _offsets(image, y, x, head, d_q_strides, HEAD_DIM), d_q.to(q.dtype), mask=real[:, None])
-        d_k = tl.dot(tl.trans(d_scores), q, input_precision="ieee") * scale
-        d_v = tl.dot(tl.trans(weights.to(v.dtype)), grad, input_precision="ieee")
+        _store_pixels(d_q_ptr, image, head, y, x, real, d_q_strides, d_q, HEAD_DIM, FAR)
+        d_k = (tl.dot(tl.trans(d_scores), q, input_precision="ieee") * scale).to(q.dtype)
+        d_v = tl.dot(tl.trans(weights.to(q.dtype)), grad, input_precision="ieee").to(q.dtype)
         samples = d_samples_ptr + (prediction * N_TOKENS + tokens)[:, None] * (2 * HEAD_DIM)
         samples += tl.arange(0, HEAD_DIM)[None, :]
-        d_k, d_v = d_k.to(dtype), d_v.to(dtype)
         tl.store(samples, d_k, mask=exists[:, None])
         tl.store(samples + HEAD_DIM, d_v, mask=exists[:, None])
-        d_k, d_v = d_k.to(tl.float32), d_v.to(tl.float32)
-        d_y = tl.sum(d_k * k_down.to(tl.float32) + d_v * v_down.to(tl.float32), 1)
-        d_x = tl.sum(d_k * k_right.to(tl.float32) + d_v * v_right.to(tl.float32), 1)
-        from_middle_y = tokens // WINDOW_W - (WINDOW_H - 1) / 2
-        from_middle_x = tokens % WINDOW_W - (WINDOW_W - 1) / 2
+        if READ_AGAIN:
+            at_y, at_x = _points(
+                offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width, pad_y, pad_x,
+                WINDOW_H, WINDOW_W,
+            )  # fmt: skip
+            k_corners = _corners(k_map, at_y, at_x, exists, height, width, k_strides, HEAD_DIM, FAR)
+            v_corners = _corners(v_map, at_y, at_x, exists, height, width, v_strides, HEAD_DIM, FAR)
+        d_y, d_x = _slopes(k_corners, v_corners, d_k, d_v, at_y, at_x)
+        from_middle_y = _grouped(tokens // WINDOW_W - (WINDOW_H - 1) / 2)
+        from_middle_x = _grouped(tokens % WINDOW_W - (WINDOW_W - 1) / 2)
         d_moved = tl.join(tl.join(d_y, d_x), tl.join(d_y * from_middle_y, d_x * from_middle_x))
-        d_offsets, d_stretch = tl.split(tl.sum(d_moved, 0))
+        d_offsets, d_stretch = tl.split(tl.sum(tl.reshape(d_moved, (BLOCK, 2, 2)), 0))
         axes = 2 * prediction + tl.arange(0, 2)
         tl.store(d_offsets_ptr + axes, d_offsets.to(d_offsets_ptr.dtype.element_ty))
         tl.store(d_stretch_ptr + axes, d_stretch.to(d_stretch_ptr.dtype.element_ty))
+        image, row, column = _stepped((image, row, column), step_place, rows, columns)
     if HAS_BIAS:
         tl.store(d_bias_ptr + (tl.program_id(0) * BLOCK + tokens[:, None]) * BLOCK + tokens[None, :], d_bias)
 
@@ -371,7 +426,7 @@ def _varied_window_bwd_dkdv_kernel(
     height, width, rows, columns, pad_y, pad_x, n_heads,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, CHUNK_H: tl.constexpr, CHUNK_W: tl.constexpr, LIST: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    HEAD_DIM: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values for one tile of pixels and one head: sums over the samples near them.
 
@@ -426,13 +481,9 @@ def _varied_window_bwd_dkdv_kernel(
                     d_kv = tl.dot(shares, d_samples, acc=d_kv, input_precision="ieee")
             local = tl.min(tl.where(reach & (listed > local), listed, n_local), 0)
     d_k, d_v = tl.split(tl.permute(tl.reshape(d_kv, (TILE_H * TILE_W, 2, HEAD_DIM)), (0, 2, 1)))
-    inside = ((pixel_y < height) & (pixel_x < width))[:, None]
-    tl.store(
-        d_k_ptr + _offsets(image, pixel_y, pixel_x, head, d_k_strides, HEAD_DIM), d_k.to(d_k_ptr.dtype.element_ty), mask=inside
-    )
-    tl.store(
-        d_v_ptr + _offsets(image, pixel_y, pixel_x, head, d_v_strides, HEAD_DIM), d_v.to(d_v_ptr.dtype.element_ty), mask=inside
-    )
+    inside = (pixel_y < height) & (pixel_x < width)
+    _store_pixels(d_k_ptr, image, head, pixel_y, pixel_x, inside, d_k_strides, d_k, HEAD_DIM, FAR)
+    _store_pixels(d_v_ptr, image, head, pixel_y, pixel_x, inside, d_v_strides, d_v, HEAD_DIM, FAR)
 
 
 # Heads whose channels take more than `_NARROW` bytes need more registers. The first backward kernel reads back what it
@@ -448,7 +499,14 @@ CONFIGS = {
 _NARROW = 64
 _TILE = (8, 8)  # pixels whose gradients one program computes
 _CHUNK = 64  # samples that meet them at once
-_LIST = 64  # windows that are tried at once whether they reach the tile
+_LIST = 32  # windows that are tried at once whether they reach the tile: as many as a warp has threads
+_READ_AGAIN = False  # whether the first backward kernel reads the pixels anew for the gradients of coordinates
+_INT32 = 2**31
+
+
+def _is_far(*maps: Tensor) -> bool:
+    """Whether offsets inside an image, up to two pixels beyond its borders, may not fit into 32 bits."""
+    return any((t.shape[1] + 2) * t.stride(1) + (t.shape[2] + 2) * t.stride(2) >= _INT32 for t in maps)
 
 
 class _Problem:
@@ -503,7 +561,7 @@ def varied_window_attention_forward(
         _varied_window_fwd_kernel, (problem.walkers(config.programs) * problem.heads,),
         q, k, v, offsets.contiguous(), stretch.contiguous(), None if bias is None else bias.contiguous(), out,
         *map_strides(q, k, v, out), *problem.scalars, problem.n_windows, problem.heads, scale,
-        **problem.constants, **problem.tiling, **config.launch,
+        **problem.constants, **problem.tiling, FAR=_is_far(q, k, v, out), **config.launch,
     )  # fmt: skip
     return out
 
@@ -547,7 +605,7 @@ def varied_window_attention_backward(
         grad, q, k, v, offsets, stretch, None if bias is None else bias.contiguous(),
         d_q, d_samples, d_offsets, d_stretch, bias_slots, *map_strides(grad, q, k, v, d_q),
         *problem.scalars, problem.n_windows, problem.heads, scale,
-        **problem.constants, **problem.tiling, **config.launch,
+        **problem.constants, **problem.tiling, FAR=_is_far(grad, q, k, v, d_q), READ_AGAIN=_READ_AGAIN, **config.launch,
     )  # fmt: skip
     _map_gradients(problem, d_samples, offsets, stretch, d_k, d_v)
     d_bias = empty_gradient(grad)
@@ -560,7 +618,7 @@ def _map_gradients(
     problem: _Problem, d_samples: Tensor, offsets: Tensor, stretch: Tensor, d_k: Tensor, d_v: Tensor
 ) -> None:
     """Gives the gradients of the samples to the pixels they were mixed from."""
-    chunk_w = min(_CHUNK, triton.next_power_of_2(problem.window[1]))
+    chunk_w = min(_CHUNK, max(2, triton.next_power_of_2(problem.window[1])))  # samples are computed in pairs
     chunk_h = min(_CHUNK // chunk_w, triton.next_power_of_2(problem.window[0]))
     chunk_w = max(chunk_w, 16 // chunk_h)  # products need 16 samples
     tiles = math.ceil(problem.height / _TILE[0]) * math.ceil(problem.width / _TILE[1])
@@ -568,5 +626,5 @@ def _map_gradients(
         _varied_window_bwd_dkdv_kernel, (problem.batch * tiles * problem.heads,),
         d_samples, offsets, stretch, d_k, d_v, *map_strides(d_k, d_v), *problem.scalars, problem.heads,
         TILE_H=_TILE[0], TILE_W=_TILE[1], CHUNK_H=chunk_h, CHUNK_W=chunk_w, LIST=_LIST,
-        **problem.constants, **problem.config("bwd_dkdv").launch,
+        **problem.constants, FAR=_is_far(d_k, d_v), **problem.config("bwd_dkdv").launch,
     )  # fmt: skip

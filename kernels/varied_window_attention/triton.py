@@ -118,19 +118,26 @@ def _store_pixels(ptr, image, head, y, x, real, strides, values, HEAD_DIM: tl.co
 
 
 @triton.jit
-def _corners(map_ptr, at_y, at_x, exists, height, width, strides, HEAD_DIM: tl.constexpr, FAR: tl.constexpr):
-    """Rows (tokens, HEAD_DIM) of a map at the four pixels around some points, zeros outside the map."""
+def _corner(
+    map_ptr, at_y, at_x, exists, height, width, strides, DOWN: tl.constexpr, RIGHT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    """Rows (tokens, HEAD_DIM) of a map at one of the four pixels around some points, zeros outside the map."""
     y, _ = _neighbour(at_y)
     x, _ = _neighbour(at_x)
-    above, below = exists & (y >= 0) & (y < height), exists & (y >= -1) & (y < height - 1)
-    left, right = (x >= 0) & (x < width), (x >= -1) & (x < width - 1)
-    upper_left = _pixel_rows(map_ptr, y, x, strides, HEAD_DIM, FAR)
-    upper_right, lower_left = upper_left + strides[2], upper_left + strides[1]
+    inside = exists & (y >= -DOWN) & (y < height - DOWN) & (x >= -RIGHT) & (x < width - RIGHT)
+    pointers = _pixel_rows(map_ptr, y, x, strides, HEAD_DIM, FAR) + (DOWN * strides[1] + RIGHT * strides[2])
+    return tl.load(pointers, mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def _corners(map_ptr, at_y, at_x, exists, height, width, strides, HEAD_DIM: tl.constexpr, FAR: tl.constexpr):
+    """Upper left, upper right, lower left and lower right `_corner`."""
     return (
-        tl.load(upper_left, mask=(above & left)[:, None], other=0.0),
-        tl.load(upper_right, mask=(above & right)[:, None], other=0.0),
-        tl.load(lower_left, mask=(below & left)[:, None], other=0.0),
-        tl.load(lower_left + strides[2], mask=(below & right)[:, None], other=0.0),
+        _corner(map_ptr, at_y, at_x, exists, height, width, strides, 0, 0, HEAD_DIM, FAR),
+        _corner(map_ptr, at_y, at_x, exists, height, width, strides, 0, 1, HEAD_DIM, FAR),
+        _corner(map_ptr, at_y, at_x, exists, height, width, strides, 1, 0, HEAD_DIM, FAR),
+        _corner(map_ptr, at_y, at_x, exists, height, width, strides, 1, 1, HEAD_DIM, FAR),
     )
 
 
@@ -174,13 +181,21 @@ def _row_products(k_rows, v_rows, d_k, d_v):
 
 
 @triton.jit
-def _slopes(k_corners, v_corners, d_k, d_v, at_y, at_x):
-    """Gradients of the samples' coordinates, (groups, 16) each, from those of the sampled keys and values."""
-    d_k, d_v = _grouped_rows(d_k), _grouped_rows(d_v)
-    upper_left = _row_products(k_corners[0], v_corners[0], d_k, d_v)
-    upper_right = _row_products(k_corners[1], v_corners[1], d_k, d_v)
-    lower_left = _row_products(k_corners[2], v_corners[2], d_k, d_v)
-    lower_right = _row_products(k_corners[3], v_corners[3], d_k, d_v)
+def _read_products(
+    maps, d_k, d_v, at_y, at_x, exists, height, width, DOWN: tl.constexpr, RIGHT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    """`_row_products` of one of the four pixels, read for them."""
+    k_map, v_map, k_strides, v_strides = maps
+    k_rows = _corner(k_map, at_y, at_x, exists, height, width, k_strides, DOWN, RIGHT, HEAD_DIM, FAR)
+    v_rows = _corner(v_map, at_y, at_x, exists, height, width, v_strides, DOWN, RIGHT, HEAD_DIM, FAR)
+    return _row_products(k_rows, v_rows, d_k, d_v)
+
+
+@triton.jit
+def _slopes(products, at_y, at_x):
+    """Gradients of the samples' coordinates, (groups, 16) each, from the `_row_products` of the four pixels."""
+    upper_left, upper_right, lower_left, lower_right = products
     _, lower = _neighbour(at_y)
     _, right = _neighbour(at_x)
     lower, right = _grouped(lower)[:, :, None], _grouped(right)[:, :, None]
@@ -278,11 +293,11 @@ def _varied_window_fwd_kernel(
         b_bias = _load_bias(bias_ptr, head, tokens, N_TOKENS)
     image, row, column = _place(first, rows, columns)
     step_place = _place(step, rows, columns)
-    for window in range(first, n_windows, step):
+    prediction = first.to(tl.int64) * n_heads + head
+    for _ in range(first, n_windows, step):
         at_y, at_x = _points(
-            offsets_ptr, stretch_ptr, window.to(tl.int64) * n_heads + head, row, column, tokens, height, width,
-            pad_y, pad_x, WINDOW_H, WINDOW_W,
-        )  # fmt: skip
+            offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width, pad_y, pad_x, WINDOW_H, WINDOW_W
+        )
         y, x, real = _pixels(tokens, row, column, height, width, pad_y, pad_x, WINDOW_H, WINDOW_W)
         q = _load_pixels(q_ptr, image, head, y, x, real, q_strides, HEAD_DIM, FAR)
         k_map, v_map = _map_of(k_ptr, image, head, k_strides), _map_of(v_ptr, image, head, v_strides)
@@ -293,6 +308,7 @@ def _varied_window_fwd_kernel(
         out = tl.dot(weights.to(v.dtype), v, input_precision="ieee") / total[:, None]
         _store_pixels(out_ptr, image, head, y, x, real, out_strides, out, HEAD_DIM, FAR)
         image, row, column = _stepped((image, row, column), step_place, rows, columns)
+        prediction += step.to(tl.int64) * n_heads
 
 
 @triton.jit(do_not_specialize=["height", "width", "rows", "columns", "pad_y", "pad_x", "n_windows"])
@@ -321,8 +337,8 @@ def _varied_window_bwd_kernel(
         d_bias = tl.zeros((BLOCK, BLOCK), tl.float32)
     image, row, column = _place(first, rows, columns)
     step_place = _place(step, rows, columns)
-    for window in tl.range(first, n_windows, step, disable_licm=True):
-        prediction = window.to(tl.int64) * n_heads + head
+    prediction = first.to(tl.int64) * n_heads + head
+    for _ in tl.range(first, n_windows, step, disable_licm=True):
         at_y, at_x = _points(
             offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width, pad_y, pad_x, WINDOW_H, WINDOW_W
         )
@@ -353,9 +369,23 @@ def _varied_window_bwd_kernel(
                 offsets_ptr, stretch_ptr, prediction, row, column, tokens, height, width, pad_y, pad_x,
                 WINDOW_H, WINDOW_W,
             )  # fmt: skip
-            k_corners = _corners(k_map, at_y, at_x, exists, height, width, k_strides, HEAD_DIM, FAR)
-            v_corners = _corners(v_map, at_y, at_x, exists, height, width, v_strides, HEAD_DIM, FAR)
-        d_y, d_x = _slopes(k_corners, v_corners, d_k, d_v, at_y, at_x)
+            d_k, d_v = _grouped_rows(d_k), _grouped_rows(d_v)
+            maps = (k_map, v_map, k_strides, v_strides)
+            products = (
+                _read_products(maps, d_k, d_v, at_y, at_x, exists, height, width, 0, 0, HEAD_DIM, FAR),
+                _read_products(maps, d_k, d_v, at_y, at_x, exists, height, width, 0, 1, HEAD_DIM, FAR),
+                _read_products(maps, d_k, d_v, at_y, at_x, exists, height, width, 1, 0, HEAD_DIM, FAR),
+                _read_products(maps, d_k, d_v, at_y, at_x, exists, height, width, 1, 1, HEAD_DIM, FAR),
+            )
+        else:
+            d_k, d_v = _grouped_rows(d_k), _grouped_rows(d_v)
+            products = (
+                _row_products(k_corners[0], v_corners[0], d_k, d_v),
+                _row_products(k_corners[1], v_corners[1], d_k, d_v),
+                _row_products(k_corners[2], v_corners[2], d_k, d_v),
+                _row_products(k_corners[3], v_corners[3], d_k, d_v),
+            )
+        d_y, d_x = _slopes(products, at_y, at_x)
         from_middle_y = _grouped(tokens // WINDOW_W - (WINDOW_H - 1) / 2)
         from_middle_x = _grouped(tokens % WINDOW_W - (WINDOW_W - 1) / 2)
         d_moved = tl.join(tl.join(d_y, d_x), tl.join(d_y * from_middle_y, d_x * from_middle_x))
@@ -364,6 +394,7 @@ def _varied_window_bwd_kernel(
         tl.store(d_offsets_ptr + axes, d_offsets.to(d_offsets_ptr.dtype.element_ty))
         tl.store(d_stretch_ptr + axes, d_stretch.to(d_stretch_ptr.dtype.element_ty))
         image, row, column = _stepped((image, row, column), step_place, rows, columns)
+        prediction += step.to(tl.int64) * n_heads
     if HAS_BIAS:
         tl.store(d_bias_ptr + (tl.program_id(0) * BLOCK + tokens[:, None]) * BLOCK + tokens[None, :], d_bias)
 
@@ -500,7 +531,7 @@ _NARROW = 64
 _TILE = (8, 8)  # pixels whose gradients one program computes
 _CHUNK = 64  # samples that meet them at once
 _LIST = 32  # windows that are tried at once whether they reach the tile: as many as a warp has threads
-_READ_AGAIN = False  # whether the first backward kernel reads the pixels anew for the gradients of coordinates
+_READ_AGAIN = False  # whether the first backward kernel reads pixels anew for the coordinates' gradients; wide heads do
 _INT32 = 2**31
 
 
@@ -517,7 +548,7 @@ class _Problem:
     ) -> None:
         self.batch, self.height, self.width, self.heads, self.head_dim = q.shape
         self.rows, self.columns = offsets.shape[1:3]
-        self.row_bytes = self.head_dim * q.element_size()
+        self.is_wide = self.head_dim * q.element_size() > _NARROW
         self.window, self.tokens = window, window[0] * window[1]
         self.n_windows = self.batch * self.rows * self.columns
         self.scalars = (self.height, self.width, self.rows, self.columns, *pad)
@@ -532,7 +563,7 @@ class _Problem:
 
     def config(self, kernel: str) -> Config:
         """How one of the kernels is launched."""
-        return CONFIGS[kernel if self.row_bytes <= _NARROW else f"{kernel}_wide"]
+        return CONFIGS[f"{kernel}_wide" if self.is_wide else kernel]
 
     def walkers(self, per_multiprocessor: int) -> int:
         """How many programs share the windows of one head, for so many programs of all heads on a multiprocessor."""
@@ -605,7 +636,8 @@ def varied_window_attention_backward(
         grad, q, k, v, offsets, stretch, None if bias is None else bias.contiguous(),
         d_q, d_samples, d_offsets, d_stretch, bias_slots, *map_strides(grad, q, k, v, d_q),
         *problem.scalars, problem.n_windows, problem.heads, scale,
-        **problem.constants, **problem.tiling, FAR=_is_far(grad, q, k, v, d_q), READ_AGAIN=_READ_AGAIN, **config.launch,
+        **problem.constants, **problem.tiling, FAR=_is_far(grad, q, k, v, d_q),
+        READ_AGAIN=_READ_AGAIN or problem.is_wide, **config.launch,
     )  # fmt: skip
     _map_gradients(problem, d_samples, offsets, stretch, d_k, d_v)
     d_bias = empty_gradient(grad)

@@ -9,9 +9,11 @@ Tiling. A window of at most 64 tokens is one tile. In the forward and the first 
 head's bias in registers and walks over windows; neighbouring programs work on the heads of the same windows. They
 gather the samples' four pixels row by row, which the caches serve: a pixel has a share in about four samples.
 The first backward kernel leaves the gradients of the sampled keys and values, rounded to the inputs' dtype, in a
-workspace. The second has one tile of 8 x 8 pixels and one head a program. It tries all windows of the image, 64 at
-once, by the rectangle that their samples span, and visits those that reach the tile in raster order: the matrix of
-bilinear weights, an outer product of the shares along both axes, times the samples' gradients. So nothing is
+workspace. The gradient of a coordinate takes the product of a sample's gradient with each of its four pixels: the
+diagonals of products of 16 samples with 16 pixels, one for each warp, whose operands threads have as they load them.
+The second has one tile of 8 x 8 pixels and one head a program. It tries all windows of the image, 32 at once, by the
+rectangle that their samples span, and visits those that reach the tile in raster order: the matrix of bilinear
+weights, computed in the registers in which the product takes it, times the samples' gradients. So nothing is
 scattered, sorted or added atomically, any number of samples may fall on one pixel, and results do not depend on the
 schedule.
 
@@ -22,15 +24,15 @@ Where a coordinate is whole, its gradient is that from above. A window with a co
 gradient; a NaN in a window's gradients spreads over the tiles of pixels that the window reaches.
 
 Roofline. The forward must move four maps (q, k, v, out), 154 MB at batch 64, 56 x 56 x 96 and bfloat16: 0.05 ms at
-3 TB/s. The backward must move seven, and with the workspace eleven. A window and head takes about 1,050 instructions
-of each of 128 threads in the forward, 2,300 in the first backward kernel, and 300 for each tile it reaches in the
+3 TB/s. The backward must move seven, and with the workspace eleven. A window and head takes about 1,000 instructions
+of each of 128 threads in the forward, 1,500 in the first backward kernel, and 210 for each tile it reaches in the
 second: all three are bound by instructions issued and by latency rather than by bytes.
 
-Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, batch 64, 7 x 7, CUDA-graph replay), milliseconds forward /
-forward and backward, and the compiled reference: 56 x 56 x 96, 3 heads 0.102 / 0.695, 1.19 / 1.83; 28 x 28 x 192,
-6 heads 0.054 / 0.379, 0.60 / 0.97.
+Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, batch 64, 7 x 7, CUDA-graph replay) when those numbers were
+1,140, 2,270 and 440, milliseconds forward / forward and backward, and the compiled reference: 56 x 56 x 96, 3 heads
+0.102 / 0.695, 1.19 / 1.83; 28 x 28 x 192, 6 heads 0.054 / 0.379, 0.60 / 0.97. Not yet timed since.
 
-What was tried, judged by code compiled for sm_90 (bfloat16, D = 32, 7 x 7):
+What was tried, judged by code compiled for sm_90 (triton 3.6, bfloat16, D = 32, 7 x 7):
 
 =================================================  =====================================================================
 idea                                               what came of it
@@ -40,12 +42,27 @@ idea                                               what came of it
 bias read anew for each window of the backward     its 32 addresses a thread take the registers that it leaves
 bias gradient stored without padding to the tile   offsets and masks stay in registers across the loop: spills
 hoisting of loop invariants in the backward        addresses in shared memory stay in registers across the loop: spills
-pixels kept in registers for the gradients of      more registers than there are; they are read again from the caches
+pixels kept in registers for the gradients of      taken: 64 registers for a while, but no second address and load
 coordinates
-sums over channels in the products' layout         converts eight tiles; instead the samples' gradients are read back
+pixels read again for them                         190 instructions more; fits 3 programs a multiprocessor (168
+                                                   registers, 80 bytes spilled); wide heads do so
+sums over channels of pixels as float32            370 instructions more: they unpack the pixels a second time
+sums over channels in the products' layout         converts eight tiles
+derivatives of samples kept instead of pixels      290 instructions more, 120 bytes spilled: four tiles change layout
+products of those with weights and logits' slopes  550 instructions more: eight products of 64 x 64 with 64 x 32
+pixels as the first operand of their products      130 moves: its registers are those of two loads, mixed
+a log-sum-exp and samples saved by the forward     not built: some 100 and 450 instructions fewer, but a larger operator
+                                                   that keeps two more maps for the backward
+windows' places by division, 64-bit offsets in     160 instructions more; places are counted along, and offsets have 64
+an image                                           bits (130 instructions) only where an image is that large
 one sum over tokens for each of four results       three more rounds of barriers than one sum of all four
-weights of the second kernel from distances of     8,192 shares where rows and columns have 128; instead their outer
-all pixels and samples                             product
+the second kernel's weights in shared memory       38 stores of two bytes and 6 barriers a visit
+those weights in pairs of samples                  taken: the layout that results is that of the product's operand
+a tile for 2 warps                                 older tensor-core instructions: 64 and 100 moves, 660 in all a visit
+64 windows tried at once                           their search crosses warps: three more barriers a visit
+tiles of 16 x 8 pixels                             320 instructions a visit, 128 registers
+loads of the next window ahead                     1,630 instructions (100 bytes spilled) and 260 a visit; no wait for
+                                                   loads. To be timed: only the forward does so
 samples sorted by pixel, then lists for pixels     not built: the sort and four gathers of every sample's gradients
                                                    move more than the tiles' products
 =================================================  =====================================================================
@@ -175,7 +192,7 @@ def _grouped_rows(x):
 
 @triton.jit
 def _row_products(k_rows, v_rows, d_k, d_v):
-    """Products of grouped gradients with the rows of keys and values, whose own are on the diagonal, (groups, 16, 16)."""
+    """Products of grouped gradients with rows of keys and values, their own on the diagonal, (groups, 16, 16)."""
     products = tl.dot(d_k, tl.permute(_grouped_rows(k_rows), (0, 2, 1)), input_precision="ieee")
     return tl.dot(d_v, tl.permute(_grouped_rows(v_rows), (0, 2, 1)), acc=products, input_precision="ieee")
 

@@ -192,9 +192,14 @@ def _grouped_rows(x):
 
 @triton.jit
 def _row_products(k_rows, v_rows, d_k, d_v):
-    """Products of grouped gradients with rows of keys and values, their own on the diagonal, (groups, 16, 16)."""
-    products = tl.dot(d_k, tl.permute(_grouped_rows(k_rows), (0, 2, 1)), input_precision="ieee")
-    return tl.dot(d_v, tl.permute(_grouped_rows(v_rows), (0, 2, 1)), acc=products, input_precision="ieee")
+    """Products of each sample's grouped gradients with its own rows of keys and values, (groups, 16)."""
+    k_rows, v_rows = _grouped_rows(k_rows), _grouped_rows(v_rows)
+    if d_k.dtype == tl.float32:  # which tensor cores do not take
+        return tl.sum(d_k * k_rows + d_v * v_rows, 2)
+    products = tl.dot(d_k, tl.permute(k_rows, (0, 2, 1)))
+    products = tl.dot(d_v, tl.permute(v_rows, (0, 2, 1)), acc=products)
+    own = (tl.arange(0, 16)[:, None] == tl.arange(0, 16)[None, :])[None, :, :]
+    return tl.sum(tl.where(own, products, 0.0), 2)
 
 
 @triton.jit
@@ -215,11 +220,10 @@ def _slopes(products, at_y, at_x):
     upper_left, upper_right, lower_left, lower_right = products
     _, lower = _neighbour(at_y)
     _, right = _neighbour(at_x)
-    lower, right = _grouped(lower)[:, :, None], _grouped(right)[:, :, None]
+    lower, right = _grouped(lower), _grouped(right)
     d_y = (1 - right) * (lower_left - upper_left) + right * (lower_right - upper_right)
     d_x = (1 - lower) * (upper_right - upper_left) + lower * (lower_right - lower_left)
-    own = (tl.arange(0, 16)[:, None] == tl.arange(0, 16)[None, :])[None, :, :]
-    return tl.sum(tl.where(own, d_y, 0.0), 2), tl.sum(tl.where(own, d_x, 0.0), 2)
+    return d_y, d_x
 
 
 @triton.jit
@@ -549,6 +553,7 @@ _TILE = (8, 8)  # pixels whose gradients one program computes
 _CHUNK = 64  # samples that meet them at once
 _LIST = 32  # windows that are tried at once whether they reach the tile: as many as a warp has threads
 _READ_AGAIN = False  # whether the first backward kernel reads pixels anew for the coordinates' gradients; wide heads do
+_MOST_REGISTERS: int | None = None  # of a thread of the first backward kernel, but for wide heads
 _INT32 = 2**31
 
 
@@ -654,7 +659,8 @@ def varied_window_attention_backward(
         d_q, d_samples, d_offsets, d_stretch, bias_slots, *map_strides(grad, q, k, v, d_q),
         *problem.scalars, problem.n_windows, problem.heads, scale,
         **problem.constants, **problem.tiling, FAR=_is_far(grad, q, k, v, d_q),
-        READ_AGAIN=_READ_AGAIN or problem.is_wide, **config.launch,
+        READ_AGAIN=_READ_AGAIN or problem.is_wide,
+        maxnreg=None if problem.is_wide else _MOST_REGISTERS, **config.launch,
     )  # fmt: skip
     _map_gradients(problem, d_samples, offsets, stretch, d_k, d_v)
     d_bias = empty_gradient(grad)

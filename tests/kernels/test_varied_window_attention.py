@@ -389,7 +389,7 @@ def assert_exact(case: Case, inputs: dict[str, Tensor], grad: Tensor) -> None:
 def test_fused_is_exact_in_other_ways(constant: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("vitrail.kernels.varied_window_attention.triton")
     monkeypatch.setattr(triton, constant, value)
-    assert_exact(*fused_case(3, torch.float32))
+    assert_exact(*fused_case(3, torch.float16))
 
 
 @needs_triton

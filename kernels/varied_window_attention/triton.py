@@ -10,7 +10,8 @@ head's bias in registers and walks over windows; neighbouring programs work on t
 gather the samples' four pixels row by row, which the caches serve: a pixel has a share in about four samples.
 The first backward kernel leaves the gradients of the sampled keys and values, rounded to the inputs' dtype, in a
 workspace. The gradient of a coordinate takes the product of a sample's gradient with each of its four pixels: the
-diagonals of products of 16 samples with 16 pixels, one for each warp, whose operands threads have as they load them.
+diagonals of products of 16 samples with 16 pixels, one for each warp, whose operands threads have as they load them
+(for float32 a plain sum).
 The second has one tile of 8 x 8 pixels and one head a program. It tries all windows of the image, 32 at once, by the
 rectangle that their samples span, and visits those that reach the tile in raster order: the matrix of bilinear
 weights, computed in the registers in which the product takes it, times the samples' gradients. So nothing is
@@ -45,7 +46,7 @@ hoisting of loop invariants in the backward        addresses in shared memory st
 pixels kept in registers for the gradients of      taken: 64 registers for a while, but no second address and load
 coordinates
 pixels read again for them                         190 instructions more; fits 3 programs a multiprocessor (168
-                                                   registers, 80 bytes spilled); wide heads do so
+                                                   registers, 72 bytes spilled); wide heads do so
 sums over channels of pixels as float32            370 instructions more: they unpack the pixels a second time
 sums over channels in the products' layout         converts eight tiles
 derivatives of samples kept instead of pixels      290 instructions more, 120 bytes spilled: four tiles change layout

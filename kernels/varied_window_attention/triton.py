@@ -144,7 +144,7 @@ def _corner(
     y, _ = _neighbour(at_y)
     x, _ = _neighbour(at_x)
     inside = exists & (y >= -DOWN) & (y < height - DOWN) & (x >= -RIGHT) & (x < width - RIGHT)
-    pointers = _pixel_rows(map_ptr, y, x, strides, HEAD_DIM, FAR) + (DOWN * strides[1] + RIGHT * strides[2])
+    pointers = _pixel_rows(map_ptr, y, x, strides, HEAD_DIM, FAR) + DOWN * strides[1] + RIGHT * strides[2]
     return tl.load(pointers, mask=inside[:, None], other=0.0)
 
 

@@ -90,6 +90,9 @@ def _export(options: argparse.Namespace) -> int:
     checks = export.verify_file(model, path, options.format, shapes)
     console = Console(highlight=False, soft_wrap=True)
     print_table(console, f"{path} against {options.model}, on the CPU", _COLUMNS, [c._asdict() for c in checks])
+    for check in checks:
+        if check.note:
+            console.print(f"batch {' x '.join(map(str, check.shape))}: {check.note}")
     worst = max(check.relative for check in checks)
     if not worst <= export.TOLERANCE:
         raise ToolError(

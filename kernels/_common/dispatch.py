@@ -90,7 +90,7 @@ def runs_kernels(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cuda" and HAS_TRITON and settings.default_backend != "eager"
 
 
-def choose_backend(op: str, backend: str, fused: Support, tensor: torch.Tensor, by_default: bool = True) -> str:
+def choose_backend(op: str, backend: str, fused: Support, tensor: torch.Tensor) -> str:
     """Turns a requested backend into `"eager"` or `"triton"` and records the choice.
 
     Args:
@@ -98,7 +98,6 @@ def choose_backend(op: str, backend: str, fused: Support, tensor: torch.Tensor, 
         backend: What the caller asked for, one of `BACKENDS`.
         fused: Whether the fused kernel can compute this call.
         tensor: The operator's first input; its device and shape enter the choice and the record.
-        by_default: Whether `"auto"` takes the fused kernel; False for one that is not known to be faster.
 
     Raises:
         ValueError: `backend` is unknown.
@@ -110,7 +109,7 @@ def choose_backend(op: str, backend: str, fused: Support, tensor: torch.Tensor, 
     if requested == "triton" and not fused.ok:
         raise NotImplementedError(f"{op}: backend 'triton' cannot run here: {fused.reason}")
     # The interpreter is a debugging aid, thousands of times slower than the reference: only on request.
-    automatic = requested == "auto" and by_default and tensor.device.type == "cuda"
+    automatic = requested == "auto" and tensor.device.type == "cuda"
     runs_fused = fused.ok and (requested == "triton" or automatic)
     chosen = "triton" if runs_fused else "eager"
     if settings.recorder is not None:

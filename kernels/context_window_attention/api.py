@@ -73,8 +73,7 @@ def context_window_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = (q, k, v, window, row_starts, column_starts, scale)
     fused = fused_support(q, row_starts, column_starts)
-    # Not yet timed on a GPU against the reference and what torch.compile makes of it.
-    if choose_backend(_NAME, backend, fused, q, by_default=False) == "triton":
+    if choose_backend(_NAME, backend, fused, q) == "triton":
         return torch.ops.vitrail.context_window_attention(*arguments)
     return context_window_attention_reference(*arguments)
 

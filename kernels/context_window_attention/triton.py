@@ -22,9 +22,21 @@ the inputs' dtype, as the reference does. float32 inputs use full float32 produc
 output; the backward finds the rows' log-sum-exp and softmax correction sum_j P_ij dP_ij anew. No atomics: parts are
 added in the order of the windows, so gradients are deterministic.
 
-Not yet run on a GPU: checked in Triton's interpreter, compiled for sm_90 by Triton 3.8 (bfloat16, D 32: 90 registers
-forward, 95 for a window of one block backward, 116 and 119 for several). Nothing spills but float32 heads of 512
-channels, by 8 to 40 bytes.
+Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, CUDA-graph replay), milliseconds forward / forward and
+backward, ratio 8; then the reference, eager and compiled. The backward with `_SUM_CONFIG` of four warps; two save about
+0.06 ms of every figure. Only one head of 512 channels in a large window is slower than what is compiled.
+
+======================  ==============  ==============  ==============
+batch, map, heads       fused           eager           compiled
+======================  ==============  ==============  ==============
+8, 64 x 64, 16 of 32    0.059 / 0.191   0.482 / 1.402   0.296 / 0.756
+2, 64 x 256, 16 of 32   0.118 / 0.567   0.446 / 1.366   0.244 / 0.747
+8, 64 x 64, 1 of 512    0.099 / 0.588   0.403 / 1.860   0.220 / 1.222
+2, 64 x 256, 1 of 512   0.287 / 1.795   0.479 / 2.104   0.278 / 1.486
+======================  ==============  ==============  ==============
+
+Tried there (map 64 x 256, ratio 2, forward 0.119, with backward 0.790): blocks of 128 queries 0.109 forward, but no
+gain in windows of one block; 8 warps 0.137 to 0.237 forward, 0.82 to 1.03 with backward; other pipelines within 4 %.
 """
 
 from __future__ import annotations
@@ -69,7 +81,7 @@ _FLOAT32 = {
     512: Tiles(16, 16, Config(8, 1)),
 }
 TILES = {torch.float16: _HALF, torch.bfloat16: _HALF, torch.float32: dict.fromkeys(_HALF, _FLOAT32)}
-_SUM_CONFIG = Config(4, 1)
+_SUM_CONFIG = Config(2, 1)
 _SIZES = ["height", "width", "window_h", "window_w", "rows", "columns", "n_heads"]
 
 

@@ -21,6 +21,13 @@ def region_routes_reference(
     q: Tensor, k: Tensor, pad_q: Tensor | None, pad_k: Tensor | None, n_regions: tuple[int, int], topk: int
 ) -> Tensor:
     """The `topk` regions whose mean key has the largest product with each region's mean query; (B, R, topk)."""
+    return region_similarities(q, k, pad_q, pad_k, n_regions).topk(topk, dim=-1).indices
+
+
+def region_similarities(
+    q: Tensor, k: Tensor, pad_q: Tensor | None, pad_k: Tensor | None, n_regions: tuple[int, int]
+) -> Tensor:
+    """Products of each region's mean query with the mean keys of all, (B, R, R), in float32 or float64."""
     size, pads = region_size(q.shape[1], q.shape[2], n_regions)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, regions = q.shape[0], n_regions[0] * n_regions[1]
@@ -30,7 +37,7 @@ def region_routes_reference(
         .reshape(batch, regions, x.shape[3] * x.shape[4])
         for x, pad in ((q, pad_q), (k, pad_k))
     ]
-    return routes_of_means(means[0], means[1], topk)
+    return _product(means[0], means[1].transpose(1, 2))
 
 
 def routes_of_means(q_means: Tensor, k_means: Tensor, topk: int) -> Tensor:

@@ -43,7 +43,9 @@ Ideas, with what the compiler makes of them (Triton 3.6 for sm_90, bfloat16, D 3
 | keys as rows in the backward of the keys | rejected: a thread locates 16 queries, not 2; 254 registers, not 151 |
 | a pipelined loop over the queries there | rejected: 151 registers, 122 without, and mostly one or two rounds |
 | dense, tokens in raster order | rejected: two divisions more a key; 2000 instructions forward instead of 1304 |
-| dense, 256 keys in one tile, no second pass | rejected: the backward of the queries spills |
+| dense, 256 keys in one tile | forward: 2097 instructions at 14x14, not 2635; in the backward of the queries: spills |
+| dense, columns and width of regions compiled in, one test for hidden and missing keys | 527 a tile of keys, not 630 |
+| float32, 8 warps for heads of 32, not 4 | spills are gone dense, and shrink by region (forward: 48 bytes, not 3528) |
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ _LOG2E = tl.constexpr(math.log2(math.e))
 _BLOCK = 64  # tokens of a tile, at most
 _TILE_BYTES = 16384  # of one tile of tokens, at most
 _STAGES = {"fwd": 2, "bwd_dq": 2, "bwd_dkdv": 1}  # of the pipelines; the last one's would cost half of the occupancy
+_DENSE_FWD = (64, 256)  # most queries and keys of a tile of the dense forward, where all keys fit; heads up to 32
 _MASK_BITS = 64  # regions that an integer can tell apart
 _DENSE_ADVANTAGE = 2  # how many times more products the dense form may do: it reads far fewer keys
 
@@ -151,9 +154,9 @@ def _load_masks(masks_ptr, image, region, real, geometry, DENSE: tl.constexpr):
 
 
 @triton.jit
-def _sees(masks, region):
+def _sees(masks, region, exists):
     """Whether the bit of the key's region is set in the query's mask; the tile's padding may be of any region."""
-    return ((masks >> (region & 63)) & 1) != 0
+    return (((masks >> (region & 63)) & 1).to(tl.int32) & exists.to(tl.int32)) != 0
 
 
 @triton.jit
@@ -168,7 +171,7 @@ def _key_tile(
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
     visible = exists[None, :]
     if DENSE:
-        visible = visible & _sees(q_masks[:, None], region[None, :])
+        visible = _sees(q_masks[:, None], region[None, :], visible)
     return k, v, tl.where(visible, logits, float("-inf"))
 
 
@@ -186,11 +189,11 @@ def _listed(list_ptr, image, region, geometry, topk, DENSE: tl.constexpr):
 def _routing_fwd_kernel(
     q_ptr, k_ptr, v_ptr, pad_k_ptr, pad_v_ptr, list_ptr, out_ptr, q_strides, k_strides, v_strides, out_strides,
     height, width, n_regions, columns, region_h, region_w, topk, n_heads, scale,
-    DENSE: tl.constexpr, SINGLE: tl.constexpr, HAS_PAD: tl.constexpr,
+    DENSE: tl.constexpr, COLUMNS: tl.constexpr, REGION_W: tl.constexpr, SINGLE: tl.constexpr, HAS_PAD: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program: one head, one block of queries. `list_ptr` holds the routes, or dense their masks."""
-    geometry = (height, width, n_regions, columns, region_h, region_w)
+    geometry = (height, width, n_regions, COLUMNS or columns, region_h, REGION_W or region_w)
     image, head, region, _rank, y, x, _exists, real = _own_tokens(geometry, n_heads, DENSE, BLOCK_Q)
     routes, n_keys = _listed(list_ptr, image, region, geometry, topk, DENSE)
     q = tl.load(q_ptr + _offsets(image, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
@@ -218,7 +221,7 @@ def _routing_fwd_kernel(
             total = total * decay + tl.sum(weights, 1)
             out = tl.dot(weights.to(v.dtype), v, acc=out * decay[:, None], input_precision="ieee")
             maximum = new_maximum
-    out = out / tl.where(total == 0.0, 1.0, total)[:, None]
+    out = out * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     out_offsets = _offsets(image, y, x, head, out_strides, HEAD_DIM)
     tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=real[:, None])
 
@@ -228,14 +231,14 @@ def _routing_bwd_dq_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, pad_k_ptr, pad_v_ptr, list_ptr, d_q_ptr, stats_ptr,
     grad_strides, q_strides, k_strides, v_strides, d_q_strides,
     height, width, n_regions, columns, region_h, region_w, topk, n_heads, scale,
-    DENSE: tl.constexpr, SINGLE: tl.constexpr, HAS_PAD: tl.constexpr,
+    DENSE: tl.constexpr, COLUMNS: tl.constexpr, REGION_W: tl.constexpr, SINGLE: tl.constexpr, HAS_PAD: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program: gradient of one block of queries; leaves the rows' statistics for the kernel of the keys.
 
     Of several tiles of keys, a first pass finds each row's log-sum-exp and softmax correction, a second its gradient.
     """
-    geometry = (height, width, n_regions, columns, region_h, region_w)
+    geometry = (height, width, n_regions, COLUMNS or columns, region_h, REGION_W or region_w)
     image, head, region, rank, y, x, _exists, real = _own_tokens(geometry, n_heads, DENSE, BLOCK_Q)
     routes, n_keys = _listed(list_ptr, image, region, geometry, topk, DENSE)
     q = tl.load(q_ptr + _offsets(image, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
@@ -250,7 +253,7 @@ def _routing_bwd_dq_kernel(
         weights = tl.exp2(logits - maximum[:, None])
         total = tl.sum(weights, 1)
         total = tl.where(total == 0.0, 1.0, total)
-        weights = weights / total[:, None]
+        weights = weights * (1.0 / total)[:, None]
         d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
         correction = tl.sum(weights * d_weights, 1)
         d_scores = weights * (d_weights - correction[:, None]) * scale
@@ -299,13 +302,14 @@ def _routing_bwd_dkdv_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, pad_k_ptr, pad_v_ptr, list_ptr, bounds_ptr, stats_ptr, d_k_ptr, d_v_ptr, d_pad_ptr,
     grad_strides, q_strides, k_strides, v_strides, d_k_strides, d_v_strides,
     height, width, n_regions, columns, region_h, region_w, n_heads, n_listed, scale,
-    DENSE: tl.constexpr, HAS_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr,
+    DENSE: tl.constexpr, COLUMNS: tl.constexpr, REGION_W: tl.constexpr, HAS_PAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program: gradients of one block of keys and values, over the queries of the regions that chose them.
 
     `list_ptr` holds these regions, `n_listed` an image, between the two bounds of each key region; dense, the masks.
     """
-    geometry = (height, width, n_regions, columns, region_h, region_w)
+    geometry = (height, width, n_regions, COLUMNS or columns, region_h, REGION_W or region_w)
     n_ranks = n_regions * region_h * region_w
     image, head, region, _rank, y, x, exists, real = _own_tokens(geometry, n_heads, DENSE, BLOCK_K)
     if DENSE:
@@ -334,7 +338,7 @@ def _routing_bwd_dkdv_kernel(
         weights = tl.exp2(logits - row_lse[:, None])
         if DENSE:
             masks = _load_masks(list_ptr, image, q_region, q_real, geometry, DENSE)
-            weights = tl.where(_sees(masks[:, None], region[None, :]), weights, 0.0)
+            weights = tl.where(_sees(masks[:, None], region[None, :], exists[None, :]), weights, 0.0)
         d_v = tl.dot(tl.trans(weights.to(grad.dtype)), grad, acc=d_v, input_precision="ieee")
         d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
         d_scores = weights * (d_weights - correction[:, None]) * scale
@@ -394,7 +398,15 @@ def _is_dense(n_regions: int, tokens: int, topk: int) -> bool:
 class _Problem:
     """The launch parameters that the kernels of one call share."""
 
-    def __init__(self, q: Tensor, pad_k: Tensor | None, routes: Tensor, grid: tuple[int, int], scale: float) -> None:
+    def __init__(
+        self,
+        q: Tensor,
+        pad_k: Tensor | None,
+        routes: Tensor,
+        grid: tuple[int, int],
+        scale: float,
+        forward: bool = False,
+    ) -> None:
         self.batch, height, width, self.heads, self.head_dim = q.shape
         (region_h, region_w), pads = region_size(height, width, grid)
         self.n_regions, self.topk, tokens = grid[0] * grid[1], routes.shape[2], region_h * region_w
@@ -404,12 +416,14 @@ class _Problem:
         self.dense = tokens if _is_dense(self.n_regions, tokens, self.topk) else 0
         self.has_pad = pads != (0, 0) and pad_k is not None
         row_bytes = self.head_dim * q.element_size()
-        most = min(_BLOCK, max(16, _TILE_BYTES // row_bytes))
         n_keys = self.n_ranks if self.dense else self.topk * tokens
-        self.own = _block(self.n_ranks if self.dense else tokens, most)
-        self.others = _block(n_keys, most)
+        most_own = most_others = min(_BLOCK, max(16, _TILE_BYTES // row_bytes))
+        if forward and self.dense and row_bytes * q.element_size() <= 128 and n_keys <= _DENSE_FWD[1]:
+            most_own, most_others = _DENSE_FWD
+        self.own = _block(self.n_ranks if self.dense else tokens, most_own)
+        self.others = _block(n_keys, most_others)
         self.single = n_keys <= self.others
-        self.warps = min(8, max(1, self.own // 16) * max(1, row_bytes // 128))
+        self.warps = min(8, max(1, self.own // 16) * max(1, row_bytes * q.element_size() // 256))
         blocks = math.ceil(self.n_ranks / self.own) if self.dense else self.n_regions * math.ceil(tokens / self.own)
         self.programs = self.batch * blocks  # for each head
         self.grid = (self.programs * self.heads,)
@@ -419,6 +433,8 @@ class _Problem:
         of_keys = kernel == "bwd_dkdv"
         options = {
             "DENSE": self.dense,
+            "COLUMNS": self.geometry[3] if self.dense else 0,
+            "REGION_W": self.geometry[5] if self.dense else 0,
             "HAS_PAD": self.has_pad,
             "BLOCK_Q": self.others if of_keys else self.own,
             "BLOCK_K": self.own if of_keys else self.others,
@@ -449,7 +465,7 @@ def routing_attention_forward(
     if out.numel() == 0:
         return out
     q, k, v = unit_stride(q, k, v)
-    problem = _Problem(q, pad_k, routes, n_regions, scale)
+    problem = _Problem(q, pad_k, routes, n_regions, scale, forward=True)
     routes = routes.contiguous()
     launch(
         _routing_fwd_kernel, problem.grid, q, k, v, contiguous(pad_k), contiguous(pad_v),

@@ -46,7 +46,6 @@ def strip_gate(x: Tensor, logits_h: Tensor, logits_w: Tensor, *, skip: bool = Fa
             f"{_NAME}: x is on {x.device}, logits_h on {logits_h.device}, logits_w on {logits_w.device}; "
             "they must agree"
         )
-    # Not yet timed against what torch.compile makes of the reference, which it also fuses with its neighbours.
-    if choose_backend(_NAME, backend, fused_support(x), x, by_default=False) == "triton":
+    if choose_backend(_NAME, backend, fused_support(x), x) == "triton":
         return torch.ops.vitrail.strip_gate(x, logits_h, logits_w, skip)
     return strip_gate_reference(x, logits_h, logits_w, skip)

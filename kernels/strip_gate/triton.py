@@ -14,6 +14,20 @@ Numerics. Gates are rounded to the map's dtype, like the reference's; products a
 
 Roofline. Moved bytes alone count: two maps forward, three backward. A compiler that fuses the reference reaches the
 former; backward it reads two of the maps once for the sums over rows and once for those over columns.
+
+Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, CUDA-graph replay), milliseconds forward / forward and
+backward; then the reference, compiled and eager, and the bytes at 3 TB/s:
+
+==========================  ==============  ==============  ==============  ==============
+map                         fused           compiled        eager           bytes
+==========================  ==============  ==============  ==============  ==============
+64 x 256 x 56 x 56          0.076 / 0.254   0.085 / 0.283   0.310 / 1.050   0.069 / 0.171
+... channels last           0.087 / 0.365   0.105 / 0.493   0.345 / 1.460   0.069 / 0.171
+64 x 1024 x 14 x 14         0.028 / 0.078   0.042 / 0.094   0.093 / 0.304   0.017 / 0.043
+2 x 256 x 200 x 304         0.051 / 0.220                   0.185 / 0.565   0.042 / 0.104
+==========================  ==============  ==============  ==============  ==============
+
+With tiles of 2,048 values the last takes 0.331 with its backward, the second last 0.093, the first 0.239.
 """
 
 from __future__ import annotations
@@ -28,7 +42,8 @@ from torch import Tensor
 
 from vitrail.kernels._common.launch import launch, multiprocessors
 
-_TILE = 2048  # values: with twice as many, the backward of channels-last maps runs out of registers
+_TILE = 4096  # values
+_TILE_CHANNELS_LAST = 2048  # with twice as many their backward runs out of registers
 _MOST_COLUMNS = 256
 _CHANNELS = 64  # of a tile where they are contiguous
 _PROGRAMS = 8  # a multiprocessor that are wanted
@@ -118,11 +133,13 @@ def _tiling(x: Tensor) -> _Tiling:
     rows, columns = triton.next_power_of_2(height), triton.next_power_of_2(width)
     if _channels_last(x):
         block_c = min(_CHANNELS, triton.next_power_of_2(channels))
-        block_w = min(columns, _TILE // block_c)
+        tile = _TILE_CHANNELS_LAST
+        block_w = min(columns, tile // block_c)
     else:
+        tile = _TILE
         block_w = min(columns, _MOST_COLUMNS)
-        block_c = min(triton.next_power_of_2(channels), max(1, _TILE // (rows * block_w)))
-    block_h = min(rows, max(1, _TILE // (block_c * block_w)))
+        block_c = min(triton.next_power_of_2(channels), max(1, tile // (rows * block_w)))
+    block_h = min(rows, max(1, tile // (block_c * block_w)))
     others = batch * math.ceil(channels / block_c) * math.ceil(width / block_w)
     wanted = math.ceil(_PROGRAMS * multiprocessors(x.device) / others)
     run = block_h * math.ceil(height / block_h / wanted)

@@ -243,6 +243,15 @@ def test_fused_is_as_exact_as_eager(
 
 
 @needs_triton
+def test_keys_beyond_the_last_are_hidden(poison: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tile of all 192 keys has places for 85 regions; a mask has bits for 64 and begins anew."""
+    from vitrail.kernels.routing_attention import triton
+
+    monkeypatch.setattr(triton, "_DENSE_ADVANTAGE", math.inf)
+    _random_call(1, torch.float16, (1, 8, 24, 1, 16), 8).check_fused(torch.float16)
+
+
+@needs_triton
 @pytest.mark.parametrize(
     ("size", "grid", "topk", "dense"), [(56, 7, 1, False), (28, 7, 4, False), (14, 7, 16, True), (50, 16, 4, False)]
 )
@@ -251,17 +260,29 @@ def test_form_of_the_kernels(size: int, grid: int, topk: int, dense: bool) -> No
     from vitrail.kernels.routing_attention.triton import _Problem
 
     routes = torch.zeros(1, grid**2, topk, dtype=torch.int64)
-    problem = _Problem(torch.zeros(1, size, size, 1, 32), None, routes, (grid, grid), 1.0)
-    assert bool(problem.dense) == dense
-    assert problem.single == (size != 14)
+    q = torch.zeros(1, size, size, 1, 32, dtype=torch.float16)
+    forward, backward = (_Problem(q, None, routes, (grid, grid), 1.0, forward=forward) for forward in (True, False))
+    assert bool(forward.dense) == bool(backward.dense) == dense
+    assert forward.single
+    assert backward.single == (size != 14)
+
+
+@pytest.fixture(params=["counted", "passes"])
+def ranking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every call find the places of regions in one of the two ways."""
+    triton_routes = pytest.importorskip("vitrail.kernels.routing_attention.triton_routes")
+    monkeypatch.setattr(triton_routes, "_COUNTED_A_PASS", 1 if request.param == "passes" else 10**6)
 
 
 @needs_triton
 @pytest.mark.parametrize("seed", range(10))
-def test_fused_routes_are_those_of_the_reference(seed: int, poison: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_routes_are_those_of_the_reference(
+    seed: int, ranking: None, poison: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vitrail.kernels.routing_attention import triton_routes
 
-    monkeypatch.setattr(triton_routes, "_BLOCK", 16)
+    # Tiles of several regions, and several steps of one region's tokens.
+    monkeypatch.setattr(triton_routes, "_MOST_LANES", 2 if seed % 2 else 64)
     monkeypatch.setattr(triton_routes, "_MOST_RANKED", 512 if seed % 3 else 0)
     call = _random_call(seed, torch.float32)
     q, k, _ = call.qkv.requires_grad_().unbind(3)
@@ -275,11 +296,39 @@ def test_fused_routes_are_those_of_the_reference(seed: int, poison: None, monkey
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's, of the products
-def test_fused_routes_stay_inside_the_map_whatever_the_numbers() -> None:
+@pytest.mark.parametrize(("grid", "topk", "heads"), [((2, 3), 6, 1), ((5, 7), 20, 3), ((7, 10), 70, 1)])
+def test_equal_regions_are_ranked_in_their_order(
+    grid: tuple[int, int], topk: int, heads: int, ranking: None, poison: None
+) -> None:
+    """Small integers tie often and are exact; what is no number comes last, as minus infinity does."""
+    generator = torch.Generator().manual_seed(topk)
+    q, k = torch.randint(-1, 2, (2, 2, *grid, heads, 16), generator=generator).float().to(DEVICE).unbind(0)
+    k[0, 0, 0] = math.inf
+    k[1, 1, 1] = math.nan
+    similarity = q.flatten(1, 2).flatten(2) @ k.flatten(1, 2).flatten(2).transpose(1, 2)
+    similarity = torch.where(similarity > -3e38, similarity, -3e38)
+    want = torch.sort(similarity, dim=-1, descending=True, stable=True).indices[..., :topk]
+    assert torch.equal(region_routes(q, k, n_regions=grid, topk=topk, backend="triton"), want)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_fused_routes_stay_inside_the_map_whatever_the_numbers(ranking: None) -> None:
     q = torch.full((1, 6, 6, 1, 16), math.nan, device=DEVICE)
     q[0, :2] = math.inf
     routes = region_routes(q, q, n_regions=3, topk=9, backend="triton")
     assert routes.sort().values.tolist() == [[list(range(9))] * 9]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("regions", "topk", "count"), [(49, 1, False), (49, 4, True), (49, 16, True), (256, 4, False), (256, 64, True)]
+)
+def test_ranking_of_the_models(regions: int, topk: int, count: bool) -> None:
+    """Counting takes time as the regions do, passes as the routes."""
+    from vitrail.kernels.routing_attention.triton_routes import _is_counted
+
+    assert _is_counted(regions, topk) == count
 
 
 @needs_triton
@@ -300,7 +349,7 @@ def test_opposite_lists() -> None:
 @needs_triton
 @pytest.mark.parametrize("padded", [True, False])
 def test_registration_of_the_kernels(padded: bool, kernels: None) -> None:
-    q, k, v, _, pad_k, pad_v = (t.float().to(DEVICE).requires_grad_() for t in _inputs(2, 5, 4, 2, 16))
+    q, k, v, _, pad_k, pad_v = (t.float().to(DEVICE).requires_grad_() for t in _inputs(2, 5, 4, 1, 16))
     routes = torch.rand(2, 4, 4).topk(3).indices.to(DEVICE)
     pads = (pad_k, pad_v) if padded else (None, None)
     torch.library.opcheck(torch.ops.vitrail.routing_attention.default, (q, k, v, *pads, routes, [2, 2], 0.5))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import vitrail
+from vitrail.layers.routing import RoutingAttention
 from vitrail.tools._common import export, export_table
 from vitrail.tools._common.entry_points import image_models
 from vitrail.tools.export import main
@@ -114,6 +115,54 @@ def test_a_different_file_is_noticed(tmp_path: Path) -> None:
     assert check.relative > export.TOLERANCE
 
 
+class _Routed(nn.Sequential):
+    """A layer with routes in place of a model; its images are maps (B, H, W, C)."""
+
+    def __init__(self, topk: int) -> None:
+        torch.manual_seed(0)
+        layer = RoutingAttention(16, 1, n_win=2, topk=topk)
+        nn.init.normal_(layer.qkv.bias)
+        super().__init__(layer)
+
+
+@pytest.mark.parametrize(
+    ("height", "topk", "alike", "tied"),
+    [
+        (4, 1, False, False),
+        (4, 3, True, True),  # of two regions that hold almost the same one is not chosen
+        (1, 1, False, False),
+        (1, 3, False, False),  # nor here, of two of padding alone: it does not matter which
+    ],
+)
+def test_routes_that_tie_are_found(height: int, topk: int, alike: bool, tied: bool) -> None:
+    images = torch.randn(4, height, 4, 16, generator=torch.Generator().manual_seed(2))
+    if alike:
+        images[:, 2:, 2:] = images[:, :2, 2:] + 1e-7
+    found = export.find_tied_routes(_Routed(topk), images)
+    assert found.startswith("routes of 0 tie within rounding") if tied else found == ""
+
+
+@pytest.mark.parametrize("tied", ["routes of a layer tie", ""])
+@pytest.mark.parametrize("wrong_calls", [1, 2])
+def test_other_images_where_routes_tie(
+    tied: str, wrong_calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ties excuse one batch of images, not a file that is wrong on others."""
+    model, calls = _model("l2vit_n"), []
+
+    def run(image: Tensor) -> Tensor:
+        calls.append(image)
+        return model(image) * (1.01 if len(calls) <= wrong_calls else 1)
+
+    monkeypatch.setattr(export, "_read_torchscript", lambda path: run)
+    monkeypatch.setattr(export, "find_tied_routes", lambda model, image: tied)
+    (check,) = export.verify_file(model, tmp_path, "torchscript", [(1, 3, 32, 32)])
+    assert len(calls) == (2 if tied else 1)
+    assert not tied or not torch.equal(*calls)
+    assert (check.relative > export.TOLERANCE) == (wrong_calls == 2 or not tied)
+    assert check.note.startswith("input reseeded: routes of a layer tie, and the file differs by") == bool(tied)
+
+
 def test_the_command_uses_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained = timm.create_model("l2vit_n", num_classes=7).eval()
     nn.init.constant_(trained.head.fc.bias, 3.0)
@@ -140,6 +189,13 @@ def test_the_command_notes_its_figures(tmp_path: Path, capsys: pytest.CaptureFix
     assert "no file of vitrail.tools.export --json" in capsys.readouterr().err
 
 
+def test_notes_stand_below_the_table() -> None:
+    checks = [export.Check((1, 3, 32, 40), 1e-7, 1e-7), export.Check((3, 3, 32, 40), 1e-7, 1e-7, "input reseeded")]
+    row = export_table.make_row("biformer_n", "onnx", True, checks, bytes=1)
+    assert ["note" in check for check in row["checks"]] == [False, True]
+    assert export_table.render([row]).endswith("|\n\nbiformer_n, 3 x 3 x 32 x 40: input reseeded.\n")
+
+
 def test_the_figures_of_the_documentation_are_good_ones() -> None:
     rows = [row for row in export_table.read_rows() if row["format"] == "onnx" and row["dynamic"]]
     assert {row["model"] for row in rows} <= set(image_models())
@@ -147,7 +203,8 @@ def test_the_figures_of_the_documentation_are_good_ones() -> None:
         shapes = [check["shape"] for check in row["checks"]]
         assert len({shape[0] for shape in shapes}) == len({tuple(shape[2:]) for shape in shapes}) == 2, row["model"]
         assert max(check["relative"] for check in row["checks"]) <= export.TOLERANCE, row["model"]
-    count, _, *table = export_table.render(rows).splitlines()
+    count, _, *lines = export_table.render(rows).splitlines()
+    table = [line for line in lines if line.startswith("|")]
     assert count.startswith(f"{len(rows)} of ")
     assert len(table) == len(rows) + 2
     assert {line.count("|") for line in table} == {9}

@@ -36,6 +36,9 @@ def make_row(model: str, export_format: str, dynamic: bool, checks: Sequence[Che
     if export_format == "onnx":
         runtimes = {"opset": OPSET, **{name: version_of(name) for name in ("onnx", "onnxruntime")}}
     compared = [{**check._asdict(), "shape": list(check.shape)} for check in checks]
+    for check in compared:
+        if not check["note"]:
+            del check["note"]
     kind = {"model": model, "format": export_format, "dynamic": dynamic}
     return {**kind, **facts, "checks": compared, **runtimes, **environment(torch.device("cpu"))}
 
@@ -74,13 +77,19 @@ def _key(row: Row) -> tuple[str, str, bool]:
 def render(rows: Sequence[Row]) -> str:
     """A Markdown table of dynamic ONNX files: the relative differences at the sizes and batches that were compared.
 
-    Above it stands how many of the models of images it has.
+    Above it stands how many of the models of images it has, below it what was noted of the images.
     """
     rows = [row for row in rows if row["format"] == "onnx" and row["dynamic"]]
     titles = ["model", "MB", *["at", "batch 1", "batch 3"] * 2]
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *map(_cells, rows)]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"{len(rows)} of {len(image_models())} models:\n\n{table}\n"
+    notes = "".join(
+        f"\n{row['model']}, {' x '.join(map(str, check['shape']))}: {check['note']}.\n"
+        for row in rows
+        for check in row["checks"]
+        if check.get("note")
+    )
+    return f"{len(rows)} of {len(image_models())} models:\n\n{table}\n{notes}"
 
 
 def _cells(row: Row) -> list[str]:

@@ -277,11 +277,13 @@ def version_of(package: str) -> str | None:
 def _commit() -> str | None:
     """The checkout's commit, with "+changes" where files differ from it; None for an installed package.
 
-    A copy without `.git` is told its commit by the environment variable VITRAIL_COMMIT.
+    The environment variable VITRAIL_COMMIT tells it of a copy whose `.git` is missing or that of another commit.
     """
+    if told := os.environ.get("VITRAIL_COMMIT"):
+        return told
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
-        return os.environ.get("VITRAIL_COMMIT")
+        return None
     try:
         commit = _git(root, "rev-parse", "--short=12", "HEAD")
         return commit + ("+changes" if _git(root, "status", "--porcelain") else "")

@@ -539,8 +539,7 @@ def _varied_window_bwd_dkdv_kernel(
     _store_pixels(d_v_ptr, image, head, pixel_y, pixel_x, inside, d_v_strides, d_v, HEAD_DIM, FAR)
 
 
-# Heads whose channels take more than `_NARROW` bytes need more registers. The first backward kernel reads back what it
-# wrote: loads of a later window must not be moved before, as a pipeline of several stages does.
+# Heads whose channels take more than `_NARROW` bytes need more registers.
 CONFIGS = {
     "fwd": Config(4, 2, 4),
     "fwd_wide": Config(8, 1, 2),

@@ -132,6 +132,20 @@ def _load(ptr, offsets, exists):
 
 
 @triton.jit
+def _key_tile(
+    k_ptr, v_ptr, k_strides, v_strides, image, head, y, x, first, geometry,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Keys and values, from token `first` on, of the context that starts in row `y` and column `x`; which exist."""
+    _, _, window_h, window_w, _, _ = geometry
+    tokens = first + tl.arange(0, BLOCK)
+    exists = tokens < window_h * window_w
+    k = _load(k_ptr, _offsets(image, head, y, x, tokens, window_w, k_strides, HEAD_DIM), exists)
+    v = _load(v_ptr, _offsets(image, head, y, x, tokens, window_w, v_strides, HEAD_DIM), exists)
+    return k, v, exists
+
+
+@triton.jit
 def _logits(q, k, exists, scale):
     """Logits in units of log2, minus infinity for the keys that the tile has beyond the window."""
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
@@ -156,10 +170,9 @@ def _context_fwd_kernel(
     total = tl.zeros((OWN,), tl.float32)
     out = tl.zeros((OWN, HEAD_DIM), tl.float32)
     for start in range(0, window_h * window_w, OTHERS):
-        tokens = start + tl.arange(0, OTHERS)
-        exists = tokens < window_h * window_w
-        k = _load(k_ptr, _offsets(image, head, context_y, context_x, tokens, window_w, k_strides, HEAD_DIM), exists)
-        v = _load(v_ptr, _offsets(image, head, context_y, context_x, tokens, window_w, v_strides, HEAD_DIM), exists)
+        k, v, exists = _key_tile(
+            k_ptr, v_ptr, k_strides, v_strides, image, head, context_y, context_x, start, geometry, OTHERS, HEAD_DIM
+        )
         logits = _logits(q, k, exists, scale)
         new_maximum = tl.maximum(maximum, tl.max(logits, 1))
         decay = tl.exp2(maximum - new_maximum)
@@ -184,11 +197,11 @@ def _context_bwd_kernel(
         geometry, row_starts, column_starts, n_heads, N_STARTS, OWN
     )
     tokens = tl.arange(0, OWN)
-    exists = tokens < window_h * window_w
     real = _is_query(y, x, tokens, geometry)
     q = _load(q_ptr, _offsets(image, head, y, x, tokens, window_w, q_strides, HEAD_DIM), real)
-    k = _load(k_ptr, _offsets(image, head, context_y, context_x, tokens, window_w, k_strides, HEAD_DIM), exists)
-    v = _load(v_ptr, _offsets(image, head, context_y, context_x, tokens, window_w, v_strides, HEAD_DIM), exists)
+    k, v, exists = _key_tile(
+        k_ptr, v_ptr, k_strides, v_strides, image, head, context_y, context_x, 0, geometry, OWN, HEAD_DIM
+    )
     grad = _load(grad_ptr, _offsets(image, head, y, x, tokens, window_w, grad_strides, HEAD_DIM), real)
     logits = _logits(q, k, exists, scale)
     weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
@@ -230,10 +243,9 @@ def _context_bwd_dq_kernel(
     total = tl.zeros((OWN,), tl.float32)
     correction = tl.zeros((OWN,), tl.float32)
     for start in range(0, n_tokens, OTHERS):
-        tokens = start + tl.arange(0, OTHERS)
-        exists = tokens < n_tokens
-        k = _load(k_ptr, _offsets(image, head, context_y, context_x, tokens, window_w, k_strides, HEAD_DIM), exists)
-        v = _load(v_ptr, _offsets(image, head, context_y, context_x, tokens, window_w, v_strides, HEAD_DIM), exists)
+        k, v, exists = _key_tile(
+            k_ptr, v_ptr, k_strides, v_strides, image, head, context_y, context_x, start, geometry, OTHERS, HEAD_DIM
+        )
         logits = _logits(q, k, exists, scale)
         d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
         new_maximum = tl.maximum(maximum, tl.max(logits, 1))
@@ -246,10 +258,9 @@ def _context_bwd_dq_kernel(
     correction = correction / total
     d_q = tl.zeros((OWN, HEAD_DIM), tl.float32)
     for start in range(0, n_tokens, OTHERS):
-        tokens = start + tl.arange(0, OTHERS)
-        exists = tokens < n_tokens
-        k = _load(k_ptr, _offsets(image, head, context_y, context_x, tokens, window_w, k_strides, HEAD_DIM), exists)
-        v = _load(v_ptr, _offsets(image, head, context_y, context_x, tokens, window_w, v_strides, HEAD_DIM), exists)
+        k, v, exists = _key_tile(
+            k_ptr, v_ptr, k_strides, v_strides, image, head, context_y, context_x, start, geometry, OTHERS, HEAD_DIM
+        )
         weights = tl.exp2(_logits(q, k, exists, scale) - row_lse[:, None])
         d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
         d_scores = weights * (d_weights - correction[:, None]) * scale
@@ -275,9 +286,9 @@ def _context_bwd_dkdv_kernel(
         geometry, row_starts, column_starts, n_heads, N_STARTS, OWN
     )
     tokens = first + tl.arange(0, OWN)
-    exists = tokens < n_tokens
-    k = _load(k_ptr, _offsets(image, head, context_y, context_x, tokens, window_w, k_strides, HEAD_DIM), exists)
-    v = _load(v_ptr, _offsets(image, head, context_y, context_x, tokens, window_w, v_strides, HEAD_DIM), exists)
+    k, v, exists = _key_tile(
+        k_ptr, v_ptr, k_strides, v_strides, image, head, context_y, context_x, first, geometry, OWN, HEAD_DIM
+    )
     stats_ptr += (window * n_heads + head).to(tl.int64) * (2 * n_tokens)
     d_k = tl.zeros((OWN, HEAD_DIM), tl.float32)
     d_v = tl.zeros((OWN, HEAD_DIM), tl.float32)

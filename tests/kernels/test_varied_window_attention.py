@@ -385,6 +385,14 @@ def assert_exact(case: Case, inputs: dict[str, Tensor], grad: Tensor) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize(("constant", "value"), [("_READ_AGAIN", True), ("_INT32", 1)], ids=["read-again", "far"])
+def test_fused_is_exact_in_other_ways(constant: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("vitrail.kernels.varied_window_attention.triton")
+    monkeypatch.setattr(triton, constant, value)
+    assert_exact(*fused_case(3, torch.float16))
+
+
+@needs_triton
 @pytest.mark.usefixtures("small_tiles")
 def test_fused_gradients_where_all_samples_fall_on_one_pixel() -> None:
     case = Case(1, (5, 9), 1, 16, (4, 4), (0, 0))

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -32,6 +32,13 @@ from torch.nn import functional as F
 from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
 from vitrail.kernels._common.launch import Config, contiguous, launch, map_strides, multiprocessors, unit_stride
 from vitrail.kernels._common.triton import finite, load_kv
+from vitrail.kernels.window_attention.triton.index import locate, offsets
+from vitrail.kernels.window_attention.triton.walking import (
+    _window_bias_kernel,
+    _window_bwd_dkdv_walking_kernel,
+    _window_bwd_dq_walking_kernel,
+    _window_fwd_walking_kernel,
+)
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _SINGLE_TILE = 64
@@ -39,56 +46,18 @@ _BLOCK = tl.constexpr(64)
 
 
 @triton.jit
-def _locate(
-    tokens, window, height, width,
-    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
-    ROLL_FIRST: tl.constexpr,
-):  # fmt: skip
-    """Tokens of one window -> (batch, y, x, whether the pixel exists, region whose tokens see each other)."""
-    rows = tl.cdiv(height, WINDOW_H)
-    columns = tl.cdiv(width, WINDOW_W)
-    padded_height = rows * WINDOW_H
-    padded_width = columns * WINDOW_W
-    per_image = rows * columns
-    local = window % per_image
-    y = (local // columns) * WINDOW_H + tokens // WINDOW_W
-    x = (local % columns) * WINDOW_W + tokens % WINDOW_W
-    is_token = tokens < WINDOW_H * WINDOW_W
-    wraps_y = y >= padded_height - SHIFT_Y
-    wraps_x = x >= padded_width - SHIFT_X
-    region = wraps_y.to(tl.int32) * 2 + wraps_x.to(tl.int32)
-    if ROLL_FIRST:
-        real = (y < height) & (x < width) & is_token
-        y = (y + SHIFT_Y) % height
-        x = (x + SHIFT_X) % width
-    else:
-        y = tl.where(wraps_y, y + SHIFT_Y - padded_height, y + SHIFT_Y)
-        x = tl.where(wraps_x, x + SHIFT_X - padded_width, x + SHIFT_X)
-        real = (y < height) & (x < width) & is_token
-    return window // per_image, y, x, real, region
-
-
-@triton.jit
-def _offsets(batch, y, x, head, strides, HEAD_DIM: tl.constexpr):
-    """Element offsets (tokens, HEAD_DIM) into a (B, H, W, heads, D) tensor whose last stride is 1."""
-    stride_b, stride_y, stride_x, stride_h = strides
-    rows = batch.to(tl.int64) * stride_b + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x + head * stride_h
-    return rows[:, None] + tl.arange(0, HEAD_DIM)[None, :]
-
-
-@triton.jit
 def _load_bias(ptr, head, q_tokens, k_tokens, N_TOKENS: tl.constexpr):
     """Bias tile of one head, in units of log2."""
-    offsets = (head * N_TOKENS + q_tokens[:, None]) * N_TOKENS + k_tokens[None, :]
+    at = (head * N_TOKENS + q_tokens[:, None]) * N_TOKENS + k_tokens[None, :]
     inside = (q_tokens[:, None] < N_TOKENS) & (k_tokens[None, :] < N_TOKENS)
-    return tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32) * _LOG2E
+    return tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32) * _LOG2E
 
 
 @triton.jit
 def _load_padded_bias(ptr, head, q_tokens, k_tokens, ROWS: tl.constexpr):
     """Like `_load_bias`, of a bias padded to (heads, ROWS, ROWS): no masks, and wide loads."""
-    offsets = (head * ROWS + q_tokens[:, None]) * ROWS + k_tokens[None, :]
-    return tl.load(ptr + offsets).to(tl.float32) * _LOG2E
+    at = (head * ROWS + q_tokens[:, None]) * ROWS + k_tokens[None, :]
+    return tl.load(ptr + at).to(tl.float32) * _LOG2E
 
 
 @triton.jit
@@ -143,12 +112,12 @@ def _window_fwd_kernel(
     if HAS_BIAS:
         b_bias = _load_bias(bias_ptr, head, tokens, tokens, N_TOKENS)
     for window in range(tl.program_id(0) // n_heads, n_windows, step):
-        batch, y, x, real, region = _locate(
+        batch, y, x, real, region = locate(
             tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
         )
-        q = tl.load(q_ptr + _offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
-        k = load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        v = load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        q = tl.load(q_ptr + offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
+        k = load_kv(k_ptr, pad_k_ptr, offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = load_kv(v_ptr, pad_v_ptr, offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         logits = _logits(
             q, k, b_bias, scale, real, real, region, region, exists, HAS_BIAS, SHIFTED, HIDES_PADS, N_TOKENS < BLOCK
         )
@@ -156,7 +125,7 @@ def _window_fwd_kernel(
         total = tl.sum(weights, 1)
         out = tl.dot(weights.to(v.dtype), v, input_precision="ieee") / tl.where(total == 0.0, 1.0, total)[:, None]
         tl.store(
-            out_ptr + _offsets(batch, y, x, head, out_strides, HEAD_DIM),
+            out_ptr + offsets(batch, y, x, head, out_strides, HEAD_DIM),
             out.to(out_ptr.dtype.element_ty),
             mask=real[:, None],
         )
@@ -187,13 +156,13 @@ def _window_bwd_kernel(
         d_pad_k = tl.zeros((HEAD_DIM,), tl.float32)
         d_pad_v = tl.zeros((HEAD_DIM,), tl.float32)
     for window in range(tl.program_id(0) // n_heads, n_windows, step):
-        batch, y, x, real, region = _locate(
+        batch, y, x, real, region = locate(
             tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
         )
-        q = tl.load(q_ptr + _offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
-        grad = tl.load(grad_ptr + _offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=real[:, None], other=0.0)
-        k = load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        v = load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        q = tl.load(q_ptr + offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
+        grad = tl.load(grad_ptr + offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=real[:, None], other=0.0)
+        k = load_kv(k_ptr, pad_k_ptr, offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = load_kv(v_ptr, pad_v_ptr, offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
         logits = _logits(
             q, k, b_bias, scale, real, real, region, region, exists, HAS_BIAS, SHIFTED, HIDES_PADS, N_TOKENS < BLOCK
         )
@@ -208,16 +177,16 @@ def _window_bwd_kernel(
         d_q = tl.dot(d_scores, k, input_precision="ieee")
         d_k = tl.dot(tl.trans(d_scores), q, input_precision="ieee")
         d_v = tl.dot(tl.trans(weights.to(v.dtype)), grad, input_precision="ieee")
-        tl.store(d_q_ptr + _offsets(batch, y, x, head, d_q_strides, HEAD_DIM), d_q.to(q.dtype), mask=real[:, None])
-        tl.store(d_k_ptr + _offsets(batch, y, x, head, d_k_strides, HEAD_DIM), d_k.to(k.dtype), mask=real[:, None])
-        tl.store(d_v_ptr + _offsets(batch, y, x, head, d_v_strides, HEAD_DIM), d_v.to(v.dtype), mask=real[:, None])
+        tl.store(d_q_ptr + offsets(batch, y, x, head, d_q_strides, HEAD_DIM), d_q.to(q.dtype), mask=real[:, None])
+        tl.store(d_k_ptr + offsets(batch, y, x, head, d_k_strides, HEAD_DIM), d_k.to(k.dtype), mask=real[:, None])
+        tl.store(d_v_ptr + offsets(batch, y, x, head, d_v_strides, HEAD_DIM), d_v.to(v.dtype), mask=real[:, None])
         if HAS_PAD:
             is_pad = (exists & (real == 0))[:, None]
             d_pad_k += tl.sum(tl.where(is_pad, d_k, 0.0), 0)
             d_pad_v += tl.sum(tl.where(is_pad, d_v, 0.0), 0)
     if HAS_BIAS:
-        offsets = (tl.program_id(0) * N_TOKENS + tokens[:, None]) * N_TOKENS + tokens[None, :]
-        tl.store(d_bias_ptr + offsets, d_bias, mask=exists[:, None] & exists[None, :])
+        at = (tl.program_id(0) * N_TOKENS + tokens[:, None]) * N_TOKENS + tokens[None, :]
+        tl.store(d_bias_ptr + at, d_bias, mask=exists[:, None] & exists[None, :])
     if HAS_PAD:
         _store_pad_gradients(d_pad_ptr, tl.program_id(0), d_pad_k, d_pad_v, HEAD_DIM)
 
@@ -225,9 +194,9 @@ def _window_bwd_kernel(
 @triton.jit
 def _store_pad_gradients(d_pad_ptr, slot, d_pad_k, d_pad_v, HEAD_DIM: tl.constexpr):
     """Writes one program's sums over padded positions to its slot of (slots, 2, HEAD_DIM)."""
-    offsets = slot * 2 * HEAD_DIM + tl.arange(0, HEAD_DIM)
-    tl.store(d_pad_ptr + offsets, d_pad_k)
-    tl.store(d_pad_ptr + offsets + HEAD_DIM, d_pad_v)
+    at = slot * 2 * HEAD_DIM + tl.arange(0, HEAD_DIM)
+    tl.store(d_pad_ptr + at, d_pad_k)
+    tl.store(d_pad_ptr + at + HEAD_DIM, d_pad_v)
 
 
 @triton.jit
@@ -244,7 +213,7 @@ def _own_block(
     window = tl.program_id(0) // (N_OWN * n_heads)
     block = FIRST // _BLOCK + tl.program_id(0) % N_OWN
     tokens = FIRST + (tl.program_id(0) % N_OWN) * OWN + tl.arange(0, OWN)
-    batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST)
+    batch, y, x, real, region = locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST)
     return head, window, block, tokens, batch, y, x, real, region
 
 
@@ -258,9 +227,9 @@ def _key_tile(
 ):  # fmt: skip
     """A block of keys and values, and the queries' logits."""
     tokens = start + tl.arange(0, BLOCK)
-    batch, y, x, real, region = _locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST)
-    k = load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-    v = load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+    batch, y, x, real, region = locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST)
+    k = load_kv(k_ptr, pad_k_ptr, offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+    v = load_kv(v_ptr, pad_v_ptr, offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
     b_bias = 0.0
     if HAS_BIAS:
         b_bias = _load_padded_bias(bias_ptr, head, q_tokens, tokens, ROWS)
@@ -295,7 +264,7 @@ def _window_fwd_tiled_kernel(
     head, window, _block, q_tokens, batch, y, x, real, region = _own_block(
         n_heads, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, FIRST, OWN, N_OWN
     )
-    q = tl.load(q_ptr + _offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
+    q = tl.load(q_ptr + offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
     maximum = tl.full((OWN,), float("-inf"), tl.float32)
     total = tl.zeros((OWN,), tl.float32)
     out = tl.zeros((OWN, HEAD_DIM), tl.float32)
@@ -314,8 +283,8 @@ def _window_fwd_tiled_kernel(
         )  # fmt: skip
         maximum, total, out = _fwd_step(v, logits, maximum, total, out)
     out = out / tl.where(total == 0.0, 1.0, total)[:, None]
-    offsets = _offsets(batch, y, x, head, out_strides, HEAD_DIM)
-    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=real[:, None])
+    at = offsets(batch, y, x, head, out_strides, HEAD_DIM)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=real[:, None])
 
 
 @triton.jit
@@ -355,8 +324,8 @@ def _window_bwd_dq_kernel(
     head, window, _block, q_tokens, batch, y, x, real, region = _own_block(
         n_heads, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, FIRST, OWN, N_OWN
     )
-    q = tl.load(q_ptr + _offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
-    grad = tl.load(grad_ptr + _offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=real[:, None], other=0.0)
+    q = tl.load(q_ptr + offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
+    grad = tl.load(grad_ptr + offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=real[:, None], other=0.0)
     maximum = tl.full((OWN,), float("-inf"), tl.float32)
     total = tl.zeros((OWN,), tl.float32)
     correction = tl.zeros((OWN,), tl.float32)
@@ -388,8 +357,8 @@ def _window_bwd_dq_kernel(
             HAS_BIAS, HAS_PAD, HIDES_PADS, WHOLE + REST, _BLOCK, HEAD_DIM,
         )  # fmt: skip
         d_q = _dq_step(grad, k, v, logits, row_lse, correction, scale, d_q)
-    offsets = _offsets(batch, y, x, head, d_q_strides, HEAD_DIM)
-    tl.store(d_q_ptr + offsets, d_q.to(q.dtype), mask=real[:, None])
+    at = offsets(batch, y, x, head, d_q_strides, HEAD_DIM)
+    tl.store(d_q_ptr + at, d_q.to(q.dtype), mask=real[:, None])
     stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * (WHOLE + REST)) + q_tokens
     tl.store(stats, row_lse)
     tl.store(stats + WHOLE + REST, correction)
@@ -405,11 +374,11 @@ def _dkdv_step(
 ):  # fmt: skip
     """One more block of queries in the keys' and values' gradients."""
     q_tokens = start + tl.arange(0, BLOCK)
-    batch, y, x, q_real, q_region = _locate(
+    batch, y, x, q_real, q_region = locate(
         q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
     )
-    q = tl.load(q_ptr + _offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
-    grad = tl.load(grad_ptr + _offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
+    q = tl.load(q_ptr + offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
+    grad = tl.load(grad_ptr + offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
     row_lse = tl.load(stats + q_tokens)
     correction = tl.load(stats + ROWS + q_tokens)
     b_bias = 0.0
@@ -442,8 +411,8 @@ def _window_bwd_dkdv_kernel(
     head, window, block, tokens, batch, y, x, real, region = _own_block(
         n_heads, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, FIRST, OWN, N_OWN
     )
-    k = load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-    v = load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+    k = load_kv(k_ptr, pad_k_ptr, offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+    v = load_kv(v_ptr, pad_v_ptr, offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
     stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * (WHOLE + REST))
     d_k = tl.zeros((OWN, HEAD_DIM), tl.float32)
     d_v = tl.zeros((OWN, HEAD_DIM), tl.float32)
@@ -459,8 +428,8 @@ def _window_bwd_dkdv_kernel(
             grad_strides, q_strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST,
             HAS_BIAS, HIDES_PADS, WHOLE + REST, REST, HEAD_DIM,
         )  # fmt: skip
-    tl.store(d_k_ptr + _offsets(batch, y, x, head, d_k_strides, HEAD_DIM), d_k.to(k.dtype), mask=real[:, None])
-    tl.store(d_v_ptr + _offsets(batch, y, x, head, d_v_strides, HEAD_DIM), d_v.to(v.dtype), mask=real[:, None])
+    tl.store(d_k_ptr + offsets(batch, y, x, head, d_k_strides, HEAD_DIM), d_k.to(k.dtype), mask=real[:, None])
+    tl.store(d_v_ptr + offsets(batch, y, x, head, d_v_strides, HEAD_DIM), d_v.to(v.dtype), mask=real[:, None])
     if HAS_PAD:
         is_pad = ((tokens < N_TOKENS) & (real == 0))[:, None]
         d_pad_k = tl.sum(tl.where(is_pad, d_k, 0.0), 0)
@@ -493,16 +462,16 @@ def _window_bwd_dbias_kernel(
     b_bias = tl.load(bias_ptr + bias_offsets, mask=inside, other=float("-inf")).to(tl.float32) * _LOG2E
     d_bias = tl.zeros((_BLOCK, _BLOCK), tl.float32)
     for window in range(split, n_windows, step):
-        batch, y, x, real, region = _locate(
+        batch, y, x, real, region = locate(
             tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
         )
-        batch, q_y, q_x, q_real, q_region = _locate(
+        batch, q_y, q_x, q_real, q_region = locate(
             q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
         )
-        k = load_kv(k_ptr, pad_k_ptr, _offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        v = load_kv(v_ptr, pad_v_ptr, _offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        q = tl.load(q_ptr + _offsets(batch, q_y, q_x, head, q_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
-        grad_offsets = _offsets(batch, q_y, q_x, head, grad_strides, HEAD_DIM)
+        k = load_kv(k_ptr, pad_k_ptr, offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = load_kv(v_ptr, pad_v_ptr, offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        q = tl.load(q_ptr + offsets(batch, q_y, q_x, head, q_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
+        grad_offsets = offsets(batch, q_y, q_x, head, grad_strides, HEAD_DIM)
         grad = tl.load(grad_ptr + grad_offsets, mask=q_real[:, None], other=0.0)
         logits = _logits(
             q, k, b_bias, scale, q_real, real, q_region, region, tokens < N_TOKENS, HAS_BIAS, SHIFTED, HIDES_PADS, False
@@ -513,8 +482,8 @@ def _window_bwd_dbias_kernel(
         weights = tl.exp2(logits - row_lse[:, None])
         d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
         d_bias += weights * (d_weights - correction[:, None])
-    offsets = ((split * n_heads + head) * N_TOKENS + q_tokens[:, None]) * N_TOKENS + tokens[None, :]
-    tl.store(d_bias_ptr + offsets, d_bias, mask=(q_tokens[:, None] < N_TOKENS) & (tokens[None, :] < N_TOKENS))
+    at = ((split * n_heads + head) * N_TOKENS + q_tokens[:, None]) * N_TOKENS + tokens[None, :]
+    tl.store(d_bias_ptr + at, d_bias, mask=(q_tokens[:, None] < N_TOKENS) & (tokens[None, :] < N_TOKENS))
 
 
 # With a pipeline, tiles of rows of more than `_NARROW` bytes would need more shared memory than a program can have.
@@ -528,6 +497,50 @@ CONFIGS = {
     "bwd_dq": Config(4, 2),
     "bwd_dkdv": Config(4, 2),
     "bwd_dbias": Config(4, 2, 4),
+}
+
+
+class Walk(NamedTuple):
+    """How one kernel for windows of a few tiles is cut and launched.
+
+    Own tokens and others at a time, whether the bias stays in registers, whether the rest of a window that is no whole
+    block has a launch of its own, and how it is launched.
+    """
+
+    own: int
+    others: int
+    resident: bool
+    splits: bool
+    config: Config
+
+    def others_cut(self, tokens: int) -> dict[str, int]:
+        """Tokens as whole tiles and the smallest tile that holds the rest."""
+        whole, rest = _whole_and_rest(tokens, self.others)
+        return {"WHOLE": whole, "REST": rest, "BLOCK": self.others}
+
+    def blocks(self, tokens: int) -> list[tuple[int, int, int]]:
+        """(first token, tokens of a block, number of blocks) of each launch."""
+        if not self.splits:
+            return [(0, self.own, math.ceil(tokens / self.own))]
+        whole, rest = _whole_and_rest(tokens, self.own)
+        return [(0, self.own, whole // self.own)] * (whole > 0) + [(whole, rest, 1)] * (rest > 0)
+
+    def rows(self, tokens: int) -> int:
+        """Tokens that all blocks hold."""
+        return sum(own * number for _, own, number in self.blocks(tokens))
+
+
+def _whole_and_rest(tokens: int, block: int) -> tuple[int, int]:
+    whole, rest = tokens // block * block, tokens % block
+    rest = max(16, triton.next_power_of_2(rest)) if rest else 0
+    return (whole + block, 0) if rest == block else (whole, rest)
+
+
+_MOST_WALKED = 256
+WALKS = {
+    "fwd": Walk(64, 64, True, False, Config(4, 2, 2)),
+    "bwd_dq": Walk(64, 64, False, False, Config(4, 2, 2)),
+    "bwd_dkdv": Walk(64, 64, False, False, Config(4, 2, 2)),
 }
 
 
@@ -549,6 +562,7 @@ class _Problem:
         self.tokens = window[0] * window[1]
         self.n_windows = batch * math.ceil(height / window[0]) * math.ceil(width / window[1])
         self.single_tile = self.tokens <= _SINGLE_TILE
+        self.walks = not self.single_tile and self.tokens <= _MOST_WALKED and q.dtype != torch.float32
         self.n_blocks = math.ceil(self.tokens / _BLOCK.value)
         padded = height % window[0] != 0 or width % window[1] != 0
         self.has_pad = padded and pad_k is not None
@@ -568,7 +582,7 @@ class _Problem:
         }
         if self.single_tile:
             self.constants["BLOCK"] = max(16, triton.next_power_of_2(self.tokens))
-        else:
+        elif not self.walks:
             self.constants |= self._cut()
         self.multiprocessors = multiprocessors(q.device)
 
@@ -589,10 +603,32 @@ class _Problem:
 
     def laid_out(self, bias: Tensor | None) -> Tensor | None:
         """The bias as the kernels read it: for several tiles with -inf where a tile is larger than the window."""
-        if bias is None or self.single_tile:
+        if bias is None or self.single_tile or self.walks:
             return contiguous(bias)
         missing = self.constants["WHOLE"] + self.constants["REST"] - self.tokens
         return F.pad(bias, (0, missing, 0, missing), value=-math.inf).contiguous()
+
+    def in_fragments(self, bias: Tensor | None, rows: int, columns: int, transposed: bool = False) -> Tensor | None:
+        """The bias, or its transpose, as the kernels that walk read it."""
+        if bias is None:
+            return None
+        laid_out = torch.empty((self.heads, rows, columns), dtype=bias.dtype, device=bias.device)
+        total = laid_out.numel()
+        strides = (1, self.tokens) if transposed else (self.tokens, 1)
+        launch(
+            _window_bias_kernel, (math.ceil(total / 1024),), bias, laid_out, total, *strides,
+            N_TOKENS=self.tokens, N_ROWS=rows, N_COLUMNS=columns, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+        return laid_out
+
+    def walk(self, kernel: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(programs a block, constants) of each launch of a kernel that walks."""
+        walk = WALKS[kernel]
+        for first, own, number in walk.blocks(self.tokens):
+            walkers = min(self.n_windows, max(1, walk.config.programs * self.multiprocessors // (self.heads * number)))
+            blocks = {"FIRST": first, "OWN": own, "N_OWN": number, "N_ROWS": walk.rows(self.tokens)}
+            warps = min(walk.config.num_warps, max(1, own // 16))
+            yield walkers, self.constants | walk.others_cut(self.tokens) | blocks | walk.config.launch | {"num_warps": warps}
 
     def config(self, kernel: str) -> Config:
         """How one of the kernels for windows of one tile is launched."""
@@ -628,6 +664,16 @@ def window_attention_forward(
         grid = (problem.walkers(config.programs) * problem.heads,)
         launch(_window_fwd_kernel, grid, *tensors, *strides, *problem.scalars, **problem.constants, **config.launch)
         return out
+    if problem.walks:
+        walk = WALKS["fwd"]
+        cut = walk.others_cut(problem.tokens)
+        bias = problem.in_fragments(tensors[3], walk.rows(problem.tokens), cut["WHOLE"] + cut["REST"])
+        for walkers, constants in problem.walk("fwd"):
+            launch(
+                _window_fwd_walking_kernel, (walkers * problem.heads * constants["N_OWN"],), *tensors[:3], bias,
+                *tensors[4:], *strides, *problem.scalars, **constants, RESIDENT=walk.resident,
+            )  # fmt: skip
+        return out
     for grid, blocks in problem.launches():
         launch(
             _window_fwd_tiled_kernel, grid, *tensors, *strides, *problem.tiled_scalars, **problem.constants, **blocks,
@@ -658,7 +704,7 @@ def window_attention_backward(
         return zeros_or_empty(grad, bias), zeros_or_empty(grad, pad_k), zeros_or_empty(grad, pad_v)
     problem = _Problem(q, bias, pad_k, window, shift, scale, roll_first)
     inputs = (grad, q, k, v, problem.laid_out(bias), contiguous(pad_k), contiguous(pad_v))
-    run = _backward_single_tile if problem.single_tile else _backward_tiled
+    run = _backward_single_tile if problem.single_tile else _backward_walking if problem.walks else _backward_tiled
     bias_slots, pad_slots = run(problem, inputs, (d_q, d_k, d_v))
     d_bias = empty_gradient(grad) if bias is None else bias_slots.sum(0).to(bias.dtype)
     if pad_k is None or pad_v is None or not problem.has_pad:
@@ -678,6 +724,37 @@ def _backward_single_tile(
         _window_bwd_kernel, (walkers * problem.heads,), *inputs, *gradients, bias_slots, pad_slots,
         *map_strides(*inputs[:4], *gradients), *problem.scalars, **problem.constants, **config.launch,
     )  # fmt: skip
+    return bias_slots, pad_slots
+
+
+def _backward_walking(
+    problem: _Problem, inputs: tuple[Any, ...], gradients: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Runs the kernels for windows of a few tiles; returns partial sums like `_backward_single_tile`."""
+    d_q, d_k, d_v = gradients
+    tokens, heads = problem.tokens, problem.heads
+    dq, dkdv = WALKS["bwd_dq"], WALKS["bwd_dkdv"]
+    strides = map_strides(*inputs[:4])
+    cuts = {name: walk.others_cut(tokens) for name, walk in WALKS.items()}
+    columns = {name: cut["WHOLE"] + cut["REST"] for name, cut in cuts.items()}
+    n_stats = columns["bwd_dkdv"]
+    assert dq.rows(tokens) >= n_stats
+    stats = torch.empty((problem.n_windows * heads, 2, n_stats), dtype=torch.float32, device=inputs[0].device)
+    bias = problem.in_fragments(inputs[4], dq.rows(tokens), columns["bwd_dq"])
+    for walkers, constants in problem.walk("bwd_dq"):
+        launch(
+            _window_bwd_dq_walking_kernel, (walkers * heads * constants["N_OWN"],), *inputs[:4], bias, *inputs[5:],
+            d_q, stats, *strides, *map_strides(d_q), *problem.scalars, **constants, RESIDENT=dq.resident,
+            N_STATS=n_stats,
+        )  # fmt: skip
+    bias = problem.in_fragments(inputs[4], dkdv.rows(tokens), n_stats, transposed=True)
+    for walkers, constants in problem.walk("bwd_dkdv"):
+        bias_slots, pad_slots = _slots(problem, inputs, walkers, walkers * constants["N_OWN"])
+        launch(
+            _window_bwd_dkdv_walking_kernel, (walkers * heads * constants["N_OWN"],), *inputs[:4], bias, *inputs[5:],
+            d_k, d_v, bias_slots, pad_slots, stats, *strides, *map_strides(d_k, d_v), *problem.scalars, **constants,
+            N_STATS=n_stats,
+        )  # fmt: skip
     return bias_slots, pad_slots
 
 

@@ -1,0 +1,377 @@
+"""Kernels for windows of a few tiles: programs keep their block of a window, and walk over the windows."""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from vitrail.kernels._common.triton import finite, load_kv
+from vitrail.kernels.window_attention.triton.index import locate, near_border, offsets
+
+_LOG2E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def _window_bias_kernel(
+    bias_ptr, out_ptr, total, stride_row, stride_column,
+    N_TOKENS: tl.constexpr, N_ROWS: tl.constexpr, N_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Lays out a bias (heads, N_TOKENS, N_TOKENS), or its transpose, as (heads, N_ROWS, N_COLUMNS) in fragments.
+
+    A fragment is 16 x 16 numbers, those of a warp's accumulators, in the order of the threads, 8 each. Minus infinity
+    where the rows or columns are more than the tokens.
+    """
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = index % 2 + (index // 4) % 2 * 8 + (index // 8) % 4 * 2
+    row = (index // 2) % 2 * 8 + (index // 32) % 8
+    fragment = index // 256
+    column += fragment % (N_COLUMNS // 16) * 16
+    row += fragment // (N_COLUMNS // 16) % (N_ROWS // 16) * 16
+    head = fragment // ((N_COLUMNS // 16) * (N_ROWS // 16))
+    inside = (row < N_TOKENS) & (column < N_TOKENS) & (index < total)
+    at = head * (N_TOKENS * N_TOKENS) + row * stride_row + column * stride_column
+    tl.store(out_ptr + index, tl.load(bias_ptr + at, mask=inside, other=float("-inf")), mask=index < total)
+
+
+@triton.jit
+def _bias_tile(
+    ptr, head, row, column, N_ROWS: tl.constexpr, N_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Tile of a bias (heads, N_ROWS, N_COLUMNS) in fragments, see `in_fragments`, from a row and a column on.
+
+    One after the other, threads read 8 numbers each; the permutation says that they are those of the tile that the
+    tensor cores' accumulators have in the same threads, so that nothing is exchanged.
+    """
+    index = tl.arange(0, ROWS * COLUMNS)
+    fragment = index // 256
+    row_fragment = row // 16 + fragment % (ROWS // 16)
+    column_fragment = column // 16 + fragment // (ROWS // 16)
+    at = ((head * (N_ROWS // 16) + row_fragment) * (N_COLUMNS // 16) + column_fragment) * 256 + index % 256
+    tile = tl.load(ptr + at).reshape(COLUMNS // 16, ROWS // 16, 8, 4, 2, 2, 2)
+    return tile.permute(1, 5, 2, 0, 4, 3, 6).reshape(ROWS, COLUMNS)
+
+
+@triton.jit
+def _resident_bias(
+    ptr, head, row, N_ROWS: tl.constexpr, WHOLE: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """All tiles of some rows."""
+    tiles = ()
+    for start in tl.static_range(0, WHOLE, BLOCK):
+        tiles = tiles + (_bias_tile(ptr, head, row, start, N_ROWS, WHOLE + REST, ROWS, BLOCK),)  # noqa: RUF005
+    if REST:
+        tiles = tiles + (_bias_tile(ptr, head, row, WHOLE, N_ROWS, WHOLE + REST, ROWS, REST),)  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
+def _masked(
+    logits, at_border, q_real, k_real, q_region, k_region, SHIFTED: tl.constexpr, HIDES_PADS: tl.constexpr
+):  # fmt: skip
+    """Logits, minus infinity where a query does not see a key; queries and keys as a column and a row, or vice versa."""
+    if SHIFTED or HIDES_PADS:
+        if at_border:
+            visible = (q_region == k_region) if SHIFTED else (k_region == k_region)
+            if HIDES_PADS:
+                visible = visible & (k_real | (q_real == 0))
+            logits = tl.where(visible, logits, float("-inf"))
+    return logits
+
+
+@triton.jit
+def _own(n_heads, FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.constexpr):
+    """(tokens that a program works for, head, first window, step to the next)."""
+    tokens = FIRST + (tl.program_id(0) % N_OWN) * OWN + tl.arange(0, OWN)
+    head = (tl.program_id(0) // N_OWN) % n_heads
+    return tokens, head, tl.program_id(0) // (N_OWN * n_heads), tl.num_programs(0) // (N_OWN * n_heads)
+
+
+@triton.jit
+def _keys(
+    START: tl.constexpr, q, biases, at_border, q_real, q_region, window, head, row, k_ptr, v_ptr, bias_ptr, pad_k_ptr,
+    pad_v_ptr, k_strides, v_strides, height, width, scale,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
+    N_ROWS: tl.constexpr, N_COLUMNS: tl.constexpr, RESIDENT: tl.constexpr, OWN: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys and values, and the queries' logits."""
+    tokens = START + tl.arange(0, BLOCK)
+    batch, y, x, real, region = locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST)
+    k = load_kv(k_ptr, pad_k_ptr, offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+    v = load_kv(v_ptr, pad_v_ptr, offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+    logits = tl.dot(q, tl.trans(k)) * scale
+    if HAS_BIAS:
+        if RESIDENT:
+            logits += biases[TILE]
+        else:
+            logits += _bias_tile(bias_ptr, head, row, START, N_ROWS, N_COLUMNS, OWN, BLOCK)
+    elif START + BLOCK > WINDOW_H * WINDOW_W:
+        logits = tl.where((tokens < WINDOW_H * WINDOW_W)[None, :], logits, float("-inf"))
+    logits = _masked(
+        logits, at_border, q_real[:, None], real[None, :], q_region[:, None], region[None, :],
+        SHIFT_Y + SHIFT_X > 0, HIDES_PADS,
+    )  # fmt: skip
+    return k, v, logits
+
+
+@triton.jit
+def _fwd_step(v, logits, maximum, total, out):
+    """Online softmax over one more tile of keys."""
+    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+    shift = finite(new_maximum) * _LOG2E
+    decay = tl.exp2(maximum * _LOG2E - shift)
+    weights = tl.exp2(logits * _LOG2E - shift[:, None])
+    total = total * decay + tl.sum(weights, 1)
+    out = tl.dot(weights.to(v.dtype), v, acc=out * decay[:, None])
+    return new_maximum, total, out
+
+
+@triton.jit(do_not_specialize=["height", "width", "n_windows"])
+def _window_fwd_walking_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr, out_ptr,
+    q_strides, k_strides, v_strides, out_strides, height, width, n_windows, n_heads, scale,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.constexpr, N_ROWS: tl.constexpr,
+    WHOLE: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """One program: one block of queries of one head, in every `step`-th window."""
+    q_tokens, head, first, step = _own(n_heads, FIRST, OWN, N_OWN)
+    row = FIRST + (tl.program_id(0) % N_OWN) * OWN
+    biases = ()
+    if HAS_BIAS and RESIDENT:
+        biases = _resident_bias(bias_ptr, head, row, N_ROWS, WHOLE, REST, OWN, BLOCK)
+    for window in range(first, n_windows, step):
+        batch, y, x, real, region = locate(
+            q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
+        )
+        at_border = near_border(window, height, width, WINDOW_H, WINDOW_W, HIDES_PADS)
+        q = tl.load(q_ptr + offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
+        maximum = tl.full((OWN,), float("-inf"), tl.float32)
+        total = tl.zeros((OWN,), tl.float32)
+        out = tl.zeros((OWN, HEAD_DIM), tl.float32)
+        for start in tl.static_range(0, WHOLE, BLOCK):
+            _k, v, logits = _keys(
+                start, q, biases, at_border, real, region, window, head, row, k_ptr, v_ptr, bias_ptr, pad_k_ptr,
+                pad_v_ptr, k_strides, v_strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X,
+                ROLL_FIRST, HAS_BIAS, HAS_PAD, HIDES_PADS, N_ROWS, WHOLE + REST, RESIDENT, OWN, start // BLOCK, BLOCK,
+                HEAD_DIM,
+            )  # fmt: skip
+            maximum, total, out = _fwd_step(v, logits, maximum, total, out)
+        if REST:
+            _k, v, logits = _keys(
+                WHOLE, q, biases, at_border, real, region, window, head, row, k_ptr, v_ptr, bias_ptr, pad_k_ptr,
+                pad_v_ptr, k_strides, v_strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X,
+                ROLL_FIRST, HAS_BIAS, HAS_PAD, HIDES_PADS, N_ROWS, WHOLE + REST, RESIDENT, OWN, WHOLE // BLOCK, REST,
+                HEAD_DIM,
+            )  # fmt: skip
+            maximum, total, out = _fwd_step(v, logits, maximum, total, out)
+        out = out / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(
+            out_ptr + offsets(batch, y, x, head, out_strides, HEAD_DIM),
+            out.to(out_ptr.dtype.element_ty),
+            mask=real[:, None],
+        )
+
+
+@triton.jit
+def _dq_step(grad, k, v, logits, maximum, total, correction, weighted, mean_key):
+    """One more tile of keys in the queries' gradients and in the statistics of the softmax."""
+    d_weights = tl.dot(grad, tl.trans(v))
+    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+    shift = finite(new_maximum) * _LOG2E
+    decay = tl.exp2(maximum * _LOG2E - shift)
+    weights = tl.exp2(logits * _LOG2E - shift[:, None])
+    total = total * decay + tl.sum(weights, 1)
+    d_weights = weights * d_weights
+    correction = correction * decay + tl.sum(d_weights, 1)
+    mean_key = tl.dot(weights.to(k.dtype), k, acc=mean_key * decay[:, None])
+    weighted = tl.dot(d_weights.to(k.dtype), k, acc=weighted * decay[:, None])
+    return new_maximum, total, correction, weighted, mean_key
+
+
+@triton.jit(do_not_specialize=["height", "width", "n_windows"])
+def _window_bwd_dq_walking_kernel(
+    grad_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr, d_q_ptr, stats_ptr,
+    grad_strides, q_strides, k_strides, v_strides, d_q_strides, height, width, n_windows, n_heads, scale,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.constexpr, N_ROWS: tl.constexpr,
+    WHOLE: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr, N_STATS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the queries, block by block as in the forward; leaves statistics of the rows for the other kernel.
+
+    In one pass: d_q is the sum of P (dP - correction) k, which is (sum of P dP k) - correction (sum of P k).
+    """
+    q_tokens, head, first, step = _own(n_heads, FIRST, OWN, N_OWN)
+    row = FIRST + (tl.program_id(0) % N_OWN) * OWN
+    biases = ()
+    if HAS_BIAS and RESIDENT:
+        biases = _resident_bias(bias_ptr, head, row, N_ROWS, WHOLE, REST, OWN, BLOCK)
+    for window in range(first, n_windows, step):
+        batch, y, x, real, region = locate(
+            q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
+        )
+        at_border = near_border(window, height, width, WINDOW_H, WINDOW_W, HIDES_PADS)
+        q = tl.load(q_ptr + offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
+        grad = tl.load(grad_ptr + offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=real[:, None], other=0.0)
+        maximum = tl.full((OWN,), float("-inf"), tl.float32)
+        total = tl.zeros((OWN,), tl.float32)
+        correction = tl.zeros((OWN,), tl.float32)
+        weighted = tl.zeros((OWN, HEAD_DIM), tl.float32)
+        mean_key = tl.zeros((OWN, HEAD_DIM), tl.float32)
+        for start in tl.static_range(0, WHOLE, BLOCK):
+            k, v, logits = _keys(
+                start, q, biases, at_border, real, region, window, head, row, k_ptr, v_ptr, bias_ptr, pad_k_ptr,
+                pad_v_ptr, k_strides, v_strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X,
+                ROLL_FIRST, HAS_BIAS, HAS_PAD, HIDES_PADS, N_ROWS, WHOLE + REST, RESIDENT, OWN, start // BLOCK, BLOCK,
+                HEAD_DIM,
+            )  # fmt: skip
+            maximum, total, correction, weighted, mean_key = _dq_step(
+                grad, k, v, logits, maximum, total, correction, weighted, mean_key
+            )
+        if REST:
+            k, v, logits = _keys(
+                WHOLE, q, biases, at_border, real, region, window, head, row, k_ptr, v_ptr, bias_ptr, pad_k_ptr,
+                pad_v_ptr, k_strides, v_strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X,
+                ROLL_FIRST, HAS_BIAS, HAS_PAD, HIDES_PADS, N_ROWS, WHOLE + REST, RESIDENT, OWN, WHOLE // BLOCK, REST,
+                HEAD_DIM,
+            )  # fmt: skip
+            maximum, total, correction, weighted, mean_key = _dq_step(
+                grad, k, v, logits, maximum, total, correction, weighted, mean_key
+            )
+        total = tl.where(total == 0.0, 1.0, total)
+        correction = correction / total
+        d_q = (weighted - correction[:, None] * mean_key) * (scale / total)[:, None]
+        at = offsets(batch, y, x, head, d_q_strides, HEAD_DIM)
+        tl.store(d_q_ptr + at, d_q.to(q.dtype), mask=real[:, None])
+        stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * N_STATS) + q_tokens
+        inside = q_tokens < N_STATS
+        tl.store(stats, finite(maximum) * _LOG2E + tl.log2(total), mask=inside)
+        tl.store(stats + N_STATS, correction, mask=inside)
+
+
+@triton.jit
+def _dkdv_step(
+    START: tl.constexpr, k, v, d_k, d_v, d_bias, at_border, real, region, window, head, row, grad_ptr, q_ptr, bias_ptr,
+    stats, grad_strides, q_strides, height, width, scale,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HIDES_PADS: tl.constexpr,
+    N_ROWS: tl.constexpr, N_STATS: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """One more tile of queries in the gradients of keys, values and bias, whose rows are the keys here."""
+    tokens = START + tl.arange(0, BLOCK)
+    batch, y, x, q_real, q_region = locate(
+        tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
+    )
+    q = tl.load(q_ptr + offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
+    grad = tl.load(grad_ptr + offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
+    row_lse = tl.load(stats + tokens)
+    correction = tl.load(stats + N_STATS + tokens)
+    logits = tl.dot(k, tl.trans(q)) * scale
+    if HAS_BIAS:
+        logits += _bias_tile(bias_ptr, head, row, START, N_ROWS, N_STATS, OWN, BLOCK)
+    logits = _masked(
+        logits, at_border, q_real[None, :], real[:, None], q_region[None, :], region[:, None],
+        SHIFT_Y + SHIFT_X > 0, HIDES_PADS,
+    )  # fmt: skip
+    weights = tl.exp2(logits * _LOG2E - row_lse[None, :])
+    d_v = tl.dot(weights.to(v.dtype), grad, acc=d_v)
+    d_weights = tl.dot(v, tl.trans(grad))
+    d_logits = weights * (d_weights - correction[None, :])
+    if HAS_BIAS:
+        d_bias += d_logits
+    d_k = tl.dot(d_logits.to(q.dtype), q, acc=d_k)
+    return d_k, d_v, d_bias
+
+
+@triton.jit
+def _bias_sums(OWN: tl.constexpr, WHOLE: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr):
+    """Zeros for all tiles of some rows."""
+    tiles = ()
+    for _ in tl.static_range(0, WHOLE, BLOCK):
+        tiles = tiles + (tl.zeros((OWN, BLOCK), tl.float32),)  # noqa: RUF005
+    if REST:
+        tiles = tiles + (tl.zeros((OWN, REST), tl.float32),)  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
+def _store_bias_tile(ptr, keys, START: tl.constexpr, tile, N_TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes keys' rows of a slot's (N_TOKENS, N_TOKENS), whose rows are queries."""
+    queries = START + tl.arange(0, BLOCK)
+    inside = (keys < N_TOKENS)[:, None] & (queries < N_TOKENS)[None, :]
+    tl.store(ptr + queries[None, :] * N_TOKENS + keys[:, None], tile, mask=inside)
+
+
+@triton.jit(do_not_specialize=["height", "width", "n_windows"])
+def _window_bwd_dkdv_walking_kernel(
+    grad_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr, d_k_ptr, d_v_ptr, d_bias_ptr, d_pad_ptr, stats_ptr,
+    grad_strides, q_strides, k_strides, v_strides, d_k_strides, d_v_strides, height, width, n_windows, n_heads, scale,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.constexpr, N_ROWS: tl.constexpr,
+    WHOLE: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, N_STATS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of keys and values: one block of keys of one head, in every `step`-th window; and of the bias there."""
+    N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
+    tokens, head, first, step = _own(n_heads, FIRST, OWN, N_OWN)
+    row = FIRST + (tl.program_id(0) % N_OWN) * OWN
+    d_biases = ()
+    if HAS_BIAS:
+        d_biases = _bias_sums(OWN, WHOLE, REST, BLOCK)
+    if HAS_PAD:
+        d_pad_k = tl.zeros((HEAD_DIM,), tl.float32)
+        d_pad_v = tl.zeros((HEAD_DIM,), tl.float32)
+    for window in range(first, n_windows, step):
+        batch, y, x, real, region = locate(
+            tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
+        )
+        at_border = near_border(window, height, width, WINDOW_H, WINDOW_W, HIDES_PADS)
+        k = load_kv(k_ptr, pad_k_ptr, offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        v = load_kv(v_ptr, pad_v_ptr, offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * N_STATS)
+        d_k = tl.zeros((OWN, HEAD_DIM), tl.float32)
+        d_v = tl.zeros((OWN, HEAD_DIM), tl.float32)
+        sums = ()
+        for start in tl.static_range(0, WHOLE, BLOCK):
+            d_k, d_v, d_bias = _dkdv_step(
+                start, k, v, d_k, d_v, d_biases[start // BLOCK] if HAS_BIAS else 0.0, at_border, real, region, window,
+                head, row, grad_ptr, q_ptr, bias_ptr, stats, grad_strides, q_strides, height, width, scale,
+                WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, HAS_BIAS, HIDES_PADS, N_ROWS, N_STATS, OWN, BLOCK,
+                HEAD_DIM,
+            )  # fmt: skip
+            if HAS_BIAS:
+                sums = sums + (d_bias,)  # noqa: RUF005
+        if REST:
+            d_k, d_v, d_bias = _dkdv_step(
+                WHOLE, k, v, d_k, d_v, d_biases[WHOLE // BLOCK] if HAS_BIAS else 0.0, at_border, real, region, window,
+                head, row, grad_ptr, q_ptr, bias_ptr, stats, grad_strides, q_strides, height, width, scale,
+                WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, HAS_BIAS, HIDES_PADS, N_ROWS, N_STATS, OWN, REST,
+                HEAD_DIM,
+            )  # fmt: skip
+            if HAS_BIAS:
+                sums = sums + (d_bias,)  # noqa: RUF005
+        d_biases = sums
+        d_k = d_k * scale
+        tl.store(d_k_ptr + offsets(batch, y, x, head, d_k_strides, HEAD_DIM), d_k.to(k.dtype), mask=real[:, None])
+        tl.store(d_v_ptr + offsets(batch, y, x, head, d_v_strides, HEAD_DIM), d_v.to(v.dtype), mask=real[:, None])
+        if HAS_PAD:
+            is_pad = ((tokens < N_TOKENS) & (real == 0))[:, None]
+            d_pad_k += tl.sum(tl.where(is_pad, d_k, 0.0), 0)
+            d_pad_v += tl.sum(tl.where(is_pad, d_v, 0.0), 0)
+    if HAS_BIAS:
+        slot = d_bias_ptr + (first * n_heads + head).to(tl.int64) * (N_TOKENS * N_TOKENS)
+        for start in tl.static_range(0, WHOLE, BLOCK):
+            _store_bias_tile(slot, tokens, start, d_biases[start // BLOCK], N_TOKENS, BLOCK)
+        if REST:
+            _store_bias_tile(slot, tokens, WHOLE, d_biases[WHOLE // BLOCK], N_TOKENS, REST)
+    if HAS_PAD:
+        slot_of_pads = ((first * N_OWN + tl.program_id(0) % N_OWN) * n_heads + head).to(tl.int64)
+        at_pads = d_pad_ptr + slot_of_pads * (2 * HEAD_DIM) + tl.arange(0, HEAD_DIM)
+        tl.store(at_pads, d_pad_k)
+        tl.store(at_pads + HEAD_DIM, d_pad_v)

@@ -34,7 +34,7 @@ from vitrail.kernels._common.launch import Config, contiguous, launch, map_strid
 from vitrail.kernels._common.triton import finite, load_kv
 from vitrail.kernels.window_attention.triton.index import locate, offsets
 from vitrail.kernels.window_attention.triton.walking import (
-    _window_bias_kernel,
+    _window_mask_kernel,
     _window_bwd_dkdv_walking_kernel,
     _window_bwd_dq_walking_kernel,
     _window_fwd_walking_kernel,
@@ -503,20 +503,30 @@ CONFIGS = {
 class Walk(NamedTuple):
     """How one kernel for windows of a few tiles is cut and launched.
 
-    Own tokens and others at a time, whether the bias stays in registers, whether the rest of a window that is no whole
+    Own tokens and others at a time, whether the rest of a window that is no whole
     block has a launch of its own, and how it is launched.
     """
 
     own: int
     others: int
-    resident: bool
     splits: bool
+    staged: bool
     config: Config
+    registers: int | None = None
+
+    @property
+    def launch(self) -> dict[str, Any]:
+        """Keyword arguments of the Triton launch."""
+        return {**self.config.launch, "STAGED": self.staged, "maxnreg": self.registers}
 
     def others_cut(self, tokens: int) -> dict[str, int]:
         """Tokens as whole tiles and the smallest tile that holds the rest."""
         whole, rest = _whole_and_rest(tokens, self.others)
         return {"WHOLE": whole, "REST": rest, "BLOCK": self.others}
+
+    def columns(self, tokens: int) -> int:
+        """Tokens that all tiles of others hold."""
+        return sum(_whole_and_rest(tokens, self.others))
 
     def blocks(self, tokens: int) -> list[tuple[int, int, int]]:
         """(first token, tokens of a block, number of blocks) of each launch."""
@@ -537,11 +547,22 @@ def _whole_and_rest(tokens: int, block: int) -> tuple[int, int]:
 
 
 _MOST_WALKED = 256
+# By kernel, for heads of up to so many channels.
 WALKS = {
-    "fwd": Walk(64, 64, True, False, Config(4, 2, 2)),
-    "bwd_dq": Walk(64, 64, False, False, Config(4, 2, 2)),
-    "bwd_dkdv": Walk(64, 64, False, False, Config(4, 2, 2)),
+    "fwd": {
+        32: Walk(64, 64, False, False, Config(4, 2, 3), 168),
+        64: Walk(64, 32, False, False, Config(4, 1, 2)),
+    },
+    "bwd_dq": {
+        32: Walk(64, 64, False, False, Config(4, 2, 3), 168),
+        64: Walk(64, 32, False, False, Config(4, 1, 2)),
+    },
+    "bwd_dkdv": {
+        32: Walk(64, 32, False, True, Config(4, 2, 2)),
+        64: Walk(64, 32, False, False, Config(4, 1, 2)),
+    },
 }
+_MASK_CONSTANTS = ("WINDOW_H", "WINDOW_W", "SHIFT_Y", "SHIFT_X", "ROLL_FIRST", "HAS_BIAS", "HIDES_PADS")
 
 
 class _Problem:
@@ -562,7 +583,8 @@ class _Problem:
         self.tokens = window[0] * window[1]
         self.n_windows = batch * math.ceil(height / window[0]) * math.ceil(width / window[1])
         self.single_tile = self.tokens <= _SINGLE_TILE
-        self.walks = not self.single_tile and self.tokens <= _MOST_WALKED and q.dtype != torch.float32
+        is_walked = self.tokens <= _MOST_WALKED and q.dtype != torch.float32 and self.head_dim <= 64
+        self.walks = not self.single_tile and is_walked
         self.n_blocks = math.ceil(self.tokens / _BLOCK.value)
         padded = height % window[0] != 0 or width % window[1] != 0
         self.has_pad = padded and pad_k is not None
@@ -584,6 +606,12 @@ class _Problem:
             self.constants["BLOCK"] = max(16, triton.next_power_of_2(self.tokens))
         elif not self.walks:
             self.constants |= self._cut()
+        shifted, hides_pads = shift != (0, 0), self.constants["HIDES_PADS"]
+        # Padding is in the last windows, until a shift moves it into the last but one.
+        n_classes = 1 + (shifted or hides_pads) + (shifted and hides_pads and not roll_first)
+        self.walking_constants = {**self.constants, "N_CLASSES": n_classes}
+        del self.walking_constants["HIDES_PADS"]
+        self.dtype, self.device = q.dtype, q.device
         self.multiprocessors = multiprocessors(q.device)
 
     def _cut(self) -> dict[str, int]:
@@ -608,27 +636,30 @@ class _Problem:
         missing = self.constants["WHOLE"] + self.constants["REST"] - self.tokens
         return F.pad(bias, (0, missing, 0, missing), value=-math.inf).contiguous()
 
-    def in_fragments(self, bias: Tensor | None, rows: int, columns: int, transposed: bool = False) -> Tensor | None:
-        """The bias, or its transpose, as the kernels that walk read it."""
-        if bias is None:
-            return None
-        laid_out = torch.empty((self.heads, rows, columns), dtype=bias.dtype, device=bias.device)
-        total = laid_out.numel()
-        strides = (1, self.tokens) if transposed else (self.tokens, 1)
+    def walk_of(self, kernel: str) -> Walk:
+        """How a kernel walks, for this width of heads."""
+        return next(walk for most, walk in WALKS[kernel].items() if self.head_dim <= most)
+
+    def mask(self, bias: Tensor | None, rows: int, columns: int, keys_first: bool = False) -> Tensor:
+        """Bias and minus infinity where keys are hidden, as the kernels that walk read it."""
+        n_classes = self.walking_constants["N_CLASSES"]
+        options = {"dtype": self.dtype if bias is None else bias.dtype, "device": self.device}
+        laid_out = torch.empty((n_classes**2, self.heads, rows, columns), **options)
         launch(
-            _window_bias_kernel, (math.ceil(total / 1024),), bias, laid_out, total, *strides,
-            N_TOKENS=self.tokens, N_ROWS=rows, N_COLUMNS=columns, BLOCK=1024, num_warps=4,
+            _window_mask_kernel, (n_classes**2 * self.heads * rows // 16,), laid_out, bias, *self.scalars[:2],
+            self.heads, **{name: self.constants[name] for name in _MASK_CONSTANTS}, N_CLASSES=n_classes, N_ROWS=rows,
+            N_COLUMNS=columns, KEYS_FIRST=keys_first, num_warps=4,
         )  # fmt: skip
         return laid_out
 
     def walk(self, kernel: str) -> Iterator[tuple[int, dict[str, Any]]]:
         """(programs a block, constants) of each launch of a kernel that walks."""
-        walk = WALKS[kernel]
+        walk = self.walk_of(kernel)
         for first, own, number in walk.blocks(self.tokens):
             walkers = min(self.n_windows, max(1, walk.config.programs * self.multiprocessors // (self.heads * number)))
             blocks = {"FIRST": first, "OWN": own, "N_OWN": number, "N_ROWS": walk.rows(self.tokens)}
             warps = min(walk.config.num_warps, max(1, own // 16))
-            yield walkers, self.constants | walk.others_cut(self.tokens) | blocks | walk.config.launch | {"num_warps": warps}
+            yield walkers, self.walking_constants | walk.others_cut(self.tokens) | blocks | walk.launch | {"num_warps": warps}
 
     def config(self, kernel: str) -> Config:
         """How one of the kernels for windows of one tile is launched."""
@@ -637,6 +668,11 @@ class _Problem:
     def walkers(self, per_multiprocessor: int) -> int:
         """How many programs share the windows of one head, for so many programs of all heads on a multiprocessor."""
         return min(self.n_windows, max(1, per_multiprocessor * self.multiprocessors // self.heads))
+
+
+def _alike(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Three maps of equal strides, so that a token's place is computed once; usually they are."""
+    return (q, k, v) if q.stride() == k.stride() == v.stride() else tuple(t.contiguous() for t in (q, k, v))
 
 
 def window_attention_forward(
@@ -665,13 +701,14 @@ def window_attention_forward(
         launch(_window_fwd_kernel, grid, *tensors, *strides, *problem.scalars, **problem.constants, **config.launch)
         return out
     if problem.walks:
-        walk = WALKS["fwd"]
-        cut = walk.others_cut(problem.tokens)
-        bias = problem.in_fragments(tensors[3], walk.rows(problem.tokens), cut["WHOLE"] + cut["REST"])
+        walk = problem.walk_of("fwd")
+        tensors = (*_alike(q, k, v), *tensors[3:])
+        strides = map_strides(tensors[0], out)
+        bias = problem.mask(tensors[3], walk.rows(problem.tokens), walk.columns(problem.tokens))
         for walkers, constants in problem.walk("fwd"):
             launch(
                 _window_fwd_walking_kernel, (walkers * problem.heads * constants["N_OWN"],), *tensors[:3], bias,
-                *tensors[4:], *strides, *problem.scalars, **constants, RESIDENT=walk.resident,
+                *tensors[4:], *strides, *problem.scalars, **constants,
             )  # fmt: skip
         return out
     for grid, blocks in problem.launches():
@@ -733,29 +770,33 @@ def _backward_walking(
     """Runs the kernels for windows of a few tiles; returns partial sums like `_backward_single_tile`."""
     d_q, d_k, d_v = gradients
     tokens, heads = problem.tokens, problem.heads
-    dq, dkdv = WALKS["bwd_dq"], WALKS["bwd_dkdv"]
-    strides = map_strides(*inputs[:4])
-    cuts = {name: walk.others_cut(tokens) for name, walk in WALKS.items()}
-    columns = {name: cut["WHOLE"] + cut["REST"] for name, cut in cuts.items()}
-    n_stats = columns["bwd_dkdv"]
+    dq, dkdv = problem.walk_of("bwd_dq"), problem.walk_of("bwd_dkdv")
+    inputs = (inputs[0], *_alike(*inputs[1:4]), *inputs[4:])
+    strides = map_strides(*inputs[:2])
+    n_stats = dkdv.columns(tokens)
     assert dq.rows(tokens) >= n_stats
     stats = torch.empty((problem.n_windows * heads, 2, n_stats), dtype=torch.float32, device=inputs[0].device)
-    bias = problem.in_fragments(inputs[4], dq.rows(tokens), columns["bwd_dq"])
+    bias = problem.mask(inputs[4], dq.rows(tokens), dq.columns(tokens))
     for walkers, constants in problem.walk("bwd_dq"):
         launch(
             _window_bwd_dq_walking_kernel, (walkers * heads * constants["N_OWN"],), *inputs[:4], bias, *inputs[5:],
-            d_q, stats, *strides, *map_strides(d_q), *problem.scalars, **constants, RESIDENT=dq.resident,
-            N_STATS=n_stats,
+            d_q, stats, *strides, *map_strides(d_q), *problem.scalars, **constants, N_STATS=n_stats,
         )  # fmt: skip
-    bias = problem.in_fragments(inputs[4], dkdv.rows(tokens), n_stats, transposed=True)
+    bias = problem.mask(inputs[4], dkdv.rows(tokens), n_stats, keys_first=True)
+    sums: list[tuple[Tensor, Tensor]] = []
     for walkers, constants in problem.walk("bwd_dkdv"):
-        bias_slots, pad_slots = _slots(problem, inputs, walkers, walkers * constants["N_OWN"])
+        keys = min(constants["N_OWN"] * constants["OWN"], tokens - constants["FIRST"])
+        bias_slots, pad_slots = _slots(problem, inputs, walkers, walkers * constants["N_OWN"], keys)
+        sums.append((bias_slots, pad_slots))
         launch(
             _window_bwd_dkdv_walking_kernel, (walkers * heads * constants["N_OWN"],), *inputs[:4], bias, *inputs[5:],
-            d_k, d_v, bias_slots, pad_slots, stats, *strides, *map_strides(d_k, d_v), *problem.scalars, **constants,
+            d_k, d_v, bias_slots, pad_slots, stats, *strides, *map_strides(d_k), *problem.scalars, **constants,
             N_STATS=n_stats,
         )  # fmt: skip
-    return bias_slots, pad_slots
+    if len(sums) == 1:
+        return sums[0]
+    bias_sums = torch.cat([bias_slots.sum(0, keepdim=True) for bias_slots, _ in sums], -1)
+    return bias_sums, torch.cat([pad_slots for _, pad_slots in sums])
 
 
 def _backward_tiled(
@@ -787,12 +828,12 @@ def _backward_tiled(
     return bias_slots, pad_slots
 
 
-def _slots(problem: _Problem, inputs: tuple[Any, ...], n_bias: int, n_pad: int) -> tuple[Tensor, Tensor]:
+def _slots(problem: _Problem, inputs: tuple[Any, ...], n_bias: int, n_pad: int, keys: int | None = None) -> tuple[Tensor, Tensor]:
     """Uninitialised partial sums over windows: bias (n_bias, heads, T, T) and padding (n_pad, heads, 2, D)."""
     n_bias = n_bias if problem.constants["HAS_BIAS"] else 0
     n_pad = n_pad if problem.has_pad else 0
     options = {"dtype": torch.float32, "device": inputs[0].device}
     return (
-        torch.empty((n_bias, problem.heads, problem.tokens, problem.tokens), **options),
+        torch.empty((n_bias, problem.heads, problem.tokens, keys or problem.tokens), **options),
         torch.empty((n_pad, problem.heads, 2, problem.head_dim), **options),
     )

@@ -40,14 +40,31 @@ def locate(
 def offsets(batch, y, x, head, strides, HEAD_DIM: tl.constexpr):
     """Element offsets (tokens, HEAD_DIM) into a (B, H, W, heads, D) tensor whose last stride is 1."""
     stride_b, stride_y, stride_x, stride_h = strides
+    tl.assume(stride_y >= 0)
+    tl.assume(stride_x >= 0)
     rows = batch.to(tl.int64) * stride_b + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x + head * stride_h
     return rows[:, None] + tl.arange(0, HEAD_DIM)[None, :]
 
 
 @triton.jit
-def near_border(window, height, width, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, PADS: tl.constexpr):
-    """Whether a window may hold tokens that wrapped around; or padding, which a shift moves into the last but one."""
+def mask_class(window, height, width, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, N_CLASSES: tl.constexpr):
+    """Number of a window's class, of N_CLASSES ** 2: those of one class hide the same keys from the same queries.
+
+    Along each axis the last window is of a class of its own, and the last but one where there are three.
+    """
     rows = tl.cdiv(height, WINDOW_H)
     columns = tl.cdiv(width, WINDOW_W)
     local = window % (rows * columns)
-    return (local // columns >= rows - (1 + PADS)) | (local % columns >= columns - (1 + PADS))
+    row_class = tl.maximum(local // columns - (rows - N_CLASSES), 0)
+    column_class = tl.maximum(local % columns - (columns - N_CLASSES), 0)
+    return row_class * N_CLASSES + column_class
+
+
+@triton.jit
+def window_of_class(number, height, width, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, N_CLASSES: tl.constexpr):
+    """A window of some class; any where there is none."""
+    rows = tl.cdiv(height, WINDOW_H)
+    columns = tl.cdiv(width, WINDOW_W)
+    row = tl.maximum(rows - N_CLASSES + number // N_CLASSES, 0)
+    column = tl.maximum(columns - N_CLASSES + number % N_CLASSES, 0)
+    return row * columns + column

@@ -8,38 +8,55 @@ import triton
 import triton.language as tl
 
 from vitrail.kernels._common.triton import finite, load_kv
-from vitrail.kernels.window_attention.triton.index import locate, near_border, offsets
+from vitrail.kernels.window_attention.triton.index import locate, mask_class, offsets, window_of_class
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 
 
-@triton.jit
-def _window_bias_kernel(
-    bias_ptr, out_ptr, total, stride_row, stride_column,
-    N_TOKENS: tl.constexpr, N_ROWS: tl.constexpr, N_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["height", "width"])
+def _window_mask_kernel(
+    out_ptr, bias_ptr, height, width, n_heads,
+    WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HIDES_PADS: tl.constexpr, N_CLASSES: tl.constexpr,
+    N_ROWS: tl.constexpr, N_COLUMNS: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Lays out a bias (heads, N_TOKENS, N_TOKENS), or its transpose, as (heads, N_ROWS, N_COLUMNS) in fragments.
+    """What is added to the logits, (classes, heads, N_ROWS, N_COLUMNS) in fragments: bias, and -inf what is not seen.
 
-    A fragment is 16 x 16 numbers, those of a warp's accumulators, in the order of the threads, 8 each. Minus infinity
-    where the rows or columns are more than the tokens.
+    Rows are queries and columns keys, or vice versa with `KEYS_FIRST`. A fragment is 16 x 16 numbers, those of a
+    warp's accumulators in tensor cores, thread by thread, 8 each. A program fills 16 rows.
     """
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    column = index % 2 + (index // 4) % 2 * 8 + (index // 8) % 4 * 2
-    row = (index // 2) % 2 * 8 + (index // 32) % 8
-    fragment = index // 256
-    column += fragment % (N_COLUMNS // 16) * 16
-    row += fragment // (N_COLUMNS // 16) % (N_ROWS // 16) * 16
-    head = fragment // ((N_COLUMNS // 16) * (N_ROWS // 16))
-    inside = (row < N_TOKENS) & (column < N_TOKENS) & (index < total)
-    at = head * (N_TOKENS * N_TOKENS) + row * stride_row + column * stride_column
-    tl.store(out_ptr + index, tl.load(bias_ptr + at, mask=inside, other=float("-inf")), mask=index < total)
+    N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
+    row_fragment = tl.program_id(0) % (N_ROWS // 16)
+    head = (tl.program_id(0) // (N_ROWS // 16)) % n_heads
+    number = tl.program_id(0) // (N_ROWS // 16 * n_heads)
+    window = window_of_class(number, height, width, WINDOW_H, WINDOW_W, N_CLASSES)
+    index = tl.arange(0, 256)
+    row = row_fragment * 16 + (index // 2) % 2 * 8 + index // 32
+    for column_fragment in range(0, N_COLUMNS // 16):
+        column = column_fragment * 16 + (index // 4) % 2 * 8 + (index // 8) % 4 * 2 + index % 2
+        queries, keys = (column, row) if KEYS_FIRST else (row, column)
+        _, _, _, _, q_region = locate(
+            queries, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
+        )
+        _, _, _, k_real, k_region = locate(
+            keys, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
+        )
+        visible = (queries < N_TOKENS) & (keys < N_TOKENS) & (q_region == k_region)
+        if HIDES_PADS:
+            visible = visible & k_real
+        tile = tl.where(visible, 0.0, float("-inf"))
+        if HAS_BIAS:
+            at = (head * N_TOKENS + queries) * N_TOKENS + keys
+            tile = tl.load(bias_ptr + at, mask=visible, other=float("-inf"))
+        tl.store(out_ptr + (tl.program_id(0) * (N_COLUMNS // 16) + column_fragment) * 256 + index, tile)
 
 
 @triton.jit
-def _bias_tile(
-    ptr, head, row, column, N_ROWS: tl.constexpr, N_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+def _mask_tile(
+    ptr, number, row, column, always, N_ROWS: tl.constexpr, N_COLUMNS: tl.constexpr, STAGED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Tile of a bias (heads, N_ROWS, N_COLUMNS) in fragments, see `in_fragments`, from a row and a column on.
+    """Tile of what `_window_mask_kernel` laid out, from a row and a column on.
 
     One after the other, threads read 8 numbers each; the permutation says that they are those of the tile that the
     tensor cores' accumulators have in the same threads, so that nothing is exchanged.
@@ -48,37 +65,16 @@ def _bias_tile(
     fragment = index // 256
     row_fragment = row // 16 + fragment % (ROWS // 16)
     column_fragment = column // 16 + fragment // (ROWS // 16)
-    at = ((head * (N_ROWS // 16) + row_fragment) * (N_COLUMNS // 16) + column_fragment) * 256 + index % 256
-    tile = tl.load(ptr + at).reshape(COLUMNS // 16, ROWS // 16, 8, 4, 2, 2, 2)
+    at = ((number * (N_ROWS // 16) + row_fragment) * (N_COLUMNS // 16) + column_fragment) * 256 + index % 256
+    if STAGED:
+        tile = tl.load(ptr + at)
+    else:
+        # In a branch, so that Triton does not stage in shared memory what the caches hold from window to window.
+        tile = tl.zeros((ROWS * COLUMNS,), ptr.dtype.element_ty)
+        if always:
+            tile = tl.load(ptr + at)
+    tile = tile.reshape(COLUMNS // 16, ROWS // 16, 8, 4, 2, 2, 2)
     return tile.permute(1, 5, 2, 0, 4, 3, 6).reshape(ROWS, COLUMNS)
-
-
-@triton.jit
-def _resident_bias(
-    ptr, head, row, N_ROWS: tl.constexpr, WHOLE: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """All tiles of some rows."""
-    tiles = ()
-    for start in tl.static_range(0, WHOLE, BLOCK):
-        tiles = tiles + (_bias_tile(ptr, head, row, start, N_ROWS, WHOLE + REST, ROWS, BLOCK),)  # noqa: RUF005
-    if REST:
-        tiles = tiles + (_bias_tile(ptr, head, row, WHOLE, N_ROWS, WHOLE + REST, ROWS, REST),)  # noqa: RUF005
-    return tiles
-
-
-@triton.jit
-def _masked(
-    logits, at_border, q_real, k_real, q_region, k_region, SHIFTED: tl.constexpr, HIDES_PADS: tl.constexpr
-):  # fmt: skip
-    """Logits, minus infinity where a query does not see a key; queries and keys as a column and a row, or vice versa."""
-    if SHIFTED or HIDES_PADS:
-        if at_border:
-            visible = (q_region == k_region) if SHIFTED else (k_region == k_region)
-            if HIDES_PADS:
-                visible = visible & (k_real | (q_real == 0))
-            logits = tl.where(visible, logits, float("-inf"))
-    return logits
 
 
 @triton.jit
@@ -91,30 +87,19 @@ def _own(n_heads, FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.constexpr):
 
 @triton.jit
 def _keys(
-    START: tl.constexpr, q, biases, at_border, q_real, q_region, window, head, row, k_ptr, v_ptr, bias_ptr, pad_k_ptr,
-    pad_v_ptr, k_strides, v_strides, height, width, scale,
+    START: tl.constexpr, q, window, head, number, row, always, k_ptr, v_ptr, mask_ptr, pad_k_ptr, pad_v_ptr, strides, height, width, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
-    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
-    N_ROWS: tl.constexpr, N_COLUMNS: tl.constexpr, RESIDENT: tl.constexpr, OWN: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, HAS_PAD: tl.constexpr, N_ROWS: tl.constexpr, N_COLUMNS: tl.constexpr,
+    STAGED: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys and values, and the queries' logits."""
     tokens = START + tl.arange(0, BLOCK)
     batch, y, x, real, region = locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST)
-    k = load_kv(k_ptr, pad_k_ptr, offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-    v = load_kv(v_ptr, pad_v_ptr, offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+    at = offsets(batch, y, x, head, strides, HEAD_DIM)
+    k = load_kv(k_ptr, pad_k_ptr, at, real, head, HAS_PAD, HEAD_DIM)
+    v = load_kv(v_ptr, pad_v_ptr, at, real, head, HAS_PAD, HEAD_DIM)
     logits = tl.dot(q, tl.trans(k)) * scale
-    if HAS_BIAS:
-        if RESIDENT:
-            logits += biases[TILE]
-        else:
-            logits += _bias_tile(bias_ptr, head, row, START, N_ROWS, N_COLUMNS, OWN, BLOCK)
-    elif START + BLOCK > WINDOW_H * WINDOW_W:
-        logits = tl.where((tokens < WINDOW_H * WINDOW_W)[None, :], logits, float("-inf"))
-    logits = _masked(
-        logits, at_border, q_real[:, None], real[None, :], q_region[:, None], region[None, :],
-        SHIFT_Y + SHIFT_X > 0, HIDES_PADS,
-    )  # fmt: skip
+    logits += _mask_tile(mask_ptr, number, row, START, always, N_ROWS, N_COLUMNS, STAGED, OWN, BLOCK)
     return k, v, logits
 
 
@@ -132,41 +117,36 @@ def _fwd_step(v, logits, maximum, total, out):
 
 @triton.jit(do_not_specialize=["height", "width", "n_windows"])
 def _window_fwd_walking_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr, out_ptr,
-    q_strides, k_strides, v_strides, out_strides, height, width, n_windows, n_heads, scale,
+    q_ptr, k_ptr, v_ptr, mask_ptr, pad_k_ptr, pad_v_ptr, out_ptr,
+    strides, out_strides, height, width, n_windows, n_heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
-    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, N_CLASSES: tl.constexpr,
     HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.constexpr, N_ROWS: tl.constexpr,
-    WHOLE: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr,
+    WHOLE: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, STAGED: tl.constexpr,
 ):  # fmt: skip
     """One program: one block of queries of one head, in every `step`-th window."""
     q_tokens, head, first, step = _own(n_heads, FIRST, OWN, N_OWN)
     row = FIRST + (tl.program_id(0) % N_OWN) * OWN
-    biases = ()
-    if HAS_BIAS and RESIDENT:
-        biases = _resident_bias(bias_ptr, head, row, N_ROWS, WHOLE, REST, OWN, BLOCK)
     for window in range(first, n_windows, step):
         batch, y, x, real, region = locate(
             q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
         )
-        at_border = near_border(window, height, width, WINDOW_H, WINDOW_W, HIDES_PADS)
-        q = tl.load(q_ptr + offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
+        number = mask_class(window, height, width, WINDOW_H, WINDOW_W, N_CLASSES) * n_heads + head
+        q = tl.load(q_ptr + offsets(batch, y, x, head, strides, HEAD_DIM), mask=real[:, None], other=0.0)
         maximum = tl.full((OWN,), float("-inf"), tl.float32)
         total = tl.zeros((OWN,), tl.float32)
         out = tl.zeros((OWN, HEAD_DIM), tl.float32)
         for start in tl.static_range(0, WHOLE, BLOCK):
             _k, v, logits = _keys(
-                start, q, biases, at_border, real, region, window, head, row, k_ptr, v_ptr, bias_ptr, pad_k_ptr,
-                pad_v_ptr, k_strides, v_strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X,
-                ROLL_FIRST, HAS_BIAS, HAS_PAD, HIDES_PADS, N_ROWS, WHOLE + REST, RESIDENT, OWN, start // BLOCK, BLOCK,
+                start, q, window, head, number, row, window < n_windows, k_ptr, v_ptr, mask_ptr, pad_k_ptr, pad_v_ptr, strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X,
+                ROLL_FIRST, HAS_PAD, N_ROWS, WHOLE + REST, STAGED, OWN, BLOCK,
                 HEAD_DIM,
             )  # fmt: skip
             maximum, total, out = _fwd_step(v, logits, maximum, total, out)
         if REST:
             _k, v, logits = _keys(
-                WHOLE, q, biases, at_border, real, region, window, head, row, k_ptr, v_ptr, bias_ptr, pad_k_ptr,
-                pad_v_ptr, k_strides, v_strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X,
-                ROLL_FIRST, HAS_BIAS, HAS_PAD, HIDES_PADS, N_ROWS, WHOLE + REST, RESIDENT, OWN, WHOLE // BLOCK, REST,
+                WHOLE, q, window, head, number, row, window < n_windows, k_ptr, v_ptr, mask_ptr, pad_k_ptr, pad_v_ptr, strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X,
+                ROLL_FIRST, HAS_PAD, N_ROWS, WHOLE + REST, STAGED, OWN, REST,
                 HEAD_DIM,
             )  # fmt: skip
             maximum, total, out = _fwd_step(v, logits, maximum, total, out)
@@ -196,12 +176,12 @@ def _dq_step(grad, k, v, logits, maximum, total, correction, weighted, mean_key)
 
 @triton.jit(do_not_specialize=["height", "width", "n_windows"])
 def _window_bwd_dq_walking_kernel(
-    grad_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr, d_q_ptr, stats_ptr,
-    grad_strides, q_strides, k_strides, v_strides, d_q_strides, height, width, n_windows, n_heads, scale,
+    grad_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, pad_k_ptr, pad_v_ptr, d_q_ptr, stats_ptr,
+    grad_strides, strides, d_q_strides, height, width, n_windows, n_heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
-    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, N_CLASSES: tl.constexpr,
     HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.constexpr, N_ROWS: tl.constexpr,
-    WHOLE: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr, N_STATS: tl.constexpr,
+    WHOLE: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, STAGED: tl.constexpr, N_STATS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries, block by block as in the forward; leaves statistics of the rows for the other kernel.
 
@@ -209,15 +189,12 @@ def _window_bwd_dq_walking_kernel(
     """
     q_tokens, head, first, step = _own(n_heads, FIRST, OWN, N_OWN)
     row = FIRST + (tl.program_id(0) % N_OWN) * OWN
-    biases = ()
-    if HAS_BIAS and RESIDENT:
-        biases = _resident_bias(bias_ptr, head, row, N_ROWS, WHOLE, REST, OWN, BLOCK)
     for window in range(first, n_windows, step):
         batch, y, x, real, region = locate(
             q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
         )
-        at_border = near_border(window, height, width, WINDOW_H, WINDOW_W, HIDES_PADS)
-        q = tl.load(q_ptr + offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
+        number = mask_class(window, height, width, WINDOW_H, WINDOW_W, N_CLASSES) * n_heads + head
+        q = tl.load(q_ptr + offsets(batch, y, x, head, strides, HEAD_DIM), mask=real[:, None], other=0.0)
         grad = tl.load(grad_ptr + offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=real[:, None], other=0.0)
         maximum = tl.full((OWN,), float("-inf"), tl.float32)
         total = tl.zeros((OWN,), tl.float32)
@@ -226,9 +203,8 @@ def _window_bwd_dq_walking_kernel(
         mean_key = tl.zeros((OWN, HEAD_DIM), tl.float32)
         for start in tl.static_range(0, WHOLE, BLOCK):
             k, v, logits = _keys(
-                start, q, biases, at_border, real, region, window, head, row, k_ptr, v_ptr, bias_ptr, pad_k_ptr,
-                pad_v_ptr, k_strides, v_strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X,
-                ROLL_FIRST, HAS_BIAS, HAS_PAD, HIDES_PADS, N_ROWS, WHOLE + REST, RESIDENT, OWN, start // BLOCK, BLOCK,
+                start, q, window, head, number, row, window < n_windows, k_ptr, v_ptr, mask_ptr, pad_k_ptr, pad_v_ptr, strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X,
+                ROLL_FIRST, HAS_PAD, N_ROWS, WHOLE + REST, STAGED, OWN, BLOCK,
                 HEAD_DIM,
             )  # fmt: skip
             maximum, total, correction, weighted, mean_key = _dq_step(
@@ -236,9 +212,8 @@ def _window_bwd_dq_walking_kernel(
             )
         if REST:
             k, v, logits = _keys(
-                WHOLE, q, biases, at_border, real, region, window, head, row, k_ptr, v_ptr, bias_ptr, pad_k_ptr,
-                pad_v_ptr, k_strides, v_strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X,
-                ROLL_FIRST, HAS_BIAS, HAS_PAD, HIDES_PADS, N_ROWS, WHOLE + REST, RESIDENT, OWN, WHOLE // BLOCK, REST,
+                WHOLE, q, window, head, number, row, window < n_windows, k_ptr, v_ptr, mask_ptr, pad_k_ptr, pad_v_ptr, strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X,
+                ROLL_FIRST, HAS_PAD, N_ROWS, WHOLE + REST, STAGED, OWN, REST,
                 HEAD_DIM,
             )  # fmt: skip
             maximum, total, correction, weighted, mean_key = _dq_step(
@@ -257,28 +232,23 @@ def _window_bwd_dq_walking_kernel(
 
 @triton.jit
 def _dkdv_step(
-    START: tl.constexpr, k, v, d_k, d_v, d_bias, at_border, real, region, window, head, row, grad_ptr, q_ptr, bias_ptr,
-    stats, grad_strides, q_strides, height, width, scale,
+    START: tl.constexpr, k, v, d_k, d_v, d_bias, window, head, number, row, always, grad_ptr, q_ptr, mask_ptr, stats,
+    grad_strides, strides, height, width, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
-    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HIDES_PADS: tl.constexpr,
-    N_ROWS: tl.constexpr, N_STATS: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, N_ROWS: tl.constexpr, N_STATS: tl.constexpr,
+    STAGED: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """One more tile of queries in the gradients of keys, values and bias, whose rows are the keys here."""
     tokens = START + tl.arange(0, BLOCK)
     batch, y, x, q_real, q_region = locate(
         tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
     )
-    q = tl.load(q_ptr + offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
+    q = tl.load(q_ptr + offsets(batch, y, x, head, strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
     grad = tl.load(grad_ptr + offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
     row_lse = tl.load(stats + tokens)
     correction = tl.load(stats + N_STATS + tokens)
     logits = tl.dot(k, tl.trans(q)) * scale
-    if HAS_BIAS:
-        logits += _bias_tile(bias_ptr, head, row, START, N_ROWS, N_STATS, OWN, BLOCK)
-    logits = _masked(
-        logits, at_border, q_real[None, :], real[:, None], q_region[None, :], region[:, None],
-        SHIFT_Y + SHIFT_X > 0, HIDES_PADS,
-    )  # fmt: skip
+    logits += _mask_tile(mask_ptr, number, row, START, always, N_ROWS, N_STATS, STAGED, OWN, BLOCK)
     weights = tl.exp2(logits * _LOG2E - row_lse[None, :])
     d_v = tl.dot(weights.to(v.dtype), grad, acc=d_v)
     d_weights = tl.dot(v, tl.trans(grad))
@@ -301,21 +271,23 @@ def _bias_sums(OWN: tl.constexpr, WHOLE: tl.constexpr, REST: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _store_bias_tile(ptr, keys, START: tl.constexpr, tile, N_TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes keys' rows of a slot's (N_TOKENS, N_TOKENS), whose rows are queries."""
+def _store_bias_tile(
+    ptr, columns, START: tl.constexpr, tile, N_TOKENS: tl.constexpr, N_COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Writes a tile, whose rows are keys, to a slot (N_TOKENS, N_COLUMNS), whose columns are keys."""
     queries = START + tl.arange(0, BLOCK)
-    inside = (keys < N_TOKENS)[:, None] & (queries < N_TOKENS)[None, :]
-    tl.store(ptr + queries[None, :] * N_TOKENS + keys[:, None], tile, mask=inside)
+    inside = (columns < N_COLUMNS)[:, None] & (queries < N_TOKENS)[None, :]
+    tl.store(ptr + queries[None, :] * N_COLUMNS + columns[:, None], tile, mask=inside)
 
 
 @triton.jit(do_not_specialize=["height", "width", "n_windows"])
 def _window_bwd_dkdv_walking_kernel(
-    grad_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr, d_k_ptr, d_v_ptr, d_bias_ptr, d_pad_ptr, stats_ptr,
-    grad_strides, q_strides, k_strides, v_strides, d_k_strides, d_v_strides, height, width, n_windows, n_heads, scale,
+    grad_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, pad_k_ptr, pad_v_ptr, d_k_ptr, d_v_ptr, d_bias_ptr, d_pad_ptr, stats_ptr,
+    grad_strides, strides, d_strides, height, width, n_windows, n_heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
-    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, N_CLASSES: tl.constexpr,
     HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.constexpr, N_ROWS: tl.constexpr,
-    WHOLE: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, N_STATS: tl.constexpr,
+    WHOLE: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, STAGED: tl.constexpr, N_STATS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values: one block of keys of one head, in every `step`-th window; and of the bias there."""
     N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
@@ -331,45 +303,48 @@ def _window_bwd_dkdv_walking_kernel(
         batch, y, x, real, region = locate(
             tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
         )
-        at_border = near_border(window, height, width, WINDOW_H, WINDOW_W, HIDES_PADS)
-        k = load_kv(k_ptr, pad_k_ptr, offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-        v = load_kv(v_ptr, pad_v_ptr, offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
+        number = mask_class(window, height, width, WINDOW_H, WINDOW_W, N_CLASSES) * n_heads + head
+        at = offsets(batch, y, x, head, strides, HEAD_DIM)
+        k = load_kv(k_ptr, pad_k_ptr, at, real, head, HAS_PAD, HEAD_DIM)
+        v = load_kv(v_ptr, pad_v_ptr, at, real, head, HAS_PAD, HEAD_DIM)
         stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * N_STATS)
         d_k = tl.zeros((OWN, HEAD_DIM), tl.float32)
         d_v = tl.zeros((OWN, HEAD_DIM), tl.float32)
         sums = ()
         for start in tl.static_range(0, WHOLE, BLOCK):
             d_k, d_v, d_bias = _dkdv_step(
-                start, k, v, d_k, d_v, d_biases[start // BLOCK] if HAS_BIAS else 0.0, at_border, real, region, window,
-                head, row, grad_ptr, q_ptr, bias_ptr, stats, grad_strides, q_strides, height, width, scale,
-                WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, HAS_BIAS, HIDES_PADS, N_ROWS, N_STATS, OWN, BLOCK,
+                start, k, v, d_k, d_v, d_biases[start // BLOCK] if HAS_BIAS else 0.0, window, head, number,
+                row, window < n_windows, grad_ptr, q_ptr, mask_ptr, stats, grad_strides, strides, height, width, scale,
+                WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, HAS_BIAS, N_ROWS, N_STATS, STAGED, OWN, BLOCK,
                 HEAD_DIM,
             )  # fmt: skip
             if HAS_BIAS:
                 sums = sums + (d_bias,)  # noqa: RUF005
         if REST:
             d_k, d_v, d_bias = _dkdv_step(
-                WHOLE, k, v, d_k, d_v, d_biases[WHOLE // BLOCK] if HAS_BIAS else 0.0, at_border, real, region, window,
-                head, row, grad_ptr, q_ptr, bias_ptr, stats, grad_strides, q_strides, height, width, scale,
-                WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, HAS_BIAS, HIDES_PADS, N_ROWS, N_STATS, OWN, REST,
+                WHOLE, k, v, d_k, d_v, d_biases[WHOLE // BLOCK] if HAS_BIAS else 0.0, window, head, number,
+                row, window < n_windows, grad_ptr, q_ptr, mask_ptr, stats, grad_strides, strides, height, width, scale,
+                WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, HAS_BIAS, N_ROWS, N_STATS, STAGED, OWN, REST,
                 HEAD_DIM,
             )  # fmt: skip
             if HAS_BIAS:
                 sums = sums + (d_bias,)  # noqa: RUF005
         d_biases = sums
         d_k = d_k * scale
-        tl.store(d_k_ptr + offsets(batch, y, x, head, d_k_strides, HEAD_DIM), d_k.to(k.dtype), mask=real[:, None])
-        tl.store(d_v_ptr + offsets(batch, y, x, head, d_v_strides, HEAD_DIM), d_v.to(v.dtype), mask=real[:, None])
+        at = offsets(batch, y, x, head, d_strides, HEAD_DIM)
+        tl.store(d_k_ptr + at, d_k.to(k.dtype), mask=real[:, None])
+        tl.store(d_v_ptr + at, d_v.to(v.dtype), mask=real[:, None])
         if HAS_PAD:
             is_pad = ((tokens < N_TOKENS) & (real == 0))[:, None]
             d_pad_k += tl.sum(tl.where(is_pad, d_k, 0.0), 0)
             d_pad_v += tl.sum(tl.where(is_pad, d_v, 0.0), 0)
     if HAS_BIAS:
-        slot = d_bias_ptr + (first * n_heads + head).to(tl.int64) * (N_TOKENS * N_TOKENS)
+        N_COLUMNS: tl.constexpr = min(N_OWN * OWN, N_TOKENS - FIRST)
+        slot = d_bias_ptr + (first * n_heads + head).to(tl.int64) * (N_TOKENS * N_COLUMNS)
         for start in tl.static_range(0, WHOLE, BLOCK):
-            _store_bias_tile(slot, tokens, start, d_biases[start // BLOCK], N_TOKENS, BLOCK)
+            _store_bias_tile(slot, tokens - FIRST, start, d_biases[start // BLOCK], N_TOKENS, N_COLUMNS, BLOCK)
         if REST:
-            _store_bias_tile(slot, tokens, WHOLE, d_biases[WHOLE // BLOCK], N_TOKENS, REST)
+            _store_bias_tile(slot, tokens - FIRST, WHOLE, d_biases[WHOLE // BLOCK], N_TOKENS, N_COLUMNS, REST)
     if HAS_PAD:
         slot_of_pads = ((first * N_OWN + tl.program_id(0) % N_OWN) * n_heads + head).to(tl.int64)
         at_pads = d_pad_ptr + slot_of_pads * (2 * HEAD_DIM) + tl.arange(0, HEAD_DIM)

@@ -40,8 +40,6 @@ def locate(
 def offsets(batch, y, x, head, strides, HEAD_DIM: tl.constexpr):
     """Element offsets (tokens, HEAD_DIM) into a (B, H, W, heads, D) tensor whose last stride is 1."""
     stride_b, stride_y, stride_x, stride_h = strides
-    tl.assume(stride_y >= 0)
-    tl.assume(stride_x >= 0)
     rows = batch.to(tl.int64) * stride_b + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x + head * stride_h
     return rows[:, None] + tl.arange(0, HEAD_DIM)[None, :]
 

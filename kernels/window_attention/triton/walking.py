@@ -78,8 +78,11 @@ def _mask_tile(
 
 
 @triton.jit
-def _own(n_heads, FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.constexpr):
+def _own(n_heads, strides, FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.constexpr):
     """(tokens that a program works for, head, first window, step to the next)."""
+    # Otherwise the compiler, which knows that coordinates are not negative, multiplies 64 bits by 64.
+    tl.assume(strides[1] >= 0)
+    tl.assume(strides[2] >= 0)
     tokens = FIRST + (tl.program_id(0) % N_OWN) * OWN + tl.arange(0, OWN)
     head = (tl.program_id(0) // N_OWN) % n_heads
     return tokens, head, tl.program_id(0) // (N_OWN * n_heads), tl.num_programs(0) // (N_OWN * n_heads)
@@ -125,7 +128,7 @@ def _window_fwd_walking_kernel(
     WHOLE: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, STAGED: tl.constexpr,
 ):  # fmt: skip
     """One program: one block of queries of one head, in every `step`-th window."""
-    q_tokens, head, first, step = _own(n_heads, FIRST, OWN, N_OWN)
+    q_tokens, head, first, step = _own(n_heads, strides, FIRST, OWN, N_OWN)
     row = FIRST + (tl.program_id(0) % N_OWN) * OWN
     for window in range(first, n_windows, step):
         batch, y, x, real, region = locate(
@@ -187,7 +190,7 @@ def _window_bwd_dq_walking_kernel(
 
     In one pass: d_q is the sum of P (dP - correction) k, which is (sum of P dP k) - correction (sum of P k).
     """
-    q_tokens, head, first, step = _own(n_heads, FIRST, OWN, N_OWN)
+    q_tokens, head, first, step = _own(n_heads, strides, FIRST, OWN, N_OWN)
     row = FIRST + (tl.program_id(0) % N_OWN) * OWN
     for window in range(first, n_windows, step):
         batch, y, x, real, region = locate(
@@ -291,7 +294,7 @@ def _window_bwd_dkdv_walking_kernel(
 ):  # fmt: skip
     """Gradients of keys and values: one block of keys of one head, in every `step`-th window; and of the bias there."""
     N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
-    tokens, head, first, step = _own(n_heads, FIRST, OWN, N_OWN)
+    tokens, head, first, step = _own(n_heads, strides, FIRST, OWN, N_OWN)
     row = FIRST + (tl.program_id(0) % N_OWN) * OWN
     d_biases = ()
     if HAS_BIAS:

@@ -1,4 +1,4 @@
-"""Where a window's tokens are, and who sees whom."""
+"""Where a window's tokens are, and which of them see each other."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from vitrail.kernels._common.triton import finite, load_kv
 from vitrail.kernels.window_attention.triton.index import locate, mask_class, offsets, window_of_class
+from vitrail.kernels.window_attention.triton.tiles import store_pad_gradients
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -32,12 +33,10 @@ def _window_mask_kernel(
     window = window_of_class(number, height, width, WINDOW_H, WINDOW_W, N_CLASSES)
     index = tl.arange(0, 256)
     row = row_fragment * 16 + (index // 2) % 2 * 8 + index // 32
-    for column_fragment in range(0, N_COLUMNS // 16):
+    for column_fragment in range(N_COLUMNS // 16):
         column = column_fragment * 16 + (index // 4) % 2 * 8 + (index // 8) % 4 * 2 + index % 2
         queries, keys = (column, row) if KEYS_FIRST else (row, column)
-        _, _, _, _, q_region = locate(
-            queries, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
-        )
+        _, _, _, _, q_region = locate(queries, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST)
         _, _, _, k_real, k_region = locate(
             keys, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
         )
@@ -90,14 +89,15 @@ def _own(n_heads, strides, FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.con
 
 @triton.jit
 def _keys(
-    START: tl.constexpr, q, window, head, number, row, always, k_ptr, v_ptr, mask_ptr, pad_k_ptr, pad_v_ptr, strides, height, width, scale,
+    START: tl.constexpr, q, window, head, number, row, always, k_ptr, v_ptr, mask_ptr, pad_k_ptr, pad_v_ptr,
+    strides, height, width, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
     ROLL_FIRST: tl.constexpr, HAS_PAD: tl.constexpr, N_ROWS: tl.constexpr, N_COLUMNS: tl.constexpr,
     STAGED: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys and values, and the queries' logits."""
     tokens = START + tl.arange(0, BLOCK)
-    batch, y, x, real, region = locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST)
+    batch, y, x, real, _region = locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST)
     at = offsets(batch, y, x, head, strides, HEAD_DIM)
     k = load_kv(k_ptr, pad_k_ptr, at, real, head, HAS_PAD, HEAD_DIM)
     v = load_kv(v_ptr, pad_v_ptr, at, real, head, HAS_PAD, HEAD_DIM)
@@ -123,7 +123,7 @@ def _window_fwd_walking_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, pad_k_ptr, pad_v_ptr, out_ptr,
     strides, out_strides, height, width, n_windows, n_heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
-    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, N_CLASSES: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, HAS_PAD: tl.constexpr, N_CLASSES: tl.constexpr,
     HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.constexpr, N_ROWS: tl.constexpr,
     WHOLE: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, STAGED: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +131,7 @@ def _window_fwd_walking_kernel(
     q_tokens, head, first, step = _own(n_heads, strides, FIRST, OWN, N_OWN)
     row = FIRST + (tl.program_id(0) % N_OWN) * OWN
     for window in range(first, n_windows, step):
-        batch, y, x, real, region = locate(
+        batch, y, x, real, _region = locate(
             q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
         )
         number = mask_class(window, height, width, WINDOW_H, WINDOW_W, N_CLASSES) * n_heads + head
@@ -139,18 +139,11 @@ def _window_fwd_walking_kernel(
         maximum = tl.full((OWN,), float("-inf"), tl.float32)
         total = tl.zeros((OWN,), tl.float32)
         out = tl.zeros((OWN, HEAD_DIM), tl.float32)
-        for start in tl.static_range(0, WHOLE, BLOCK):
+        for tile in tl.static_range(WHOLE // BLOCK + (REST > 0)):
             _k, v, logits = _keys(
-                start, q, window, head, number, row, window < n_windows, k_ptr, v_ptr, mask_ptr, pad_k_ptr, pad_v_ptr, strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X,
-                ROLL_FIRST, HAS_PAD, N_ROWS, WHOLE + REST, STAGED, OWN, BLOCK,
-                HEAD_DIM,
-            )  # fmt: skip
-            maximum, total, out = _fwd_step(v, logits, maximum, total, out)
-        if REST:
-            _k, v, logits = _keys(
-                WHOLE, q, window, head, number, row, window < n_windows, k_ptr, v_ptr, mask_ptr, pad_k_ptr, pad_v_ptr, strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X,
-                ROLL_FIRST, HAS_PAD, N_ROWS, WHOLE + REST, STAGED, OWN, REST,
-                HEAD_DIM,
+                tile * BLOCK, q, window, head, number, row, window < n_windows, k_ptr, v_ptr, mask_ptr, pad_k_ptr,
+                pad_v_ptr, strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, HAS_PAD,
+                N_ROWS, WHOLE + REST, STAGED, OWN, BLOCK if tile * BLOCK < WHOLE else REST, HEAD_DIM,
             )  # fmt: skip
             maximum, total, out = _fwd_step(v, logits, maximum, total, out)
         out = out / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -182,7 +175,7 @@ def _window_bwd_dq_walking_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, pad_k_ptr, pad_v_ptr, d_q_ptr, stats_ptr,
     grad_strides, strides, d_q_strides, height, width, n_windows, n_heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
-    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, N_CLASSES: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, HAS_PAD: tl.constexpr, N_CLASSES: tl.constexpr,
     HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.constexpr, N_ROWS: tl.constexpr,
     WHOLE: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, STAGED: tl.constexpr, N_STATS: tl.constexpr,
 ):  # fmt: skip
@@ -193,7 +186,7 @@ def _window_bwd_dq_walking_kernel(
     q_tokens, head, first, step = _own(n_heads, strides, FIRST, OWN, N_OWN)
     row = FIRST + (tl.program_id(0) % N_OWN) * OWN
     for window in range(first, n_windows, step):
-        batch, y, x, real, region = locate(
+        batch, y, x, real, _region = locate(
             q_tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
         )
         number = mask_class(window, height, width, WINDOW_H, WINDOW_W, N_CLASSES) * n_heads + head
@@ -204,20 +197,11 @@ def _window_bwd_dq_walking_kernel(
         correction = tl.zeros((OWN,), tl.float32)
         weighted = tl.zeros((OWN, HEAD_DIM), tl.float32)
         mean_key = tl.zeros((OWN, HEAD_DIM), tl.float32)
-        for start in tl.static_range(0, WHOLE, BLOCK):
+        for tile in tl.static_range(WHOLE // BLOCK + (REST > 0)):
             k, v, logits = _keys(
-                start, q, window, head, number, row, window < n_windows, k_ptr, v_ptr, mask_ptr, pad_k_ptr, pad_v_ptr, strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X,
-                ROLL_FIRST, HAS_PAD, N_ROWS, WHOLE + REST, STAGED, OWN, BLOCK,
-                HEAD_DIM,
-            )  # fmt: skip
-            maximum, total, correction, weighted, mean_key = _dq_step(
-                grad, k, v, logits, maximum, total, correction, weighted, mean_key
-            )
-        if REST:
-            k, v, logits = _keys(
-                WHOLE, q, window, head, number, row, window < n_windows, k_ptr, v_ptr, mask_ptr, pad_k_ptr, pad_v_ptr, strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X,
-                ROLL_FIRST, HAS_PAD, N_ROWS, WHOLE + REST, STAGED, OWN, REST,
-                HEAD_DIM,
+                tile * BLOCK, q, window, head, number, row, window < n_windows, k_ptr, v_ptr, mask_ptr, pad_k_ptr,
+                pad_v_ptr, strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, HAS_PAD,
+                N_ROWS, WHOLE + REST, STAGED, OWN, BLOCK if tile * BLOCK < WHOLE else REST, HEAD_DIM,
             )  # fmt: skip
             maximum, total, correction, weighted, mean_key = _dq_step(
                 grad, k, v, logits, maximum, total, correction, weighted, mean_key
@@ -235,19 +219,17 @@ def _window_bwd_dq_walking_kernel(
 
 @triton.jit
 def _dkdv_step(
-    START: tl.constexpr, k, v, d_k, d_v, d_bias, window, head, number, row, always, grad_ptr, q_ptr, mask_ptr, stats,
+    START: tl.constexpr, k, v, d_k, d_v, window, head, number, row, always, grad_ptr, q_ptr, mask_ptr, stats,
     grad_strides, strides, height, width, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
-    ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, N_ROWS: tl.constexpr, N_STATS: tl.constexpr,
-    STAGED: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, N_ROWS: tl.constexpr, N_STATS: tl.constexpr, STAGED: tl.constexpr,
+    OWN: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """One more tile of queries in the gradients of keys, values and bias, whose rows are the keys here."""
+    """One more tile of queries in the gradients of keys and values; and that of the logits, whose rows are keys."""
     tokens = START + tl.arange(0, BLOCK)
-    batch, y, x, q_real, q_region = locate(
-        tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
-    )
-    q = tl.load(q_ptr + offsets(batch, y, x, head, strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
-    grad = tl.load(grad_ptr + offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
+    batch, y, x, real, _region = locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST)
+    q = tl.load(q_ptr + offsets(batch, y, x, head, strides, HEAD_DIM), mask=real[:, None], other=0.0)
+    grad = tl.load(grad_ptr + offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=real[:, None], other=0.0)
     row_lse = tl.load(stats + tokens)
     correction = tl.load(stats + N_STATS + tokens)
     logits = tl.dot(k, tl.trans(q)) * scale
@@ -256,20 +238,16 @@ def _dkdv_step(
     d_v = tl.dot(weights.to(v.dtype), grad, acc=d_v)
     d_weights = tl.dot(v, tl.trans(grad))
     d_logits = weights * (d_weights - correction[None, :])
-    if HAS_BIAS:
-        d_bias += d_logits
     d_k = tl.dot(d_logits.to(q.dtype), q, acc=d_k)
-    return d_k, d_v, d_bias
+    return d_k, d_v, d_logits
 
 
 @triton.jit
 def _bias_sums(OWN: tl.constexpr, WHOLE: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr):
     """Zeros for all tiles of some rows."""
     tiles = ()
-    for _ in tl.static_range(0, WHOLE, BLOCK):
-        tiles = tiles + (tl.zeros((OWN, BLOCK), tl.float32),)  # noqa: RUF005
-    if REST:
-        tiles = tiles + (tl.zeros((OWN, REST), tl.float32),)  # noqa: RUF005
+    for tile in tl.static_range(WHOLE // BLOCK + (REST > 0)):
+        tiles = tiles + (tl.zeros((OWN, BLOCK if tile * BLOCK < WHOLE else REST), tl.float32),)  # noqa: RUF005
     return tiles
 
 
@@ -294,6 +272,7 @@ def _window_bwd_dkdv_walking_kernel(
 ):  # fmt: skip
     """Gradients of keys and values: one block of keys of one head, in every `step`-th window; and of the bias there."""
     N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
+    N_TILES: tl.constexpr = WHOLE // BLOCK + (REST > 0)
     tokens, head, first, step = _own(n_heads, strides, FIRST, OWN, N_OWN)
     row = FIRST + (tl.program_id(0) % N_OWN) * OWN
     d_biases = ()
@@ -303,7 +282,7 @@ def _window_bwd_dkdv_walking_kernel(
         d_pad_k = tl.zeros((HEAD_DIM,), tl.float32)
         d_pad_v = tl.zeros((HEAD_DIM,), tl.float32)
     for window in range(first, n_windows, step):
-        batch, y, x, real, region = locate(
+        batch, y, x, real, _region = locate(
             tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
         )
         number = mask_class(window, height, width, WINDOW_H, WINDOW_W, N_CLASSES) * n_heads + head
@@ -313,26 +292,16 @@ def _window_bwd_dkdv_walking_kernel(
         stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * N_STATS)
         d_k = tl.zeros((OWN, HEAD_DIM), tl.float32)
         d_v = tl.zeros((OWN, HEAD_DIM), tl.float32)
-        sums = ()
-        for start in tl.static_range(0, WHOLE, BLOCK):
-            d_k, d_v, d_bias = _dkdv_step(
-                start, k, v, d_k, d_v, d_biases[start // BLOCK] if HAS_BIAS else 0.0, window, head, number,
-                row, window < n_windows, grad_ptr, q_ptr, mask_ptr, stats, grad_strides, strides, height, width, scale,
-                WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, HAS_BIAS, N_ROWS, N_STATS, STAGED, OWN, BLOCK,
-                HEAD_DIM,
+        new_d_biases = ()
+        for tile in tl.static_range(N_TILES):
+            d_k, d_v, d_logits = _dkdv_step(
+                tile * BLOCK, k, v, d_k, d_v, window, head, number, row, window < n_windows, grad_ptr, q_ptr, mask_ptr,
+                stats, grad_strides, strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST,
+                N_ROWS, N_STATS, STAGED, OWN, BLOCK if tile * BLOCK < WHOLE else REST, HEAD_DIM,
             )  # fmt: skip
             if HAS_BIAS:
-                sums = sums + (d_bias,)  # noqa: RUF005
-        if REST:
-            d_k, d_v, d_bias = _dkdv_step(
-                WHOLE, k, v, d_k, d_v, d_biases[WHOLE // BLOCK] if HAS_BIAS else 0.0, window, head, number,
-                row, window < n_windows, grad_ptr, q_ptr, mask_ptr, stats, grad_strides, strides, height, width, scale,
-                WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, HAS_BIAS, N_ROWS, N_STATS, STAGED, OWN, REST,
-                HEAD_DIM,
-            )  # fmt: skip
-            if HAS_BIAS:
-                sums = sums + (d_bias,)  # noqa: RUF005
-        d_biases = sums
+                new_d_biases = new_d_biases + (d_biases[tile] + d_logits,)  # noqa: RUF005
+        d_biases = new_d_biases
         d_k = d_k * scale
         at = offsets(batch, y, x, head, d_strides, HEAD_DIM)
         tl.store(d_k_ptr + at, d_k.to(k.dtype), mask=real[:, None])
@@ -344,12 +313,11 @@ def _window_bwd_dkdv_walking_kernel(
     if HAS_BIAS:
         N_COLUMNS: tl.constexpr = min(N_OWN * OWN, N_TOKENS - FIRST)
         slot = d_bias_ptr + (first * n_heads + head).to(tl.int64) * (N_TOKENS * N_COLUMNS)
-        for start in tl.static_range(0, WHOLE, BLOCK):
-            _store_bias_tile(slot, tokens - FIRST, start, d_biases[start // BLOCK], N_TOKENS, N_COLUMNS, BLOCK)
-        if REST:
-            _store_bias_tile(slot, tokens - FIRST, WHOLE, d_biases[WHOLE // BLOCK], N_TOKENS, N_COLUMNS, REST)
+        for tile in tl.static_range(N_TILES):
+            _store_bias_tile(
+                slot, tokens - FIRST, tile * BLOCK, d_biases[tile], N_TOKENS, N_COLUMNS,
+                BLOCK if tile * BLOCK < WHOLE else REST,
+            )  # fmt: skip
     if HAS_PAD:
-        slot_of_pads = ((first * N_OWN + tl.program_id(0) % N_OWN) * n_heads + head).to(tl.int64)
-        at_pads = d_pad_ptr + slot_of_pads * (2 * HEAD_DIM) + tl.arange(0, HEAD_DIM)
-        tl.store(at_pads, d_pad_k)
-        tl.store(at_pads + HEAD_DIM, d_pad_v)
+        pad_slot = ((first * N_OWN + tl.program_id(0) % N_OWN) * n_heads + head).to(tl.int64)
+        store_pad_gradients(d_pad_ptr, pad_slot, d_pad_k, d_pad_v, HEAD_DIM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -12,13 +13,15 @@ from _seeds import seeds
 from torch import Tensor
 
 from vitrail.kernels._common.dispatch import HAS_TRITON
+from vitrail.kernels._common.recording import padding_to
 from vitrail.kernels.window_attention import window_attention, window_attention_packed
+from vitrail.kernels.window_attention.reference import _attention_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 
-# The first and the third are cut into several tiles.
+# The first and the third are cut into several tiles, by kernels that walk where the dtype is a half one.
 _WINDOWS = [(9, 9), (7, 7), (5, 14), (3, 4), (1, 5)]
 
 
@@ -70,6 +73,11 @@ def _run(inputs: list[Tensor], options: dict[str, Any], grad: Tensor, dtype: tor
 @pytest.mark.parametrize("seed", seeds(15))
 def test_fused_is_as_exact_as_eager(seed: int, dtype: torch.dtype) -> None:
     inputs, options, grad = _case(seed, dtype)
+    _compare(inputs, options, grad, dtype)
+
+
+def _compare(inputs: list[Tensor], options: dict[str, Any], grad: Tensor, dtype: torch.dtype) -> None:
+    """The fused operator errs at most twice as much as the eager one."""
     truth = _run(inputs, options, grad, torch.float64, "eager")
     eager = _run(inputs, options, grad, dtype, "eager")
     fused = _run(inputs, options, grad, dtype, "triton")
@@ -77,6 +85,90 @@ def test_fused_is_as_exact_as_eager(seed: int, dtype: torch.dtype) -> None:
         scale = exact.norm() + 1e-12
         assert ours.isfinite().all()
         assert (ours.double() - exact).norm() / scale <= allowed_error(exact, theirs, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("roll_first", [False, True])
+@pytest.mark.parametrize(
+    ("size", "shift"), [((27, 36), (4, 3)), ((20, 30), (0, 0)), ((20, 30), (4, 3)), ((5, 12), (8, 8))]
+)
+def test_masks_of_classes_are_those_of_windows(size: tuple[int, int], shift: tuple[int, int], roll_first: bool) -> None:
+    """What kernels that walk add to a window's logits, against the reference's mask of each window."""
+    from vitrail.kernels.window_attention.triton.launch import _Problem
+
+    window, (height, width) = (9, 9), size
+    q = torch.zeros(1, height, width, 2, 16, dtype=torch.float16, device=DEVICE)
+    bias = torch.randn(2, 81, 81, dtype=torch.float16, device=DEVICE)
+    problem = _Problem(q, bias, None, window, shift, 1.0, roll_first)
+    masks = problem.mask(bias, 96, 128)
+    # Fragments of 16 x 16, of which a thread has 2 x 2 pairs.
+    masks = masks.view(-1, 2, 6, 8, 8, 4, 2, 2, 2).permute(0, 1, 2, 7, 4, 3, 6, 5, 8).reshape(-1, 2, 96, 128)
+    assert masks[:, :, 81:].isneginf().all()
+    assert masks[:, :, :, 81:].isneginf().all()
+    pads = (padding_to(height, 9), padding_to(width, 9))
+    visible = _attention_mask(height, width, pads, window, shift, False, roll_first, q.device)
+    rows, columns = (height + pads[0]) // 9, (width + pads[1]) // 9
+    for row, column in itertools.product(range(rows), range(columns)):
+        classes = problem.n_classes
+        number = max(row - rows + classes, 0) * classes + max(column - columns + classes, 0)
+        got, seen = masks[number, :, :81, :81], torch.ones(81, 81, dtype=torch.bool, device=DEVICE)
+        if visible is not None:
+            seen = visible[row * columns + column]
+        # Padded queries, whose results are dropped, see padded keys in the reference only.
+        queries = _real_tokens(row, column, size, pads, shift, roll_first)
+        want = bias.masked_fill(~seen, -torch.inf)
+        assert torch.equal(got[:, queries], want[:, queries])
+
+
+def _real_tokens(
+    row: int, column: int, size: tuple[int, int], pads: tuple[int, int], shift: tuple[int, int], roll_first: bool
+) -> Tensor:
+    """Which tokens of a window of 9 x 9 are pixels, (81,) of bool."""
+    found = []
+    for first, length, pad, move in zip((row * 9, column * 9), size, pads, shift, strict=True):
+        place = torch.arange(first, first + 9)
+        found.append((place if roll_first else (place + move) % (length + pad)) < length)
+    return (found[0][:, None] & found[1][None, :]).flatten()
+
+
+@needs_triton
+@pytest.mark.parametrize("tokens", [65, 81, 96, 128, 144, 196, 256])
+@pytest.mark.parametrize("own", [64, 128])
+@pytest.mark.parametrize("splits", [False, True])
+def test_blocks_and_tiles_hold_every_token_once(tokens: int, own: int, splits: bool) -> None:
+    from vitrail.kernels._common.launch import Config
+    from vitrail.kernels.window_attention.triton.launch import Walk
+
+    walk = Walk(own, 32, splits, False, Config(own // 16, 1, 1))
+    end = 0
+    for first, size, number in walk.blocks(tokens):
+        assert first == end
+        end += size * number
+    assert tokens <= end == walk.rows(tokens)
+    cut = walk.cut(tokens)
+    assert tokens <= cut["WHOLE"] + cut["REST"] == walk.columns(tokens) <= walk.rows(tokens)
+
+
+@needs_triton
+@pytest.mark.parametrize("own", [64, 128])
+def test_rests_with_launches_of_their_own(own: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other way to cut a window: what is left of it in blocks, or not, of its own size."""
+    from vitrail.kernels.window_attention.triton import launch
+
+    walks = {
+        kernel: {most: walk._replace(own=own, splits=not walk.splits) for most, walk in widths.items()}
+        for kernel, widths in launch.WALKS.items()
+    }
+    monkeypatch.setattr(launch, "WALKS", walks)
+    generator = torch.Generator().manual_seed(own)
+    inputs = [
+        torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE)
+        for s in ((1, 8, 9, 3, 1, 16), (1, 81, 81), (1, 16), (1, 16))
+    ]
+    grad = torch.randn(1, 8, 9, 1, 16, generator=generator, dtype=torch.float64).to(DEVICE)
+    options = {"window_size": (9, 9), "shift_size": (4, 4), "roll_first": False, "packed": True}
+    options["names"] = ["bias", "pad_k", "pad_v"]
+    _compare(inputs, options, grad, torch.float16)
 
 
 @pytest.mark.parametrize("shift", [(0, 0), (1, 2)])

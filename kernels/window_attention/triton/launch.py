@@ -102,16 +102,22 @@ WALKS = {
         64: Walk(64, 32, False, False, Config(4, 1, 2)),
     },
 }
-_TILED = ("fwd_tiled", "bwd_dq", "bwd_dkdv", "bwd_dbias")
-# Of the other kernels. Tensor cores do not multiply float32 in full: its products take more registers.
+# Of the other kernels in half precision.
 CONFIGS = {
     "fwd": Config(4, 3, 8),
     "bwd": Config(4, 2, 4),
-    **dict.fromkeys(_TILED, Config(4, 2, 4)),
+    "fwd_tiled": Config(4, 2),
+    "bwd_dq": Config(4, 2),
+    "bwd_dkdv": Config(4, 2),
+    "bwd_dbias": Config(4, 2, 4),
 }
-CONFIGS_FLOAT32 = dict.fromkeys(CONFIGS, Config(8, 2, 2))
-# A pipeline would need more shared memory than there is.
-CONFIGS_FLOAT32_WIDE = dict.fromkeys(CONFIGS, Config(16, 1, 1))
+# Tensor cores do not multiply float32 in full: a thread holds whole rows of both factors, so that wider heads take more
+# threads. A pipeline would need more shared memory than there is for the widest.
+CONFIGS_FLOAT32 = {
+    32: {**dict.fromkeys(CONFIGS, Config(8, 2, 2)), "bwd_dkdv": Config(16, 2)},
+    64: dict.fromkeys(CONFIGS, Config(16, 1, 1)),
+    128: {**CONFIGS, "fwd": Config(16, 1, 1), "bwd": Config(8, 1, 2), "fwd_tiled": Config(16, 1)},
+}
 
 
 class _Problem:
@@ -171,7 +177,7 @@ class _Problem:
         """How one of the kernels that do not walk over windows of several tiles is launched."""
         if self.dtype != torch.float32:
             return CONFIGS[kernel]
-        return (CONFIGS_FLOAT32 if self.head_dim <= 64 else CONFIGS_FLOAT32_WIDE)[kernel]
+        return next(configs[kernel] for most, configs in CONFIGS_FLOAT32.items() if self.head_dim <= most)
 
     def walk(self, kernel: str) -> Walk:
         """How a kernel walks over windows of several tiles, for this width of heads."""

@@ -15,7 +15,6 @@ from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
 from vitrail.kernels._common.launch import Config, contiguous, launch, map_strides, multiprocessors, unit_stride
 from vitrail.kernels.window_attention.triton.one_tile import _window_bwd_kernel, _window_fwd_kernel
 from vitrail.kernels.window_attention.triton.tiled import (
-    BLOCK,
     _window_bwd_dbias_kernel,
     _window_bwd_dkdv_kernel,
     _window_bwd_dq_kernel,
@@ -29,9 +28,9 @@ from vitrail.kernels.window_attention.triton.walking import (
 )
 
 _ONE_TILE = 64  # most tokens of a window that is one tile
+_WIDEST_TILE = 256  # most bytes of a head for that: float32's products of more would not fit into the registers
 _MOST_WALKED = 256  # most tokens of a window whose bias gradient fits into the registers, a block of keys a program
 _WIDEST_WALKED = 64  # most channels of a head for that
-_BLOCK = BLOCK.value
 
 
 class Walk(NamedTuple):
@@ -112,11 +111,11 @@ CONFIGS = {
     "bwd_dbias": Config(4, 2, 4),
 }
 # Tensor cores do not multiply float32 in full: a thread holds whole rows of both factors, so that wider heads take more
-# threads. A pipeline would need more shared memory than there is for the widest.
+# threads.
 CONFIGS_FLOAT32 = {
-    32: {**dict.fromkeys(CONFIGS, Config(8, 2, 2)), "bwd_dkdv": Config(16, 2)},
-    64: dict.fromkeys(CONFIGS, Config(16, 1, 1)),
-    128: {**CONFIGS, "fwd": Config(16, 1, 1), "bwd": Config(8, 1, 2), "fwd_tiled": Config(16, 1)},
+    32: {**dict.fromkeys(CONFIGS, Config(4, 1, 4)), "fwd": Config(8, 2, 2), "bwd": Config(8, 2, 2)},
+    64: {**dict.fromkeys(CONFIGS, Config(8, 1, 2)), "fwd": Config(16, 1, 1), "bwd": Config(16, 1, 1)},
+    128: dict.fromkeys(CONFIGS, Config(8, 1, 2)),
 }
 
 
@@ -165,13 +164,18 @@ class _Problem:
     @property
     def is_one_tile(self) -> bool:
         """Whether a window is one tile."""
-        return self.tokens <= _ONE_TILE
+        return self.tokens <= _ONE_TILE and self.head_dim * self.dtype.itemsize <= _WIDEST_TILE
 
     @property
     def is_walked(self) -> bool:
         """Whether the kernels that walk take a window of several tiles."""
         is_half = self.dtype != torch.float32
         return is_half and self.tokens <= _MOST_WALKED and self.head_dim <= _WIDEST_WALKED
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block of a large window."""
+        return 64 if self.dtype != torch.float32 else 32
 
     def config(self, kernel: str) -> Config:
         """How one of the kernels that do not walk over windows of several tiles is launched."""
@@ -193,15 +197,17 @@ class _Problem:
 
     def tiled_constants(self) -> dict[str, Any]:
         """Compile-time parameters of kernels for large windows, but for those of a launch."""
-        whole, rest = _whole_and_rest(self.tokens, _BLOCK)
-        return self.constants | {"WHOLE": whole, "REST": rest}
+        whole, rest = _whole_and_rest(self.tokens, self.block)
+        return self.constants | {"WHOLE": whole, "REST": rest, "BLOCK": self.block}
 
     def tiled_launches(self) -> Iterator[tuple[tuple[int], dict[str, Any]]]:
         """Grids and compile-time parameters that cover all windows: their whole blocks, then their rests."""
         constants = self.tiled_constants()
         whole, rest = constants["WHOLE"], constants["REST"]
-        n_whole = whole // _BLOCK
-        yield (self.n_windows * self.heads * n_whole,), constants | {"FIRST": 0, "OWN": _BLOCK, "N_OWN": n_whole}
+        n_whole = whole // self.block
+        if whole:
+            blocks = {"FIRST": 0, "OWN": self.block, "N_OWN": n_whole}
+            yield (self.n_windows * self.heads * n_whole,), constants | blocks
         if rest:
             yield (self.n_windows * self.heads,), constants | {"FIRST": whole, "OWN": rest, "N_OWN": 1}
 
@@ -301,7 +307,7 @@ def _padded_bias(problem: _Problem, bias: Tensor | None) -> Tensor | None:
     """The bias as the kernels for large windows read it: -inf where the tiles are larger than the window."""
     if bias is None:
         return None
-    missing = sum(_whole_and_rest(problem.tokens, _BLOCK)) - problem.tokens
+    missing = sum(_whole_and_rest(problem.tokens, problem.block)) - problem.tokens
     return F.pad(bias, (0, missing, 0, missing), value=-math.inf).contiguous()
 
 
@@ -388,10 +394,10 @@ def _backward_tiled(
 ) -> tuple[Tensor, Tensor]:
     """Runs the kernels for large windows; returns partial sums like `_backward_one_tile`."""
     inputs = (*inputs[:4], _padded_bias(problem, inputs[4]), *inputs[5:])
-    n_blocks = math.ceil(problem.tokens / _BLOCK)
+    n_blocks = math.ceil(problem.tokens / problem.block)
     splits = problem.walkers(problem.config("bwd_dbias").programs, n_blocks**2)
     bias_slots, pad_slots = problem.slots(splits, problem.n_windows * n_blocks)
-    rows = (problem.n_windows * problem.heads, 2, sum(_whole_and_rest(problem.tokens, _BLOCK)))
+    rows = (problem.n_windows * problem.heads, 2, sum(_whole_and_rest(problem.tokens, problem.block)))
     stats = torch.empty(rows, dtype=torch.float32, device=problem.device)
     d_q, d_k, d_v = gradients
     strides = map_strides(*inputs[:4])

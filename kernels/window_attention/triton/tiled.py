@@ -12,7 +12,6 @@ from vitrail.kernels.window_attention.triton.index import locate, offsets
 from vitrail.kernels.window_attention.triton.tiles import masked_logits, store_pad_gradients
 
 _LOG2E = tl.constexpr(math.log2(math.e))
-BLOCK = tl.constexpr(64)
 
 
 @triton.jit
@@ -26,7 +25,7 @@ def _load_padded_bias(ptr, head, q_tokens, k_tokens, ROWS: tl.constexpr):
 def _own_block(
     n_heads, height, width,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
-    ROLL_FIRST: tl.constexpr, FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.constexpr,
 ):  # fmt: skip
     """The tokens that a program works for: (head, window, block, tokens, where they are).
 
@@ -80,12 +79,12 @@ def _window_fwd_tiled_kernel(
     q_strides, k_strides, v_strides, out_strides, height, width, n_heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
     ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
-    WHOLE: tl.constexpr, REST: tl.constexpr, HEAD_DIM: tl.constexpr,
+    WHOLE: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.constexpr,
 ):  # fmt: skip
     """One program: one block of queries of one window and head, over all blocks of keys."""
     head, window, _block, q_tokens, batch, y, x, real, region = _own_block(
-        n_heads, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, FIRST, OWN, N_OWN
+        n_heads, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, BLOCK, FIRST, OWN, N_OWN
     )
     q = tl.load(q_ptr + offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
     maximum = tl.full((OWN,), float("-inf"), tl.float32)
@@ -137,7 +136,7 @@ def _window_bwd_dq_kernel(
     grad_strides, q_strides, k_strides, v_strides, d_q_strides, height, width, n_heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
     ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
-    WHOLE: tl.constexpr, REST: tl.constexpr, HEAD_DIM: tl.constexpr,
+    WHOLE: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.constexpr,
 ):  # fmt: skip
     """One program: gradient of one block of queries; leaves the rows' statistics for the other backward kernels.
@@ -145,7 +144,7 @@ def _window_bwd_dq_kernel(
     The first pass over the keys finds each row's log-sum-exp and softmax correction, the second its gradient.
     """
     head, window, _block, q_tokens, batch, y, x, real, region = _own_block(
-        n_heads, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, FIRST, OWN, N_OWN
+        n_heads, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, BLOCK, FIRST, OWN, N_OWN
     )
     q = tl.load(q_ptr + offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=real[:, None], other=0.0)
     grad = tl.load(grad_ptr + offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=real[:, None], other=0.0)
@@ -225,14 +224,14 @@ def _window_bwd_dkdv_kernel(
     grad_strides, q_strides, k_strides, v_strides, d_k_strides, d_v_strides, height, width, n_heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
     ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
-    WHOLE: tl.constexpr, REST: tl.constexpr, HEAD_DIM: tl.constexpr,
+    WHOLE: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     FIRST: tl.constexpr, OWN: tl.constexpr, N_OWN: tl.constexpr,
 ):  # fmt: skip
     """One program: gradients of one block of keys and values, over all blocks of queries."""
     N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
-    NBLOCKS: tl.constexpr = (WHOLE + REST + BLOCK - 1) // BLOCK
+    N_BLOCKS: tl.constexpr = (WHOLE + REST + BLOCK - 1) // BLOCK
     head, window, block, tokens, batch, y, x, real, region = _own_block(
-        n_heads, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, FIRST, OWN, N_OWN
+        n_heads, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, BLOCK, FIRST, OWN, N_OWN
     )
     k = load_kv(k_ptr, pad_k_ptr, offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
     v = load_kv(v_ptr, pad_v_ptr, offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
@@ -257,7 +256,7 @@ def _window_bwd_dkdv_kernel(
         is_pad = ((tokens < N_TOKENS) & (real == 0))[:, None]
         d_pad_k = tl.sum(tl.where(is_pad, d_k, 0.0), 0)
         d_pad_v = tl.sum(tl.where(is_pad, d_v, 0.0), 0)
-        slot = (window * NBLOCKS + block) * n_heads + head
+        slot = (window * N_BLOCKS + block) * n_heads + head
         store_pad_gradients(d_pad_ptr, slot.to(tl.int64), d_pad_k, d_pad_v, HEAD_DIM)
 
 
@@ -267,19 +266,19 @@ def _window_bwd_dbias_kernel(
     grad_strides, q_strides, k_strides, v_strides, height, width, n_windows, n_heads, scale,
     WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFT_Y: tl.constexpr, SHIFT_X: tl.constexpr,
     ROLL_FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, HIDES_PADS: tl.constexpr,
-    WHOLE: tl.constexpr, REST: tl.constexpr, HEAD_DIM: tl.constexpr,
+    WHOLE: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of one head's bias gradient, summed over every `step`-th window."""
     N_TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
-    NBLOCKS: tl.constexpr = (N_TOKENS + BLOCK - 1) // BLOCK
+    N_BLOCKS: tl.constexpr = (N_TOKENS + BLOCK - 1) // BLOCK
     ROWS: tl.constexpr = WHOLE + REST
     SHIFTED: tl.constexpr = SHIFT_Y + SHIFT_X > 0
-    tile = tl.program_id(0) % (NBLOCKS * NBLOCKS)
-    head = (tl.program_id(0) // (NBLOCKS * NBLOCKS)) % n_heads
-    split = tl.program_id(0) // (NBLOCKS * NBLOCKS * n_heads)
-    step = tl.num_programs(0) // (NBLOCKS * NBLOCKS * n_heads)
-    q_tokens = (tile // NBLOCKS) * BLOCK + tl.arange(0, BLOCK)
-    tokens = (tile % NBLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    tile = tl.program_id(0) % (N_BLOCKS * N_BLOCKS)
+    head = (tl.program_id(0) // (N_BLOCKS * N_BLOCKS)) % n_heads
+    split = tl.program_id(0) // (N_BLOCKS * N_BLOCKS * n_heads)
+    step = tl.num_programs(0) // (N_BLOCKS * N_BLOCKS * n_heads)
+    q_tokens = (tile // N_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    tokens = (tile % N_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
     inside = (q_tokens[:, None] < ROWS) & (tokens[None, :] < ROWS)
     bias_offsets = (head * ROWS + q_tokens[:, None]) * ROWS + tokens[None, :]
     b_bias = tl.load(bias_ptr + bias_offsets, mask=inside, other=float("-inf")).to(tl.float32) * _LOG2E

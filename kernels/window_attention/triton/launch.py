@@ -224,8 +224,8 @@ class _Problem:
 
     def mask(self, bias: Tensor | None, rows: int, columns: int, keys_first: bool = False) -> Tensor:
         """Bias, and minus infinity where keys are hidden, as the kernels that walk read it."""
-        options = {"dtype": self.dtype if bias is None else bias.dtype, "device": self.device}
-        mask = torch.empty((self.n_classes**2, self.heads, rows, columns), **options)
+        dtype = self.dtype if bias is None else bias.dtype
+        mask = torch.empty((self.n_classes**2, self.heads, rows, columns), dtype=dtype, device=self.device)
         launch(
             _window_mask_kernel, (self.n_classes**2 * self.heads * rows // 16,), mask, bias, *self.size, self.heads,
             **self.window, HAS_BIAS=self.has_bias, HIDES_PADS=self.hides_pads, N_CLASSES=self.n_classes, N_ROWS=rows,
@@ -235,7 +235,7 @@ class _Problem:
 
     def slots(self, n_bias: int, n_pad: int, keys: int | None = None) -> tuple[Tensor, Tensor]:
         """Uninitialised partial sums over windows: bias (n_bias, heads, T, keys) and padding (n_pad, heads, 2, D)."""
-        options = {"dtype": torch.float32, "device": self.device}
+        options: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
         bias_shape = (n_bias if self.has_bias else 0, self.heads, self.tokens, keys or self.tokens)
         pad_shape = (n_pad if self.has_pad else 0, self.heads, 2, self.head_dim)
         return torch.empty(bias_shape, **options), torch.empty(pad_shape, **options)

@@ -247,7 +247,8 @@ def _bias_sums(OWN: tl.constexpr, WHOLE: tl.constexpr, REST: tl.constexpr, BLOCK
     """Zeros for all tiles of some rows."""
     tiles = ()
     for tile in tl.static_range(WHOLE // BLOCK + (REST > 0)):
-        tiles = tiles + (tl.zeros((OWN, BLOCK if tile * BLOCK < WHOLE else REST), tl.float32),)  # noqa: RUF005
+        zeros = tl.zeros((OWN, BLOCK if tile * BLOCK < WHOLE else REST), tl.float32)
+        tiles = tiles + (zeros,)  # type: ignore[assignment]  # noqa: RUF005
     return tiles
 
 
@@ -300,7 +301,8 @@ def _window_bwd_dkdv_walking_kernel(
                 N_ROWS, N_STATS, STAGED, OWN, BLOCK if tile * BLOCK < WHOLE else REST, HEAD_DIM,
             )  # fmt: skip
             if HAS_BIAS:
-                new_d_biases = new_d_biases + (d_biases[tile] + d_logits,)  # noqa: RUF005
+                d_bias = d_biases[tile] + d_logits
+                new_d_biases = new_d_biases + (d_bias,)  # type: ignore[assignment]  # noqa: RUF005
         d_biases = new_d_biases
         d_k = d_k * scale
         at = offsets(batch, y, x, head, d_strides, HEAD_DIM)

@@ -23,8 +23,8 @@ eight products of tiles where kernels for queries, keys and bias took eleven, an
 Larger windows, those of several tiles in float32 or of wider heads, and all of float32 heads of 128 channels
 (`tiled.py`), are cut into blocks of queries and keys with an online softmax, a program a block and window; the bias
 gradient has a kernel of its own. Blocks are 64 tokens, in float32 32: products outside tensor cores hold whole rows of
-both factors in registers, and larger blocks spill thousands of bytes a thread. What is left of a
-window beyond its whole blocks has a tile of its own size: 12 x 12 tokens are 64 + 64 + 16, not three blocks.
+both factors in registers, and larger blocks spill thousands of bytes a thread. What is left of a window beyond its
+whole blocks has a tile of its own size: 12 x 12 tokens are 64 + 64 + 16, not three blocks.
 
 Numerics. Logits, softmax and all sums are float32; the weights are rounded to the input's dtype before they meet
 values or gradients, as in every fused attention. float32 inputs use full float32 products. The backward recomputes

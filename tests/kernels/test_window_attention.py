@@ -90,28 +90,28 @@ def _compare(inputs: list[Tensor], options: dict[str, Any], grad: Tensor, dtype:
 @needs_triton
 @pytest.mark.parametrize("roll_first", [False, True])
 @pytest.mark.parametrize(
-    ("size", "shift"), [((27, 36), (4, 3)), ((20, 30), (0, 0)), ((20, 30), (4, 3)), ((5, 12), (8, 8))]
+    ("size", "shift"), [((9, 12), (1, 2)), ((7, 10), (0, 0)), ((10, 13), (2, 3)), ((2, 5), (2, 1))]
 )
 def test_masks_of_classes_are_those_of_windows(size: tuple[int, int], shift: tuple[int, int], roll_first: bool) -> None:
     """What kernels that walk add to a window's logits, against the reference's mask of each window."""
     from vitrail.kernels.window_attention.triton.launch import _Problem
 
-    window, (height, width) = (9, 9), size
+    window, (height, width) = (3, 4), size
     q = torch.zeros(1, height, width, 2, 16, dtype=torch.float16, device=DEVICE)
-    bias = torch.randn(2, 81, 81, dtype=torch.float16, device=DEVICE)
+    bias = torch.randn(2, 12, 12, dtype=torch.float16, device=DEVICE)
     problem = _Problem(q, bias, None, window, shift, 1.0, roll_first)
-    masks = problem.mask(bias, 96, 128)
+    masks = problem.mask(bias, 16, 32)
     # Fragments of 16 x 16, of which a thread has 2 x 2 pairs.
-    masks = masks.view(-1, 2, 6, 8, 8, 4, 2, 2, 2).permute(0, 1, 2, 7, 4, 3, 6, 5, 8).reshape(-1, 2, 96, 128)
-    assert masks[:, :, 81:].isneginf().all()
-    assert masks[:, :, :, 81:].isneginf().all()
-    pads = (padding_to(height, 9), padding_to(width, 9))
+    masks = masks.view(-1, 2, 1, 2, 8, 4, 2, 2, 2).permute(0, 1, 2, 7, 4, 3, 6, 5, 8).reshape(-1, 2, 16, 32)
+    assert masks[:, :, 12:].isneginf().all()
+    assert masks[:, :, :, 12:].isneginf().all()
+    pads = (padding_to(height, 3), padding_to(width, 4))
     visible = _attention_mask(height, width, pads, window, shift, False, roll_first, q.device)
-    rows, columns = (height + pads[0]) // 9, (width + pads[1]) // 9
+    rows, columns = (height + pads[0]) // 3, (width + pads[1]) // 4
     for row, column in itertools.product(range(rows), range(columns)):
         classes = problem.n_classes
         number = max(row - rows + classes, 0) * classes + max(column - columns + classes, 0)
-        got, seen = masks[number, :, :81, :81], torch.ones(81, 81, dtype=torch.bool, device=DEVICE)
+        got, seen = masks[number, :, :12, :12], torch.ones(12, 12, dtype=torch.bool, device=DEVICE)
         if visible is not None:
             seen = visible[row * columns + column]
         # Padded queries, whose results are dropped, see padded keys in the reference only.
@@ -123,10 +123,10 @@ def test_masks_of_classes_are_those_of_windows(size: tuple[int, int], shift: tup
 def _real_tokens(
     row: int, column: int, size: tuple[int, int], pads: tuple[int, int], shift: tuple[int, int], roll_first: bool
 ) -> Tensor:
-    """Which tokens of a window of 9 x 9 are pixels, (81,) of bool."""
+    """Which tokens of a window of 3 x 4 are pixels, (12,) of bool."""
     found = []
-    for first, length, pad, move in zip((row * 9, column * 9), size, pads, shift, strict=True):
-        place = torch.arange(first, first + 9)
+    for first, length, pad, move in zip((row * 3, column * 4), size, pads, shift, strict=True):
+        place = torch.arange(first, first + (3 if not found else 4))
         found.append((place if roll_first else (place + move) % (length + pad)) < length)
     return (found[0][:, None] & found[1][None, :]).flatten()
 

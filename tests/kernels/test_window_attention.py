@@ -150,17 +150,16 @@ def test_blocks_and_tiles_hold_every_token_once(tokens: int, own: int, splits: b
 
 
 @needs_triton
-@pytest.mark.parametrize("own", [64, 128])
-def test_rests_with_launches_of_their_own(own: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rests_with_launches_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other way to cut a window: what is left of it in blocks, or not, of its own size."""
     from vitrail.kernels.window_attention.triton import launch
 
     walks = {
-        kernel: {most: walk._replace(own=own, splits=not walk.splits) for most, walk in widths.items()}
+        kernel: {most: walk._replace(splits=not walk.splits) for most, walk in widths.items()}
         for kernel, widths in launch.WALKS.items()
     }
     monkeypatch.setattr(launch, "WALKS", walks)
-    generator = torch.Generator().manual_seed(own)
+    generator = torch.Generator().manual_seed(0)
     inputs = [
         torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE)
         for s in ((1, 8, 9, 3, 1, 16), (1, 81, 81), (1, 16), (1, 16))

@@ -12,10 +12,11 @@ the routes do, counting as the regions (`_is_counted`). Either way equal regions
 All in float32 with full products: rounding must not change which regions are chosen.
 
 Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, batch 64, CUDA-graph replay), microseconds of all routes:
-14x14x256 top-16 35 (once 65), 28x28x128 top-4 28, 56x56x64 top-1 31, 7x7x512 all of 49 60; 200x336x64, batch 2, 16 x 16
-regions, top-1 31. At 14x14 ranking takes 29 of them, the means 6. With 16 lanes at most 7 % less than with 64, over six
-shapes. Ranking with 8 warps, or 8 regions a program, takes 6 to 68 % longer; other pipelines and channels at once change
-less than 4 %; so do counts for a single route. Four passes over 256 regions take twice as long as counting.
+14x14x256 top-16 35 (once 65), 28x28x128 top-4 28, 56x56x64 top-1 31, 7x7x512 all of 49 60; 200x336x64, batch 2,
+16 x 16 regions, top-1 31. At 14x14 ranking takes 29 of them, the means 6. With 16 lanes at most 7 % less than with 64,
+over six shapes. Ranking with 8 warps, or 8 regions a program, takes 6 to 68 % longer; other pipelines, other numbers of
+channels at once change less than 4 %; so do counts for a single route. Four passes over 256 regions take twice as long
+as counting.
 
 Numbers of instructions are static ones of Triton 3.6 for sm_90, bfloat16.
 

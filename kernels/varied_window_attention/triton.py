@@ -29,11 +29,12 @@ Roofline. The forward must move four maps (q, k, v, out), 154 MB at batch 64, 56
 of each of 128 threads in the forward, 1,500 in the first backward kernel, and 210 for each tile it reaches in the
 second: all three are bound by instructions issued and by latency rather than by bytes.
 
-Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, batch 64, 7 x 7, CUDA-graph replay) when those numbers were
-1,140, 2,270 and 440, milliseconds forward / forward and backward, and the compiled reference: 56 x 56 x 96, 3 heads
-0.102 / 0.695, 1.19 / 1.83; 28 x 28 x 192, 6 heads 0.054 / 0.379, 0.60 / 0.97. Not yet timed since.
+Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, batch 64, 7 x 7, CUDA-graph replay), milliseconds forward /
+forward and backward, in one run with the kernels of before, which took 1,140, 2,270 and 440 instructions: 56 x 56 x 96,
+3 heads 0.090 / 0.446, before 0.101 / 0.541; 28 x 28 x 192, 6 heads 0.049 / 0.245, before 0.054 / 0.297. The first
+backward kernel takes 0.24 and 0.125 of it, the second 0.104 and 0.056. Three programs a multiprocessor gain nothing.
 
-What was tried, judged by code compiled for sm_90 (triton 3.6, bfloat16, D = 32, 7 x 7):
+What was tried, by code compiled for sm_90 (triton 3.6, bfloat16, D = 32, 7 x 7) and, where it says so, times:
 
 =================================================  =====================================================================
 idea                                               what came of it
@@ -62,8 +63,8 @@ those weights in pairs of samples                  taken: the layout that result
 a tile for 2 warps                                 older tensor-core instructions: 64 and 100 moves, 660 in all a visit
 64 windows tried at once                           their search crosses warps: three more barriers a visit
 tiles of 16 x 8 pixels                             320 instructions a visit, 128 registers
-loads of the next window ahead                     1,630 instructions (100 bytes spilled) and 260 a visit; no wait for
-                                                   loads. To be timed: only the forward does so
+loads of the next window ahead                     0.093 ms forward, not 0.163: taken. Backward 1,630 instructions, 100
+                                                   bytes spilled: 2 % slower; the second kernel as well
 samples sorted by pixel, then lists for pixels     not built: the sort and four gathers of every sample's gradients
                                                    move more than the tiles' products
 =================================================  =====================================================================
@@ -541,7 +542,7 @@ def _varied_window_bwd_dkdv_kernel(
 
 # Heads whose channels take more than `_NARROW` bytes need more registers.
 CONFIGS = {
-    "fwd": Config(4, 2, 4),
+    "fwd": Config(4, 3, 4),
     "fwd_wide": Config(8, 1, 2),
     "bwd": Config(4, 1, 2),
     "bwd_wide": Config(8, 1, 1),
@@ -552,8 +553,6 @@ _NARROW = 64
 _TILE = (8, 8)  # pixels whose gradients one program computes
 _CHUNK = 64  # samples that meet them at once
 _LIST = 32  # windows that are tried at once whether they reach the tile: as many as a warp has threads
-_READ_AGAIN = False  # whether the first backward kernel reads pixels anew for the coordinates' gradients; wide heads do
-_MOST_REGISTERS: int | None = None  # of a thread of the first backward kernel, but for wide heads
 _INT32 = 2**31
 
 
@@ -659,8 +658,7 @@ def varied_window_attention_backward(
         d_q, d_samples, d_offsets, d_stretch, bias_slots, *map_strides(grad, q, k, v, d_q),
         *problem.scalars, problem.n_windows, problem.heads, scale,
         **problem.constants, **problem.tiling, FAR=_is_far(grad, q, k, v, d_q),
-        READ_AGAIN=_READ_AGAIN or problem.is_wide,
-        maxnreg=None if problem.is_wide else _MOST_REGISTERS, **config.launch,
+        READ_AGAIN=problem.is_wide, **config.launch,
     )  # fmt: skip
     _map_gradients(problem, d_samples, offsets, stretch, d_k, d_v)
     d_bias = empty_gradient(grad)

@@ -385,7 +385,7 @@ def assert_exact(case: Case, inputs: dict[str, Tensor], grad: Tensor) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize(("constant", "value"), [("_READ_AGAIN", True), ("_INT32", 1)], ids=["read-again", "far"])
+@pytest.mark.parametrize(("constant", "value"), [("_NARROW", 0), ("_INT32", 1)], ids=["wide", "far"])
 def test_fused_is_exact_in_other_ways(constant: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("vitrail.kernels.varied_window_attention.triton")
     monkeypatch.setattr(triton, constant, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -12,13 +13,15 @@ from _seeds import seeds
 from torch import Tensor
 
 from vitrail.kernels._common.dispatch import HAS_TRITON
+from vitrail.kernels._common.recording import padding_to
 from vitrail.kernels.window_attention import window_attention, window_attention_packed
+from vitrail.kernels.window_attention.reference import _attention_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 
-# The first and the third are cut into several tiles.
+# The first and the third are cut into several tiles, by kernels that walk where the dtype is a half one.
 _WINDOWS = [(9, 9), (7, 7), (5, 14), (3, 4), (1, 5)]
 
 
@@ -49,7 +52,7 @@ def _case(seed: int, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any], 
 
 
 def _run(inputs: list[Tensor], options: dict[str, Any], grad: Tensor, dtype: torch.dtype, backend: str) -> list[Tensor]:
-    """Output and the gradient of every input."""
+    """Output and the gradients of queries, keys, values and every other input."""
     leaves = [x.to(dtype).requires_grad_() for x in inputs]
     optional = dict(zip(options["names"], leaves[1:], strict=True))
     sizes = {key: options[key] for key in ("window_size", "shift_size", "roll_first")}
@@ -57,7 +60,8 @@ def _run(inputs: list[Tensor], options: dict[str, Any], grad: Tensor, dtype: tor
         out = window_attention_packed(leaves[0], **sizes, **optional, backend=backend)
     else:
         out = window_attention(*leaves[0].unbind(3), **sizes, **optional, backend=backend)
-    return [out, *torch.autograd.grad(out, leaves, grad.to(dtype), materialize_grads=True)]
+    d_qkv, *others = torch.autograd.grad(out, leaves, grad.to(dtype), materialize_grads=True)
+    return [out, *d_qkv.unbind(3), *others]
 
 
 @needs_triton
@@ -70,6 +74,11 @@ def _run(inputs: list[Tensor], options: dict[str, Any], grad: Tensor, dtype: tor
 @pytest.mark.parametrize("seed", seeds(15))
 def test_fused_is_as_exact_as_eager(seed: int, dtype: torch.dtype) -> None:
     inputs, options, grad = _case(seed, dtype)
+    _compare(inputs, options, grad, dtype)
+
+
+def _compare(inputs: list[Tensor], options: dict[str, Any], grad: Tensor, dtype: torch.dtype) -> None:
+    """The fused operator errs at most twice as much as the eager one."""
     truth = _run(inputs, options, grad, torch.float64, "eager")
     eager = _run(inputs, options, grad, dtype, "eager")
     fused = _run(inputs, options, grad, dtype, "triton")
@@ -77,6 +86,74 @@ def test_fused_is_as_exact_as_eager(seed: int, dtype: torch.dtype) -> None:
         scale = exact.norm() + 1e-12
         assert ours.isfinite().all()
         assert (ours.double() - exact).norm() / scale <= allowed_error(exact, theirs, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("roll_first", [False, True])
+@pytest.mark.parametrize(
+    ("size", "shift"), [((9, 12), (1, 2)), ((7, 10), (0, 0)), ((10, 13), (2, 3)), ((2, 5), (2, 1))]
+)
+def test_masks_of_classes_are_those_of_windows(size: tuple[int, int], shift: tuple[int, int], roll_first: bool) -> None:
+    """What kernels that walk add to a window's logits, against the reference's mask of each window."""
+    from vitrail.kernels.window_attention.triton.launch import _Problem
+
+    window, (height, width) = (3, 4), size
+    q = torch.zeros(1, height, width, 2, 16, dtype=torch.float16, device=DEVICE)
+    bias = torch.randn(2, 12, 12, dtype=torch.float16, device=DEVICE)
+    problem = _Problem(q, bias, None, window, shift, 1.0, roll_first)
+    masks = problem.mask(bias, 16, 32)
+    # Fragments of 16 x 16, of which a thread has 2 x 2 pairs.
+    masks = masks.view(-1, 2, 1, 2, 8, 4, 2, 2, 2).permute(0, 1, 2, 7, 4, 3, 6, 5, 8).reshape(-1, 2, 16, 32)
+    assert masks[:, :, 12:].isneginf().all()
+    assert masks[:, :, :, 12:].isneginf().all()
+    pads = (padding_to(height, 3), padding_to(width, 4))
+    visible = _attention_mask(height, width, pads, window, shift, False, roll_first, q.device)
+    rows, columns = (height + pads[0]) // 3, (width + pads[1]) // 4
+    for row, column in itertools.product(range(rows), range(columns)):
+        classes = problem.n_classes
+        number = max(row - rows + classes, 0) * classes + max(column - columns + classes, 0)
+        got, seen = masks[number, :, :12, :12], torch.ones(12, 12, dtype=torch.bool, device=DEVICE)
+        if visible is not None:
+            seen = visible[row * columns + column]
+        # Padded queries, whose results are dropped, see padded keys in the reference only.
+        queries = _real_tokens(row, column, size, pads, shift, roll_first)
+        want = bias.masked_fill(~seen, -torch.inf)
+        assert torch.equal(got[:, queries], want[:, queries])
+
+
+def _real_tokens(
+    row: int, column: int, size: tuple[int, int], pads: tuple[int, int], shift: tuple[int, int], roll_first: bool
+) -> Tensor:
+    """Which tokens of a window of 3 x 4 are pixels, (12,) of bool."""
+    found = []
+    for first, length, pad, move in zip((row * 3, column * 4), size, pads, shift, strict=True):
+        place = torch.arange(first, first + (3 if not found else 4))
+        found.append((place if roll_first else (place + move) % (length + pad)) < length)
+    return (found[0][:, None] & found[1][None, :]).flatten()
+
+
+@needs_triton
+@pytest.mark.parametrize("tokens", [65, 81, 96, 128, 144, 196, 256])
+@pytest.mark.parametrize("own", [64, 128])
+def test_blocks_and_tiles_hold_every_token_once(tokens: int, own: int) -> None:
+    from vitrail.kernels._common.launch import Config
+    from vitrail.kernels.window_attention.triton.launch import Walk
+
+    walk = Walk(own, 32, False, Config(own // 16, 1, 1))
+    assert tokens <= own * walk.blocks(tokens) == walk.rows(tokens) < tokens + own
+    cut = walk.cut(tokens)
+    assert tokens <= cut["WHOLE"] + cut["REST"] == walk.columns(tokens) <= walk.rows(tokens)
+
+
+@needs_triton
+def test_values_far_from_zero() -> None:
+    """The softmax correction is then a large number, from which no gradient may be found by cancellation."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64) for s in ((1, 9, 9, 3, 1, 16), (1, 81, 81))]
+    inputs[0][:, :, :, 2] += 4
+    grad = 2 + torch.randn(1, 9, 9, 1, 16, generator=generator, dtype=torch.float64)
+    options = {"window_size": (9, 9), "shift_size": (4, 4), "roll_first": False, "packed": True, "names": ["bias"]}
+    _compare([x.to(DEVICE) for x in inputs], options, grad.to(DEVICE), torch.float16)
 
 
 @pytest.mark.parametrize("shift", [(0, 0), (1, 2)])

@@ -64,11 +64,13 @@ def _window_attention(dtype: torch.dtype, head_dim: int) -> None:
     pads = {name: _input(dtype, _HEADS, head_dim) for name in ("pad_k", "pad_v")}
     whole, cut = _packed(dtype, head_dim), _packed(dtype, head_dim, 25)
     _train(window_attention, *whole.unbind(3), window_size=7)
-    for window in (7, 14):  # one tile, and several
+    for window in (7, 14):  # one tile, and a few
         bias = _input(dtype, _HEADS, window**2, window**2)
         _train(window_attention_packed, whole, window_size=window, shift_size=3, bias=bias)
         _train(window_attention_packed, cut, window_size=window, shift_size=3, bias=bias, roll_first=True, **pads)
         _train(window_attention_packed, cut, window_size=window, bias=bias)
+    bias = _input(dtype, _HEADS, 17**2, 17**2)  # a window of many tiles
+    _train(window_attention_packed, cut, window_size=17, shift_size=3, bias=bias, **pads)
 
 
 def _neighborhood_attention(dtype: torch.dtype, head_dim: int) -> None:

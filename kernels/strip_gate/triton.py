@@ -43,7 +43,7 @@ from torch import Tensor
 from vitrail.kernels._common.launch import launch, multiprocessors
 
 _TILE = 4096  # values
-_TILE_CHANNELS_LAST = 2048  # with twice as many their backward runs out of registers
+_SMALL_TILE = 2048  # where more run out of registers: channels-last maps, and values that are loaded one by one
 _MOST_COLUMNS = 256
 _CHANNELS = 64  # of a tile where they are contiguous
 _PROGRAMS = 8  # a multiprocessor that are wanted
@@ -131,12 +131,11 @@ class _Tiling(NamedTuple):
 def _tiling(x: Tensor) -> _Tiling:
     batch, channels, height, width = x.shape
     rows, columns = triton.next_power_of_2(height), triton.next_power_of_2(width)
+    tile = _SMALL_TILE if _channels_last(x) or _divisor(x) == 1 else _TILE
     if _channels_last(x):
         block_c = min(_CHANNELS, triton.next_power_of_2(channels))
-        tile = _TILE_CHANNELS_LAST
         block_w = min(columns, tile // block_c)
     else:
-        tile = _TILE
         block_w = min(columns, _MOST_COLUMNS)
         block_c = min(triton.next_power_of_2(channels), max(1, tile // (rows * block_w)))
     block_h = min(rows, max(1, tile // (block_c * block_w)))

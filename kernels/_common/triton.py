@@ -33,6 +33,19 @@ def finite(maximum):
 
 
 @triton.jit
+def online_softmax(logits, maximum, total, factor):
+    """Takes a tile of keys into the rows' maximum and sum: (weights, factor on earlier sums, maximum, total).
+
+    Times the positive `factor` the logits and the maximum are in units of log2.
+    """
+    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+    shift = finite(new_maximum) * factor
+    decay = tl.exp2(maximum * factor - shift)
+    weights = tl.exp2(logits * factor - shift[:, None])
+    return weights, decay, new_maximum, total * decay + tl.sum(weights, 1)
+
+
+@triton.jit
 def relu(x):
     """Keeps NaN, as PyTorch does."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)

@@ -60,7 +60,7 @@ from torch import Tensor
 
 from vitrail.kernels._common.gradients import zeros_or_empty
 from vitrail.kernels._common.launch import contiguous, launch, map_strides, unit_stride
-from vitrail.kernels._common.triton import finite, load_kv
+from vitrail.kernels._common.triton import finite, load_kv, online_softmax
 from vitrail.kernels.routing_attention.reference import region_size
 
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -215,12 +215,8 @@ def _routing_fwd_kernel(
                 start, n_keys, routes, q, masks, k_ptr, v_ptr, pad_k_ptr, pad_v_ptr, image, head, k_strides, v_strides,
                 geometry, scale, DENSE, HAS_PAD, BLOCK_K, HEAD_DIM,
             )  # fmt: skip
-            new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-            decay = tl.exp2(maximum - finite(new_maximum))
-            weights = tl.exp2(logits - finite(new_maximum)[:, None])
-            total = total * decay + tl.sum(weights, 1)
+            weights, decay, maximum, total = online_softmax(logits, maximum, total, 1.0)
             out = tl.dot(weights.to(v.dtype), v, acc=out * decay[:, None], input_precision="ieee")
-            maximum = new_maximum
     out = out * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     out_offsets = _offsets(image, y, x, head, out_strides, HEAD_DIM)
     tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=real[:, None])
@@ -269,12 +265,8 @@ def _routing_bwd_dq_kernel(
                 geometry, scale, DENSE, HAS_PAD, BLOCK_K, HEAD_DIM,
             )  # fmt: skip
             d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
-            new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-            decay = tl.exp2(maximum - finite(new_maximum))
-            weights = tl.exp2(logits - finite(new_maximum)[:, None])
-            total = total * decay + tl.sum(weights, 1)
+            weights, decay, maximum, total = online_softmax(logits, maximum, total, 1.0)
             correction = correction * decay + tl.sum(weights * d_weights, 1)
-            maximum = new_maximum
         total = tl.where(total == 0.0, 1.0, total)
         row_lse = finite(maximum) + tl.log2(total)
         correction = correction / total

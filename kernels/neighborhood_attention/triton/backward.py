@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vitrail.kernels._common.triton import finite
+from vitrail.kernels._common.triton import finite, online_softmax
 from vitrail.kernels.neighborhood_attention.triton.forward import SIZES
 from vitrail.kernels.neighborhood_attention.triton.index import locate, tile_places
 from vitrail.kernels.neighborhood_attention.triton.tiles import (
@@ -23,7 +23,6 @@ from vitrail.kernels.neighborhood_attention.triton.tiles import (
     logits_by_query,
     n_steps,
     nearest,
-    online_softmax,
     own_places,
     query_spans,
     real_spans,
@@ -94,7 +93,7 @@ def neighborhood_bwd_dq_kernel(
                 step, q, spans, k_ptr, v_ptr, rpb_ptr, pad_k_ptr, pad_v_ptr, image, head, axes, dilations, k_strides,
                 v_strides, scale, AXES, HAS_RPB, HAS_PAD, ONE_COLUMN, QUERY_H, QUERY_W, KEY_H, KEY_W, HEAD_DIM, OFFSET,
             )  # fmt: skip
-            weights, decay, maximum, total = online_softmax(logits, maximum, total, scale)
+            weights, decay, maximum, total = online_softmax(logits, maximum, total, scale * LOG2E)
             correction = _add_correction(weights, decay, correction, grad, v)
         if HAS_EXTRA:
             for start in range(0, n_extra, KEY_H * KEY_W):
@@ -102,7 +101,7 @@ def neighborhood_bwd_dq_kernel(
                     start, q, extra_k_ptr, extra_v_ptr, image, head, n_extra, extra_k_strides, extra_v_strides,
                     KEY_H * KEY_W, HEAD_DIM,
                 )  # fmt: skip
-                weights, decay, maximum, total = online_softmax(logits, maximum, total, scale)
+                weights, decay, maximum, total = online_softmax(logits, maximum, total, scale * LOG2E)
                 correction = _add_correction(weights, decay, correction, grad, v)
         total = tl.where(total == 0.0, 1.0, total)
         correction = correction / total

@@ -5,15 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vitrail.kernels._common.triton import online_softmax
 from vitrail.kernels.neighborhood_attention.triton.index import locate
 from vitrail.kernels.neighborhood_attention.triton.tiles import (
+    LOG2E,
     extra_tile,
     first_softmax,
     key_spans,
     key_tile,
     load_queries,
     n_steps,
-    online_softmax,
     store_own,
 )
 
@@ -53,7 +54,7 @@ def neighborhood_fwd_kernel(
                 step, q, spans, k_ptr, v_ptr, rpb_ptr, pad_k_ptr, pad_v_ptr, image, head, axes, dilations, k_strides,
                 v_strides, scale, AXES, HAS_RPB, HAS_PAD, ONE_COLUMN, QUERY_H, QUERY_W, KEY_H, KEY_W, HEAD_DIM, OFFSET,
             )  # fmt: skip
-            weights, decay, maximum, total = online_softmax(logits, maximum, total, scale)
+            weights, decay, maximum, total = online_softmax(logits, maximum, total, scale * LOG2E)
             out = tl.dot(weights.to(v.dtype), v, acc=out * decay[:, None], input_precision="ieee")
     if HAS_EXTRA:
         for start in range(0, n_extra, KEY_H * KEY_W):
@@ -61,7 +62,7 @@ def neighborhood_fwd_kernel(
                 start, q, extra_k_ptr, extra_v_ptr, image, head, n_extra, extra_k_strides, extra_v_strides,
                 KEY_H * KEY_W, HEAD_DIM,
             )  # fmt: skip
-            weights, decay, maximum, total = online_softmax(logits, maximum, total, scale)
+            weights, decay, maximum, total = online_softmax(logits, maximum, total, scale * LOG2E)
             out = tl.dot(weights.to(v.dtype), v, acc=out * decay[:, None], input_precision="ieee")
     out = out / tl.where(total == 0.0, 1.0, total)[:, None]
     store_own(out_ptr, out, image, head, axes, dilations, out_strides, QUERY_H, QUERY_W, HEAD_DIM, OFFSET)

@@ -296,17 +296,6 @@ def extra_tile(
 
 
 @triton.jit
-def online_softmax(logits, maximum, total, scale):
-    """Takes a tile into the rows' maximum and sum: (weights, factor on earlier sums, maximum, total)."""
-    factor = scale * LOG2E
-    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-    shift = finite(new_maximum) * factor
-    decay = tl.exp2(maximum * factor - shift)
-    weights = tl.exp2(logits * factor - shift[:, None])
-    return weights, decay, new_maximum, total * decay + tl.sum(weights, 1)
-
-
-@triton.jit
 def first_softmax(logits, scale):
     """Starts an online softmax: (weights, maximum, total)."""
     factor = scale * LOG2E

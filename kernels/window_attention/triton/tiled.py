@@ -7,7 +7,7 @@ import math
 import triton
 import triton.language as tl
 
-from vitrail.kernels._common.triton import finite, load_kv
+from vitrail.kernels._common.triton import finite, load_kv, online_softmax
 from vitrail.kernels.window_attention.triton.index import locate, offsets
 from vitrail.kernels.window_attention.triton.tiles import masked_logits, store_pad_gradients
 
@@ -65,12 +65,9 @@ def _key_tile(
 @triton.jit
 def _fwd_step(v, logits, maximum, total, out):
     """Online softmax over one more block of keys."""
-    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-    decay = tl.exp2(maximum - finite(new_maximum))
-    weights = tl.exp2(logits - finite(new_maximum)[:, None])
-    total = total * decay + tl.sum(weights, 1)
+    weights, decay, maximum, total = online_softmax(logits, maximum, total, 1.0)
     out = tl.dot(weights.to(v.dtype), v, acc=out * decay[:, None], input_precision="ieee")
-    return new_maximum, total, out
+    return maximum, total, out
 
 
 @triton.jit(do_not_specialize=["height", "width"])
@@ -113,12 +110,9 @@ def _window_fwd_tiled_kernel(
 def _stats_step(grad, v, logits, maximum, total, correction):
     """One more block of keys in the rows' softmax statistics."""
     d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
-    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-    decay = tl.exp2(maximum - finite(new_maximum))
-    weights = tl.exp2(logits - finite(new_maximum)[:, None])
-    total = total * decay + tl.sum(weights, 1)
+    weights, decay, maximum, total = online_softmax(logits, maximum, total, 1.0)
     correction = correction * decay + tl.sum(weights * d_weights, 1)
-    return new_maximum, total, correction
+    return maximum, total, correction
 
 
 @triton.jit

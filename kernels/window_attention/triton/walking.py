@@ -7,7 +7,7 @@ import math
 import triton
 import triton.language as tl
 
-from vitrail.kernels._common.triton import finite, load_kv
+from vitrail.kernels._common.triton import finite, load_kv, online_softmax
 from vitrail.kernels.window_attention.triton.index import locate, mask_class, offsets, window_of_class
 from vitrail.kernels.window_attention.triton.tiles import store_pad_gradients
 
@@ -109,13 +109,9 @@ def _keys(
 @triton.jit
 def _fwd_step(v, logits, maximum, total, out):
     """Online softmax over one more tile of keys."""
-    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-    shift = finite(new_maximum) * _LOG2E
-    decay = tl.exp2(maximum * _LOG2E - shift)
-    weights = tl.exp2(logits * _LOG2E - shift[:, None])
-    total = total * decay + tl.sum(weights, 1)
+    weights, decay, maximum, total = online_softmax(logits, maximum, total, _LOG2E)
     out = tl.dot(weights.to(v.dtype), v, acc=out * decay[:, None])
-    return new_maximum, total, out
+    return maximum, total, out
 
 
 @triton.jit(do_not_specialize=["height", "width", "n_windows"])
@@ -161,18 +157,14 @@ def _dq_step(grad, k, v, logits, maximum, total, base, correction, weighted, mea
     The first tile's correction is the base from which all count: sums of large numbers that cancel would round off.
     """
     d_weights = tl.dot(grad, tl.trans(v))
-    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-    shift = finite(new_maximum) * _LOG2E
-    decay = tl.exp2(maximum * _LOG2E - shift)
-    weights = tl.exp2(logits * _LOG2E - shift[:, None])
-    total = total * decay + tl.sum(weights, 1)
+    weights, decay, maximum, total = online_softmax(logits, maximum, total, _LOG2E)
     if IS_FIRST:
         base = tl.sum(weights * d_weights, 1) / tl.where(total == 0.0, 1.0, total)
     d_weights = weights * (d_weights - base[:, None])
     correction = correction * decay + tl.sum(d_weights, 1)
     mean_key = tl.dot(weights.to(k.dtype), k, acc=mean_key * decay[:, None])
     weighted = tl.dot(d_weights.to(k.dtype), k, acc=weighted * decay[:, None])
-    return new_maximum, total, base, correction, weighted, mean_key
+    return maximum, total, base, correction, weighted, mean_key
 
 
 @triton.jit(do_not_specialize=["height", "width", "n_windows"])

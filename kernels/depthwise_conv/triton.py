@@ -54,6 +54,7 @@ from torch import Tensor
 from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
 from vitrail.kernels._common.gradients import empty_gradient
 from vitrail.kernels._common.launch import launch
+from vitrail.kernels.depthwise_conv import triton_matrix as matrix
 
 _MOST_WARPS = 1584  # that sum up the filter's gradient: twelve for each multiprocessor of an H100
 _PARTS = 64  # sums of programs that are added at once
@@ -71,6 +72,17 @@ class Tile(NamedTuple):
 _TILES = {3: Tile(4, 4, 2, 4), 5: Tile(4, 4, 2, 4), 7: Tile(4, 4, 2, 4)}
 # One warp holds one patch: nothing is exchanged when a program ends.
 _GRADIENT_TILES = {3: Tile(4, 4, 2, 1), 5: Tile(4, 4, 2, 1), 7: Tile(4, 4, 2, 1)}
+
+
+_ROWS = {3: 7, 5: 7, 7: 7}
+_WORD = {3: 4, 5: 4, 7: 4}
+_WARPS = {3: 4, 5: 4, 7: 4}
+_EXCHANGE = True
+_GRADIENT_ROWS = {3: 7, 5: 7, 7: 7}
+_GRADIENT_WORD = {3: 4, 5: 4, 7: 2}
+_GRADIENT_WARPS = {3: 4, 5: 4, 7: 4}
+_MATRIX_WARPS = 1056
+_MATRIX = True
 
 
 @triton.jit
@@ -340,13 +352,65 @@ def _tile_options(tile: Tile, dim: int) -> dict[str, Any]:
     }
 
 
+def _fits(word, *tensors):
+    x = tensors[0]
+    if not _MATRIX or x.element_size() != 2:
+        return False
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False
+    return all(
+        t.data_ptr() % (2 * word) == 0 and t.shape[3] % word == 0 and all(s % word == 0 for s in t.stride()[:3])
+        for t in tensors
+    )
+
+
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def _matrix_convolve(x, weight, bias, other, role, gelu, turned, skip):
+    batch, height, width, dim = x.shape
+    out = torch.empty((batch, height, width, dim), dtype=x.dtype, device=x.device)
+    added = x if other is None else other
+    k = weight.shape[-1]
+    word, warps, rows = _WORD[k], _WARPS[k], _ROWS[k]
+    n_bands = batch * triton.cdiv(height, rows)
+    grid = (triton.cdiv(n_bands, 8) * triton.cdiv(width, 16) * triton.cdiv(dim, word * warps),)
+    launch(
+        matrix._matrix_conv_kernel, grid,
+        x, weight, weight if bias is None else bias, added, out,
+        tuple(s // word for s in x.stride()[:2]), tuple(s // word for s in added.stride()[:2]), height, width, n_bands,
+        DIM=dim, PIXEL=x.stride(2) // word, OTHER_PIXEL=added.stride(2) // word, K=k, TURNED=turned, SKIP=skip,
+        HAS_BIAS=bias is not None, GELU=gelu, OTHER=role if other is not None else None, TYPE=_TYPES[x.dtype],
+        ROWS=rows, CHANNELS=word, WARPS=warps, EXCHANGE=_EXCHANGE, num_warps=warps, num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+def _matrix_parts(grad, x, kernel_size, has_bias):
+    word, warps, rows = _GRADIENT_WORD[kernel_size], _GRADIENT_WARPS[kernel_size], _GRADIENT_ROWS[kernel_size]
+    batch, height, width, dim = x.shape
+    n_bands = batch * triton.cdiv(height, rows)
+    n_tiles, n_blocks = triton.cdiv(n_bands, 8) * triton.cdiv(width, 16), triton.cdiv(dim, word * warps)
+    most_parts = max(1, _MATRIX_WARPS // (warps * n_blocks))
+    n_parts = triton.cdiv(n_tiles, triton.cdiv(n_tiles, most_parts))
+    parts = torch.empty((n_parts, kernel_size**2 + 1, dim), dtype=torch.float32, device=x.device)
+    launch(
+        matrix._matrix_gradient_kernel, (n_parts * n_blocks,),
+        x, grad, parts, tuple(s // word for s in x.stride()[:2]), tuple(s // word for s in grad.stride()[:2]),
+        height, width, n_bands, n_parts, DIM=dim, PIXEL=x.stride(2) // word, GRAD_PIXEL=grad.stride(2) // word,
+        K=kernel_size, TYPE=_TYPES[x.dtype], HAS_BIAS=has_bias, ROWS=rows, CHANNELS=word, WARPS=warps,
+        num_warps=warps, num_stages=1,
+    )  # fmt: skip
+    return parts
+
+
 def _n_patches(shape: Sequence[int], tile: Tile) -> int:
     return shape[0] * math.ceil(shape[1] / tile.rows) * math.ceil(shape[2] / tile.columns)
 
 
 def _convolve(
     x: Tensor,
-    taps: Tensor,
+    weight: Tensor,
     bias: Tensor | None = None,
     pad_value: Tensor | None = None,
     pads: Sequence[int] = (0, 0),
@@ -366,7 +430,10 @@ def _convolve(
     out = torch.empty((batch, out_height, out_width, dim), dtype=dtype or x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    kernel_size = math.isqrt(len(taps))
+    kernel_size = weight.shape[-1]
+    if size is None and pad_value is None and _fits(_WORD[kernel_size], x, out, *([] if other is None else [_as_map(other)])):
+        return _matrix_convolve(x, weight.contiguous(), bias, None if other is None else _as_map(other), role, gelu, turned, skip)
+    taps = _taps(weight)
     tile = _TILES[kernel_size]
     options = _tile_options(tile, dim)
     n_patches = _n_patches(out.shape, tile)
@@ -393,6 +460,10 @@ def _filter_gradients(
         return d_weight.zero_(), d_bias.zero_()
     x, grad = _as_map(x), _as_map(grad)
     kernel_size, dim = weight.shape[-1], x.shape[3]
+    if pad_value is None and _fits(_GRADIENT_WORD[kernel_size], x, grad):
+        parts = _matrix_parts(grad, x, kernel_size, bias is not None)
+        _add_parts(parts, d_weight, d_bias, bias is not None)
+        return d_weight, d_bias
     tile = _GRADIENT_TILES[kernel_size]
     if kernel_size == 7 and x.element_size() == 4:  # 49 sums and float32 pixels for two channels fill the registers
         tile = tile._replace(channels=tile.channels // 2)
@@ -409,22 +480,28 @@ def _filter_gradients(
         x.shape[1], x.shape[2], *pads, n_patches, n_parts,
         PIXEL=x.stride(2), GRAD_PIXEL=grad.stride(2), K=kernel_size, HAS_PAD=pad_value is not None, **options,
     )  # fmt: skip
-    launch(
-        _add_parts_kernel, (taps + 1, triton.cdiv(dim, 16)), parts, d_weight, d_bias, n_parts,
-        HAS_BIAS=bias is not None, DIM=dim, TAPS=taps, PARTS=_PARTS, CHANNELS=16, num_warps=4,
-    )  # fmt: skip
+    _add_parts(parts, d_weight, d_bias, bias is not None)
     return d_weight, d_bias
 
 
-def _pad_gradient(grad: Tensor, taps: Tensor, pads: Sequence[int]) -> Tensor:
+def _add_parts(parts: Tensor, d_weight: Tensor, d_bias: Tensor, has_bias: bool) -> None:
+    """Adds up the programs' sums (parts, K * K + 1, C)."""
+    n_parts, taps, dim = parts.shape
+    launch(
+        _add_parts_kernel, (taps, triton.cdiv(dim, 16)), parts, d_weight, d_bias, n_parts,
+        HAS_BIAS=has_bias, DIM=dim, TAPS=taps - 1, PARTS=_PARTS, CHANNELS=16, num_warps=4,
+    )  # fmt: skip
+
+
+def _pad_gradient(grad: Tensor, weight: Tensor, pads: Sequence[int]) -> Tensor:
     """Gradient of what the padding holds: the map's gradient, summed over what lies below and beside the map."""
     height, width = grad.shape[1:3]
-    reach = math.isqrt(len(taps)) // 2
+    reach = weight.shape[-1] // 2
     bottom, right = min(pads[0], reach), min(pads[1], reach)
     below = _convolve(
-        grad, taps, turned=True, size=(bottom, width + right), origin=(height, 0), dtype=torch.float32
+        grad, weight, turned=True, size=(bottom, width + right), origin=(height, 0), dtype=torch.float32
     )  # fmt: skip
-    beside = _convolve(grad, taps, turned=True, size=(height, right), origin=(0, width), dtype=torch.float32)
+    beside = _convolve(grad, weight, turned=True, size=(height, right), origin=(0, width), dtype=torch.float32)
     return below.sum((0, 1, 2)) + beside.sum((0, 1, 2))
 
 
@@ -441,7 +518,7 @@ def depthwise_conv_forward(
     """Fused forward; arguments as in `depthwise_conv_reference`."""
     if skip and gelu:  # behind GELU the input cannot be part of the filter
         residual = x if residual is None else residual + x
-    return _convolve(x, _taps(weight), bias, pad_value, pads, residual, "add", gelu=gelu, skip=skip and not gelu)
+    return _convolve(x, weight, bias, pad_value, pads, residual, "add", gelu=gelu, skip=skip and not gelu)
 
 
 def depthwise_conv_backward(
@@ -455,10 +532,9 @@ def depthwise_conv_backward(
     skip: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fused gradients of x, weight, bias and pad_value, empty for those that are absent."""
-    taps = _taps(weight)
     passed = grad if skip and gelu else None
     if gelu:
-        grad = _convolve(x, taps, bias, pad_value, pads, grad, "slope")
-    d_x = _convolve(grad, taps, other=passed, role="add", turned=True, skip=skip and not gelu)
-    d_pad = empty_gradient(x) if pad_value is None else _pad_gradient(grad, taps, pads).to(pad_value.dtype)
+        grad = _convolve(x, weight, bias, pad_value, pads, grad, "slope")
+    d_x = _convolve(grad, weight, other=passed, role="add", turned=True, skip=skip and not gelu)
+    d_pad = empty_gradient(x) if pad_value is None else _pad_gradient(grad, weight, pads).to(pad_value.dtype)
     return d_x, *_filter_gradients(grad, x, weight, bias, pad_value, pads), d_pad

@@ -84,7 +84,7 @@ def _pair(first, second, HIGH: tl.constexpr):
     """The low (or high) halves of two words in one."""
     if _EMULATED:
         if HIGH:
-            return ((first >> 16) & 0xFFFF) | (second & 0xFFFF0000).to(tl.int32)
+            return ((first >> 16) & 0xFFFF) | (second >> 16 << 16)
         return (first & 0xFFFF) | (second << 16)
     elif HIGH:
         return tl.inline_asm_elementwise(
@@ -153,6 +153,12 @@ def _filter_row(weight_ptr, channel, exists, group, lane, row: tl.constexpr, K: 
             )
             words = words + (first.to(tl.int32) | (second.to(tl.int32) << 16),)
     return words
+
+
+@triton.jit
+def _four(tiles, first: tl.constexpr):
+    """A channel's numbers of C."""
+    return (tiles[first], tiles[first + 1], tiles[first + 2], tiles[first + 3])
 
 
 @triton.jit
@@ -234,13 +240,12 @@ def _matrix_conv_kernel(
         updated = ()
         for out in tl.static_range(ROWS):
             for c in tl.static_range(CHANNELS):
-                i: tl.constexpr = (out * CHANNELS + c) * 4
-                total = (sums[i], sums[i + 1], sums[i + 2], sums[i + 3])
+                total = _four(sums, (out * CHANNELS + c) * 4)
                 if row >= out and row < out + K:
-                    w: tl.constexpr = ((row - out) * CHANNELS + c) * 2
                     total = _multiply(
                         words[c], words[CHANNELS + c], words[CHANNELS + c], words[2 * CHANNELS + c],
-                        weights[w], weights[w + 1], total[0], total[1], total[2], total[3], TYPE,
+                        weights[((row - out) * CHANNELS + c) * 2], weights[((row - out) * CHANNELS + c) * 2 + 1],
+                        total[0], total[1], total[2], total[3], TYPE,
                     )  # fmt: skip
                     if SKIP and row - out == K // 2:
                         total = _multiply(
@@ -265,14 +270,13 @@ def _matrix_conv_kernel(
         )  # fmt: skip
     for row in tl.static_range(ROWS):
         for column in tl.static_range(4):  # the numbers of C: two columns of the left block, two of the right one
-            dx: tl.constexpr = column // 2 * 8 + column % 2
-            inside = (out_y + row < height) & (x + dx < width) & exists
+            inside = (out_y + row < height) & (x + (column // 2 * 8 + column % 2) < width) & exists
             values = ()
             for c in tl.static_range(CHANNELS):
                 value = sums[(row * CHANNELS + c) * 4 + column]
                 values = values + ((_gelu(value) if GELU else value),)
             if OTHER is not None:
-                loaded = tl.load(other_corner + row * other_strides[1] + dx * OTHER_PIXEL, mask=inside, other=0)
+                loaded = tl.load(other_corner + row * other_strides[1] + (column // 2 * 8 + column % 2) * OTHER_PIXEL, mask=inside, other=0)
                 finished = ()
                 for c in tl.static_range(CHANNELS // 2):
                     low, high = _halves(_word(loaded, c), TYPE)
@@ -286,7 +290,7 @@ def _matrix_conv_kernel(
             packed = _round(values[0], values[1], TYPE)
             if CHANNELS == 4:
                 packed = (packed.to(tl.int64) & 0xFFFFFFFF) | (_round(values[2], values[3], TYPE).to(tl.int64) << 32)
-            place = corner + row * stride_y + dx * pixel
+            place = corner + row * stride_y + (column // 2 * 8 + column % 2) * pixel
             if EXCHANGE:
                 # Neighbouring lanes get neighbouring channels, so that whole sectors are written.
                 packed = tl.trans(tl.reshape(packed, (WARPS, 32)))
@@ -381,19 +385,18 @@ def _matrix_gradient_kernel(
             updated = ()
             for tap in tl.static_range(K + 1):
                 for c in tl.static_range(CHANNELS):
-                    i: tl.constexpr = (tap * CHANNELS + c) * 4
-                    total = (sums[i], sums[i + 1], sums[i + 2], sums[i + 3])
+                    total = _four(sums, (tap * CHANNELS + c) * 4)
                     if tap < K and row >= tap and row < tap + ROWS:
-                        w: tl.constexpr = (row - tap) * 2 * CHANNELS + c
                         total = _multiply(
                             pixels[c], pixels[CHANNELS + c], pixels[CHANNELS + c], pixels[2 * CHANNELS + c],
-                            grads[w], grads[w + CHANNELS], total[0], total[1], total[2], total[3], TYPE,
+                            grads[(row - tap) * 2 * CHANNELS + c], grads[((row - tap) * 2 + 1) * CHANNELS + c],
+                            total[0], total[1], total[2], total[3], TYPE,
                         )  # fmt: skip
                     if HAS_BIAS and tap == K and row < ROWS:
-                        w: tl.constexpr = row * 2 * CHANNELS + c
                         total = _multiply(
                             ones, ones, ones, ones,
-                            grads[w], grads[w + CHANNELS], total[0], total[1], total[2], total[3], TYPE,
+                            grads[row * 2 * CHANNELS + c], grads[(row * 2 + 1) * CHANNELS + c],
+                            total[0], total[1], total[2], total[3], TYPE,
                         )  # fmt: skip
                     updated = updated + (total[0], total[1], total[2], total[3])
             sums = updated
@@ -402,12 +405,9 @@ def _matrix_gradient_kernel(
     some = (warps < DIM) | (DIM % (CHANNELS * WARPS) == 0)
     for c in tl.static_range(CHANNELS):
         for tap in tl.static_range(K):
-            i: tl.constexpr = (tap * CHANNELS + c) * 4
             place = (part * (K * K + 1) + tap * K) * DIM + warps + c
-            _store_taps(
-                parts_ptr, place, some, (sums[i], sums[i + 1], sums[i + 2], sums[i + 3]), DIM, K, WARPS
-            )
-        i: tl.constexpr = (K * CHANNELS + c) * 4
-        total = tl.sum(tl.reshape(sums[i] + sums[i + 1], (WARPS, 8, 4)), 2)
+            _store_taps(parts_ptr, place, some, _four(sums, (tap * CHANNELS + c) * 4), DIM, K, WARPS)
+        total = sums[(K * CHANNELS + c) * 4] + sums[(K * CHANNELS + c) * 4 + 1]
+        total = tl.sum(tl.reshape(total, (WARPS, 8, 4)), 2)
         place = (part * (K * K + 1) + K * K) * DIM + warps + c + 0 * tl.arange(0, 8)[None, :]
         tl.store(parts_ptr + place, total, mask=some & (tl.arange(0, 8)[None, :] == 0))

@@ -378,10 +378,10 @@ def _matrix_convolve(x, weight, bias, other, role, gelu, turned, skip):
     launch(
         matrix._matrix_conv_kernel, grid,
         x, weight, weight if bias is None else bias, added, out,
-        tuple(s // word for s in x.stride()[:2]), tuple(s // word for s in added.stride()[:2]), height, width, n_bands,
+        tuple(s // word for s in x.stride()[:2]), tuple(s // word for s in added.stride()[:2]), height, width, n_bands, rows,
         DIM=dim, PIXEL=x.stride(2) // word, OTHER_PIXEL=added.stride(2) // word, K=k, TURNED=turned, SKIP=skip,
         HAS_BIAS=bias is not None, GELU=gelu, OTHER=role if other is not None else None, TYPE=_TYPES[x.dtype],
-        ROWS=rows, CHANNELS=word, WARPS=warps, EXCHANGE=_EXCHANGE, num_warps=warps, num_stages=1,
+        CHANNELS=word, WARPS=warps, EXCHANGE=_EXCHANGE, num_warps=warps, num_stages=1,
     )  # fmt: skip
     return out
 
@@ -397,8 +397,8 @@ def _matrix_parts(grad, x, kernel_size, has_bias):
     launch(
         matrix._matrix_gradient_kernel, (n_parts * n_blocks,),
         x, grad, parts, tuple(s // word for s in x.stride()[:2]), tuple(s // word for s in grad.stride()[:2]),
-        height, width, n_bands, n_parts, DIM=dim, PIXEL=x.stride(2) // word, GRAD_PIXEL=grad.stride(2) // word,
-        K=kernel_size, TYPE=_TYPES[x.dtype], HAS_BIAS=has_bias, ROWS=rows, CHANNELS=word, WARPS=warps,
+        height, width, n_bands, n_parts, rows, DIM=dim, PIXEL=x.stride(2) // word, GRAD_PIXEL=grad.stride(2) // word,
+        K=kernel_size, TYPE=_TYPES[x.dtype], HAS_BIAS=has_bias, CHANNELS=word, WARPS=warps,
         num_warps=warps, num_stages=1,
     )  # fmt: skip
     return parts

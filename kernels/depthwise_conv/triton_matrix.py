@@ -137,21 +137,22 @@ def _pairs(first, second, CHANNELS: tl.constexpr):
 @triton.jit
 def _filter_row(weight_ptr, channel, exists, group, lane, row: tl.constexpr, K: tl.constexpr,
                 TURNED: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
-    """Fragments B of one row of the filters: B[input column k, output column n] = w[k - n]; two words a channel."""
+    """Fragments B of one row of the filters: B[input column k, output column n] = w[k - n]; two words a channel.
+
+    Of a thread's two words one is zero: taps are less than eight.
+    """
+    left = 2 * lane - group
+    tap = tl.where(left < -1, left + 8, left)
     words = ()
-    for channel_ in tl.static_range(CHANNELS):
-        for half in tl.static_range(2):
-            tap = 8 * half + 2 * lane - group
-            place = weight_ptr + (channel + channel_) * (K * K)
-            if TURNED:
-                place += K * K - 1 - row * K - tap
-            else:
-                place += row * K + tap
-            first = tl.load(place, mask=(tap >= 0) & (tap < K) & exists, other=0)
-            second = tl.load(
-                place + (-1 if TURNED else 1), mask=(tap >= -1) & (tap < K - 1) & exists, other=0
-            )
-            words = words + (first.to(tl.int32) | (second.to(tl.int32) << 16),)
+    for c in tl.static_range(CHANNELS):
+        if TURNED:
+            place = weight_ptr + (channel + c) * (K * K) + (K * K - 1 - row * K) - tap
+        else:
+            place = weight_ptr + (channel + c) * (K * K) + row * K + tap
+        first = tl.load(place, mask=(tap >= 0) & (tap < K) & exists, other=0)
+        second = tl.load(place + (-1 if TURNED else 1), mask=(tap < K - 1) & exists, other=0)
+        word = first.to(tl.int32) | (second.to(tl.int32) << 16)
+        words = words + (tl.where(left < -1, 0, word), tl.where(left < -1, word, 0))
     return words
 
 
@@ -170,116 +171,84 @@ def _identity(group, lane, half: tl.constexpr, K: tl.constexpr, TYPE: tl.constex
 
 
 @triton.jit
-def _band(number, n_bands, rows, ROWS: tl.constexpr):
+def _band(number, n_bands, height, rows):
     """(image, first row) of bands of rows, which go through all images."""
-    bands = tl.cdiv(rows, ROWS)
+    bands = tl.cdiv(height, rows)
     # Bands behind the last one lie below every map: their masks are empty without a condition of their own.
-    return number // bands, tl.where(number < n_bands, number % bands * ROWS, 1 << 29)
+    return number // bands, tl.where(number < n_bands, number % bands * rows, 1 << 29)
+
+
+@triton.jit
+def _normal(x):
+    """The normal distribution up to x, to 3e-7.
+
+    The logarithm of its tail is close to a polynomial; this is the best one on [-6, 0], and on [0, 6] by symmetry.
+    """
+    u = tl.abs(x)
+    log2 = tl.fma(u, -5.598646e-07, 9.17921e-06)
+    log2 = tl.fma(log2, u, -2.5058098e-05)
+    log2 = tl.fma(log2, u, -0.00058046146)
+    log2 = tl.fma(log2, u, 0.0077344356)
+    log2 = tl.fma(log2, u, -0.053043652)
+    log2 = tl.fma(log2, u, -0.45899025)
+    log2 = tl.fma(log2, u, -1.1511381)
+    log2 = tl.fma(log2, u, -0.99999917)
+    tail = tl.exp2(log2)
+    return tl.where(x < 0, tail, 1.0 - tail)
 
 
 @triton.jit
 def _gelu(x):
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    return x * _normal(x)
 
 
 @triton.jit
 def _gelu_slope(x):
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    return tl.fma(x, tl.exp2(x * x * -0.7213475204444817) * 0.3989422804014327, _normal(x))
 
 
-@triton.jit(do_not_specialize=["height", "width", "n_bands"])
-def _matrix_conv_kernel(
-    x_ptr, weight_ptr, bias_ptr, other_ptr, out_ptr, x_strides, other_strides, height, width, n_bands,
-    DIM: tl.constexpr, PIXEL: tl.constexpr, OTHER_PIXEL: tl.constexpr, K: tl.constexpr, TURNED: tl.constexpr,
-    SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, OTHER: tl.constexpr, TYPE: tl.constexpr,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, WARPS: tl.constexpr, EXCHANGE: tl.constexpr,
+@triton.jit
+def _load_row(place, x, y, height, end, PIXEL: tl.constexpr):
+    """Six columns of a row, groups of channels: two of each of the three blocks of eight that a patch meets."""
+    end = tl.where(y.to(tl.uint32) < height.to(tl.uint32), end, 0).to(tl.uint32)
+    groups = ()
+    for third in tl.static_range(3):
+        for side in tl.static_range(2):
+            real = (x + (8 * third + side)).to(tl.uint32) < end
+            groups = groups + (tl.load(place + (8 * third + side) * PIXEL, mask=real, other=0),)
+    return groups
+
+
+@triton.jit
+def _product(words, weights, c: tl.constexpr, w: tl.constexpr, total, CHANNELS: tl.constexpr, TYPE: tl.constexpr):
+    """A channel's row of inputs times a row of its filter, both blocks of outputs at once.
+
+    A's upper eight rows are the bands' left blocks, its lower ones the right blocks, which share the middle columns.
+    """
+    return _multiply(
+        words[c], words[CHANNELS + c], words[CHANNELS + c], words[2 * CHANNELS + c], weights[w], weights[w + 1],
+        total[0], total[1], total[2], total[3], TYPE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _finish_row(
+    sums, place, other_place, x, end, PIXEL: tl.constexpr, OTHER_PIXEL: tl.constexpr, GELU: tl.constexpr,
+    OTHER: tl.constexpr, TYPE: tl.constexpr, CHANNELS: tl.constexpr, WARPS: tl.constexpr, EXCHANGE: tl.constexpr,
 ):  # fmt: skip
-    n_blocks: tl.constexpr = (DIM + CHANNELS * WARPS - 1) // (CHANNELS * WARPS)
-    blocks_x = tl.cdiv(width, COLUMNS)
-    program = tl.program_id(0)
-    block = program % n_blocks
-    block_x = program // n_blocks % blocks_x
-    first_band = program // n_blocks // blocks_x * _BANDS
-    warp, group, lane = _lanes(WARPS)
-    channel = (block * WARPS + warp) * CHANNELS
-    exists = (channel < DIM) | (DIM % (CHANNELS * WARPS) == 0)
-    image, out_y = _band(first_band + group, n_bands, height, ROWS)
-
-    typed = weight_ptr.to(tl.pointer_type(tl.uint16), bitcast=True)
-    weights = ()
-    for row in tl.static_range(K):
-        weights = weights + _filter_row(typed, channel, exists, group, lane, row, K, TURNED, CHANNELS)
-    sums = ()
-    for channel_ in tl.static_range(CHANNELS):
-        start = tl.zeros((32 * WARPS,), tl.float32)
-        if HAS_BIAS:
-            start = tl.load(bias_ptr + channel + channel_, mask=exists, other=0.0).to(tl.float32)
-        sums = sums + (start, start, start, start)
-    start = sums
-    for _ in tl.static_range(ROWS - 1):
-        sums = sums + start
-
-    # Input: lanes of a group have neighbouring pairs of columns, groups have bands.
-    in_x = block_x * COLUMNS - K // 2 + 2 * lane
-    in_y = out_y - K // 2
-    corner = _words(x_ptr, CHANNELS) + (
-        image.to(tl.int64) * x_strides[0] + in_y.to(tl.int64) * x_strides[1]
-        + in_x.to(tl.int64) * PIXEL + channel // CHANNELS
-    )  # fmt: skip
-    right = tl.where(exists, tl.minimum(width, block_x * COLUMNS + COLUMNS + K // 2), 0)
-    for row in tl.static_range(ROWS + K - 1):
-        end = tl.where((in_y + row).to(tl.uint32) < height.to(tl.uint32), right, 0).to(tl.uint32)
-        place = corner + row * x_strides[1]
-        words = ()
-        for third in tl.static_range(3):
-            first = tl.load(place + (8 * third) * PIXEL, mask=(in_x + 8 * third).to(tl.uint32) < end, other=0)
-            second = tl.load(
-                place + (8 * third + 1) * PIXEL, mask=(in_x + (8 * third + 1)).to(tl.uint32) < end, other=0
-            )
-            words = words + _pairs(first, second, CHANNELS)
-        updated = ()
-        for out in tl.static_range(ROWS):
-            for c in tl.static_range(CHANNELS):
-                total = _four(sums, (out * CHANNELS + c) * 4)
-                if row >= out and row < out + K:
-                    total = _multiply(
-                        words[c], words[CHANNELS + c], words[CHANNELS + c], words[2 * CHANNELS + c],
-                        weights[((row - out) * CHANNELS + c) * 2], weights[((row - out) * CHANNELS + c) * 2 + 1],
-                        total[0], total[1], total[2], total[3], TYPE,
-                    )  # fmt: skip
-                    if SKIP and row - out == K // 2:
-                        total = _multiply(
-                            words[c], words[CHANNELS + c], words[CHANNELS + c], words[2 * CHANNELS + c],
-                            _identity(group, lane, 0, K, TYPE), _identity(group, lane, 1, K, TYPE),
-                            total[0], total[1], total[2], total[3], TYPE,
-                        )  # fmt: skip
-                updated = updated + (total[0], total[1], total[2], total[3])
-        sums = updated
-
-    x = block_x * COLUMNS + 2 * lane
-    pixel: tl.constexpr = DIM // CHANNELS
-    stride_y = width.to(tl.int64) * pixel
-    corner = _words(out_ptr, CHANNELS) + (
-        image.to(tl.int64) * height * stride_y + out_y.to(tl.int64) * stride_y
-        + x.to(tl.int64) * pixel + channel // CHANNELS
-    )  # fmt: skip
-    if OTHER is not None:
-        other_corner = _words(other_ptr, CHANNELS) + (
-            image.to(tl.int64) * other_strides[0] + out_y.to(tl.int64) * other_strides[1]
-            + x.to(tl.int64) * OTHER_PIXEL + channel // CHANNELS
-        )  # fmt: skip
-    for row in tl.static_range(ROWS):
-        for column in tl.static_range(4):  # the numbers of C: two columns of the left block, two of the right one
-            inside = (out_y + row < height) & (x + (column // 2 * 8 + column % 2) < width) & exists
+    """What follows the convolution, for a row of outputs."""
+    for side in tl.static_range(2):
+        for near in tl.static_range(2):
+            inside = x + (8 * side + near) < end
             values = ()
             for c in tl.static_range(CHANNELS):
-                value = sums[(row * CHANNELS + c) * 4 + column]
+                value = sums[c * 4 + side * 2 + near]
                 values = values + ((_gelu(value) if GELU else value),)
             if OTHER is not None:
-                loaded = tl.load(other_corner + row * other_strides[1] + (column // 2 * 8 + column % 2) * OTHER_PIXEL, mask=inside, other=0)
+                other = tl.load(other_place + (8 * side + near) * OTHER_PIXEL, mask=inside, other=0)
                 finished = ()
                 for c in tl.static_range(CHANNELS // 2):
-                    low, high = _halves(_word(loaded, c), TYPE)
+                    low, high = _halves(_word(other, c), TYPE)
                     if OTHER == "add":
                         finished = finished + (values[2 * c] + low, values[2 * c + 1] + high)
                     else:
@@ -290,22 +259,115 @@ def _matrix_conv_kernel(
             packed = _round(values[0], values[1], TYPE)
             if CHANNELS == 4:
                 packed = (packed.to(tl.int64) & 0xFFFFFFFF) | (_round(values[2], values[3], TYPE).to(tl.int64) << 32)
-            place = corner + row * stride_y + (column // 2 * 8 + column % 2) * pixel
+            out = place + (8 * side + near) * PIXEL
             if EXCHANGE:
                 # Neighbouring lanes get neighbouring channels, so that whole sectors are written.
                 packed = tl.trans(tl.reshape(packed, (WARPS, 32)))
-                place = tl.trans(tl.reshape(place, (WARPS, 32)))
+                out = tl.trans(tl.reshape(out, (WARPS, 32)))
                 inside = tl.trans(tl.reshape(inside, (WARPS, 32)))
-            tl.store(place, packed, mask=inside)
+            tl.store(out, packed, mask=inside)
+
+
+@triton.jit(do_not_specialize=["height", "width", "n_bands", "rows"])
+def _matrix_conv_kernel(
+    x_ptr, weight_ptr, bias_ptr, other_ptr, out_ptr, x_strides, other_strides, height, width, n_bands, rows,
+    DIM: tl.constexpr, PIXEL: tl.constexpr, OTHER_PIXEL: tl.constexpr, K: tl.constexpr, TURNED: tl.constexpr,
+    SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, OTHER: tl.constexpr, TYPE: tl.constexpr,
+    CHANNELS: tl.constexpr, WARPS: tl.constexpr, EXCHANGE: tl.constexpr,
+):  # fmt: skip
+    n_blocks: tl.constexpr = (DIM + CHANNELS * WARPS - 1) // (CHANNELS * WARPS)
+    blocks_x = tl.cdiv(width, COLUMNS)
+    program = tl.program_id(0)
+    block = program % n_blocks
+    block_x = program // n_blocks % blocks_x
+    first_band = program // n_blocks // blocks_x * _BANDS
+    warp, group, lane = _lanes(WARPS)
+    channel = (block * WARPS + warp) * CHANNELS
+    exists = (channel < DIM) | (DIM % (CHANNELS * WARPS) == 0)
+    image, out_y = _band(first_band + group, n_bands, height, rows)
+
+    typed = weight_ptr.to(tl.pointer_type(tl.uint16), bitcast=True)
+    weights = ()
+    for row in tl.static_range(K):
+        weights = weights + _filter_row(typed, channel, exists, group, lane, row, K, TURNED, CHANNELS)
+    identity = (_identity(group, lane, 0, K, TYPE), _identity(group, lane, 1, K, TYPE)) if SKIP else ()
+    start = ()
+    for c in tl.static_range(CHANNELS):
+        bias = tl.zeros((32 * WARPS,), tl.float32)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + channel + c, mask=exists, other=0.0).to(tl.float32)
+        start = start + (bias, bias, bias, bias)
+    sums = start  # of the K - 1 rows of outputs that the next row of inputs adds to, but does not begin
+    for _ in tl.static_range(K - 2):
+        sums = sums + start
+
+    # Lanes of a group have neighbouring pairs of columns, groups have bands.
+    x = block_x * COLUMNS + 2 * lane
+    in_x = x - K // 2
+    in_y = out_y - K // 2
+    in_place = _words(x_ptr, CHANNELS) + (
+        image.to(tl.int64) * x_strides[0] + in_y.to(tl.int64) * x_strides[1]
+        + in_x.to(tl.int64) * PIXEL + channel // CHANNELS
+    )  # fmt: skip
+    pixel: tl.constexpr = DIM // CHANNELS
+    stride_y = width.to(tl.int64) * pixel
+    place = _words(out_ptr, CHANNELS) + (
+        image.to(tl.int64) * height * stride_y + out_y.to(tl.int64) * stride_y
+        + x.to(tl.int64) * pixel + channel // CHANNELS
+    )  # fmt: skip
+    other_place = place
+    if OTHER is not None:
+        other_place = _words(other_ptr, CHANNELS) + (
+            image.to(tl.int64) * other_strides[0] + out_y.to(tl.int64) * other_strides[1]
+            + x.to(tl.int64) * OTHER_PIXEL + channel // CHANNELS
+        )  # fmt: skip
+    in_end = tl.where(exists, tl.minimum(width, block_x * COLUMNS + COLUMNS + K // 2), 0)
+    out_end = tl.where(exists, width, 0)
+    ahead = _load_row(in_place, in_x, in_y, height, in_end, PIXEL)
+    for row in range(rows + K - 1):
+        words = ()
+        for third in tl.static_range(3):
+            words = words + _pairs(ahead[2 * third], ahead[2 * third + 1], CHANNELS)
+        in_place += x_strides[1]
+        ahead = _load_row(in_place, in_x, in_y + row + 1, height, in_end, PIXEL)
+        finished = ()
+        pending = ()
+        for out in tl.static_range(K):  # rows of outputs, the one that ends first
+            for c in tl.static_range(CHANNELS):
+                total = _four(sums, (out * CHANNELS + c) * 4) if out < K - 1 else _four(start, c * 4)
+                total = _product(words, weights, c, ((K - 1 - out) * CHANNELS + c) * 2, total, CHANNELS, TYPE)
+                if SKIP and out == K // 2:
+                    total = _product(words, identity, c, 0, total, CHANNELS, TYPE)
+                if out == 0:
+                    finished = finished + total
+                else:
+                    pending = pending + total
+        sums = pending
+        if row >= K - 1:
+            end = tl.where(out_y + row - (K - 1) < height, out_end, 0)
+            _finish_row(
+                finished, place, other_place, x, end, pixel, OTHER_PIXEL, GELU, OTHER, TYPE, CHANNELS, WARPS, EXCHANGE
+            )
+            place += stride_y
+            if OTHER is not None:
+                other_place += other_strides[1]
 
 
 @triton.jit
-def _pixels(even, odd, even_end, odd_end, x, first: tl.constexpr, PIXEL: tl.constexpr, CHANNELS: tl.constexpr):
-    """A column of two bands -> words of both bands' numbers, one a channel."""
-    column = (x + first).to(tl.uint32)
-    one = tl.load(even + first * PIXEL, mask=column < even_end, other=0)
-    two = tl.load(odd + first * PIXEL, mask=column < odd_end, other=0)
-    return _pairs(one, two, CHANNELS)
+def _load_bands(
+    even, odd, even_y, odd_y, x, height, end, COUNT: tl.constexpr, PIXEL: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """COUNT columns, eight apart, of a row of two bands; groups of channels, the even band's and the odd one's."""
+    even_end = tl.where(even_y.to(tl.uint32) < height.to(tl.uint32), end, 0).to(tl.uint32)
+    odd_end = tl.where(odd_y.to(tl.uint32) < height.to(tl.uint32), end, 0).to(tl.uint32)
+    groups = ()
+    for i in tl.static_range(COUNT):
+        column = (x + 8 * i).to(tl.uint32)
+        groups = groups + (
+            tl.load(even + 8 * i * PIXEL, mask=column < even_end, other=0),
+            tl.load(odd + 8 * i * PIXEL, mask=column < odd_end, other=0),
+        )
+    return groups
 
 
 @triton.jit
@@ -326,11 +388,18 @@ def _store_taps(parts_ptr, place, exists, values, DIM: tl.constexpr, K: tl.const
     tl.store(parts_ptr + place + tap * DIM, tl.sum(tl.reshape(total, (WARPS, 8, 4)), 2), mask=exists & (tap < K))
 
 
-@triton.jit(do_not_specialize=["height", "width", "n_bands", "n_parts"])
+@triton.jit
+def _corner(ptr, strides, image, y, x, channel, PIXEL: tl.constexpr, CHANNELS: tl.constexpr):
+    """Pointers to a group of channels of pixel (y, x)."""
+    place = image.to(tl.int64) * strides[0] + y.to(tl.int64) * strides[1] + x.to(tl.int64) * PIXEL
+    return _words(ptr, CHANNELS) + place + channel // CHANNELS
+
+
+@triton.jit(do_not_specialize=["height", "width", "n_bands", "n_parts", "rows"])
 def _matrix_gradient_kernel(
-    x_ptr, grad_ptr, parts_ptr, x_strides, grad_strides, height, width, n_bands, n_parts,
+    x_ptr, grad_ptr, parts_ptr, x_strides, grad_strides, height, width, n_bands, n_parts, rows,
     DIM: tl.constexpr, PIXEL: tl.constexpr, GRAD_PIXEL: tl.constexpr, K: tl.constexpr, TYPE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, WARPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, CHANNELS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """One program's sums of `grad * x` at every tap, then of `grad`: (parts, K * K + 1, DIM)."""
     n_blocks: tl.constexpr = (DIM + CHANNELS * WARPS - 1) // (CHANNELS * WARPS)
@@ -340,66 +409,72 @@ def _matrix_gradient_kernel(
     channel = (block * WARPS + warp) * CHANNELS
     exists = (channel < DIM) | (DIM % (CHANNELS * WARPS) == 0)
     blocks_x = tl.cdiv(width, COLUMNS)
+    zero = tl.zeros((32 * WARPS,), tl.float32)
     sums = ()
-    for _ in tl.static_range((K + 1) * CHANNELS * 4):
-        sums = sums + (tl.zeros((32 * WARPS,), tl.float32),)
+    for _ in tl.static_range((K + 1 if HAS_BIAS else K) * CHANNELS * 4):
+        sums = sums + (zero,)
     one: tl.constexpr = 0x3F803F80 if TYPE == tl.bfloat16 else 0x3C003C00
     ones = tl.full((32 * WARPS,), one, tl.int32)
     for tile in range(part, tl.cdiv(n_bands, _BANDS) * blocks_x, n_parts):
         # Here groups have neighbouring columns, lanes of a group have pairs of bands.
         first_band = tile // blocks_x * _BANDS + 2 * lane
-        even_image, even_y = _band(first_band, n_bands, height, ROWS)
-        odd_image, odd_y = _band(first_band + 1, n_bands, height, ROWS)
+        even_image, even_y = _band(first_band, n_bands, height, rows)
+        odd_image, odd_y = _band(first_band + 1, n_bands, height, rows)
         x = tile % blocks_x * COLUMNS + group
-        real_width = tl.where(exists, width, 0)
-
-        words = _words(grad_ptr, CHANNELS) + channel // CHANNELS + x.to(tl.int64) * GRAD_PIXEL
-        even = words + even_image.to(tl.int64) * grad_strides[0] + even_y.to(tl.int64) * grad_strides[1]
-        odd = words + odd_image.to(tl.int64) * grad_strides[0] + odd_y.to(tl.int64) * grad_strides[1]
+        in_x = x - K // 2
+        grad_end = tl.where(exists, width, 0)
+        in_end = tl.minimum(grad_end, tile % blocks_x * COLUMNS + COLUMNS + K // 2)
+        even_grad = _corner(grad_ptr, grad_strides, even_image, even_y, x, channel, GRAD_PIXEL, CHANNELS)
+        odd_grad = _corner(grad_ptr, grad_strides, odd_image, odd_y, x, channel, GRAD_PIXEL, CHANNELS)
+        even_in = _corner(x_ptr, x_strides, even_image, even_y - K // 2, in_x, channel, PIXEL, CHANNELS)
+        odd_in = _corner(x_ptr, x_strides, odd_image, odd_y - K // 2, in_x, channel, PIXEL, CHANNELS)
+        # Rows of gradients that the next row of inputs meets: the K - 1 last ones.
         grads = ()
-        for row in tl.static_range(ROWS):
-            even_end = tl.where(even_y + row < height, real_width, 0).to(tl.uint32)
-            odd_end = tl.where(odd_y + row < height, real_width, 0).to(tl.uint32)
-            for half in tl.static_range(2):
-                grads = grads + _pixels(
-                    even + row * grad_strides[1], odd + row * grad_strides[1], even_end, odd_end, x,
-                    8 * half, GRAD_PIXEL, CHANNELS,
-                )  # fmt: skip
-
-        x -= K // 2
-        even_y -= K // 2
-        odd_y -= K // 2
-        words = _words(x_ptr, CHANNELS) + channel // CHANNELS + x.to(tl.int64) * PIXEL
-        even = words + even_image.to(tl.int64) * x_strides[0] + even_y.to(tl.int64) * x_strides[1]
-        odd = words + odd_image.to(tl.int64) * x_strides[0] + odd_y.to(tl.int64) * x_strides[1]
-        right = tl.minimum(real_width, tile % blocks_x * COLUMNS + COLUMNS + K // 2)
-        for row in tl.static_range(ROWS + K - 1):
-            even_end = tl.where((even_y + row).to(tl.uint32) < height.to(tl.uint32), right, 0).to(tl.uint32)
-            odd_end = tl.where((odd_y + row).to(tl.uint32) < height.to(tl.uint32), right, 0).to(tl.uint32)
+        for _ in tl.static_range((K - 1) * 2 * CHANNELS):
+            grads = grads + (tl.zeros((32 * WARPS,), tl.int32),)
+        grad_ahead = _load_bands(
+            even_grad, odd_grad, even_y, odd_y, x, height, grad_end, 2, GRAD_PIXEL, CHANNELS
+        )  # fmt: skip
+        ahead = _load_bands(
+            even_in, odd_in, even_y - K // 2, odd_y - K // 2, in_x, height, in_end, 3, PIXEL, CHANNELS
+        )  # fmt: skip
+        for row in range(rows + K - 1):
             pixels = ()
             for third in tl.static_range(3):
-                pixels = pixels + _pixels(
-                    even + row * x_strides[1], odd + row * x_strides[1], even_end, odd_end, x,
-                    8 * third, PIXEL, CHANNELS,
-                )  # fmt: skip
+                pixels = pixels + _pairs(ahead[2 * third], ahead[2 * third + 1], CHANNELS)
+            for half in tl.static_range(2):
+                grads = grads + _pairs(grad_ahead[2 * half], grad_ahead[2 * half + 1], CHANNELS)
+            even_grad += grad_strides[1]
+            odd_grad += grad_strides[1]
+            even_in += x_strides[1]
+            odd_in += x_strides[1]
+            grad_ahead = _load_bands(
+                even_grad, odd_grad, even_y + row + 1, odd_y + row + 1, x, height,
+                tl.where(row + 1 < rows, grad_end, 0), 2, GRAD_PIXEL, CHANNELS,
+            )  # fmt: skip
+            ahead = _load_bands(
+                even_in, odd_in, even_y + (row + 1 - K // 2), odd_y + (row + 1 - K // 2), in_x, height,
+                in_end, 3, PIXEL, CHANNELS,
+            )  # fmt: skip
             updated = ()
-            for tap in tl.static_range(K + 1):
+            for tap in tl.static_range(K):
                 for c in tl.static_range(CHANNELS):
                     total = _four(sums, (tap * CHANNELS + c) * 4)
-                    if tap < K and row >= tap and row < tap + ROWS:
-                        total = _multiply(
-                            pixels[c], pixels[CHANNELS + c], pixels[CHANNELS + c], pixels[2 * CHANNELS + c],
-                            grads[(row - tap) * 2 * CHANNELS + c], grads[((row - tap) * 2 + 1) * CHANNELS + c],
-                            total[0], total[1], total[2], total[3], TYPE,
-                        )  # fmt: skip
-                    if HAS_BIAS and tap == K and row < ROWS:
-                        total = _multiply(
-                            ones, ones, ones, ones,
-                            grads[row * 2 * CHANNELS + c], grads[(row * 2 + 1) * CHANNELS + c],
-                            total[0], total[1], total[2], total[3], TYPE,
-                        )  # fmt: skip
-                    updated = updated + (total[0], total[1], total[2], total[3])
+                    updated = updated + _multiply(
+                        pixels[c], pixels[CHANNELS + c], pixels[CHANNELS + c], pixels[2 * CHANNELS + c],
+                        grads[(K - 1 - tap) * 2 * CHANNELS + c], grads[((K - 1 - tap) * 2 + 1) * CHANNELS + c],
+                        total[0], total[1], total[2], total[3], TYPE,
+                    )  # fmt: skip
+            if HAS_BIAS:
+                for c in tl.static_range(CHANNELS):
+                    total = _four(sums, (K * CHANNELS + c) * 4)
+                    updated = updated + _multiply(
+                        ones, ones, ones, ones,
+                        grads[(K - 1) * 2 * CHANNELS + c], grads[((K - 1) * 2 + 1) * CHANNELS + c],
+                        total[0], total[1], total[2], total[3], TYPE,
+                    )  # fmt: skip
             sums = updated
+            grads = grads[2 * CHANNELS :]
 
     warps = (block * WARPS + tl.arange(0, WARPS)[:, None]) * CHANNELS
     some = (warps < DIM) | (DIM % (CHANNELS * WARPS) == 0)
@@ -407,7 +482,8 @@ def _matrix_gradient_kernel(
         for tap in tl.static_range(K):
             place = (part * (K * K + 1) + tap * K) * DIM + warps + c
             _store_taps(parts_ptr, place, some, _four(sums, (tap * CHANNELS + c) * 4), DIM, K, WARPS)
-        total = sums[(K * CHANNELS + c) * 4] + sums[(K * CHANNELS + c) * 4 + 1]
-        total = tl.sum(tl.reshape(total, (WARPS, 8, 4)), 2)
-        place = (part * (K * K + 1) + K * K) * DIM + warps + c + 0 * tl.arange(0, 8)[None, :]
-        tl.store(parts_ptr + place, total, mask=some & (tl.arange(0, 8)[None, :] == 0))
+        if HAS_BIAS:
+            total = sums[(K * CHANNELS + c) * 4] + sums[(K * CHANNELS + c) * 4 + 1]
+            total = tl.sum(tl.reshape(total, (WARPS, 8, 4)), 2)
+            place = (part * (K * K + 1) + K * K) * DIM + warps + c + 0 * tl.arange(0, 8)[None, :]
+            tl.store(parts_ptr + place, total, mask=some & (tl.arange(0, 8)[None, :] == 0))

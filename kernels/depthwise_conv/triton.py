@@ -14,14 +14,16 @@ neighbouring patches, which run at about the same time, from the caches. The dis
 kernel (it is the model's width), so that it becomes an immediate offset of the loads.
 
 The gradients of the filter and the bias are sums over all pixels: a program takes every n-th tile of patches, keeps all
-taps' sums in registers and leaves them in a workspace, and a second kernel adds the workspace up in a fixed order.
+taps' sums in registers and leaves them in a workspace, and a second kernel adds the workspace up in a fixed order. That
+of 7x7 filters is taken on tensor cores for maps of 16 bits, see `triton_matrix`.
 
-Numerics. Everything is accumulated in float32. GELU is exact; its backward recomputes the convolution. No atomics.
+Numerics. Everything is accumulated in float32. GELU is the exact one, for results of 16 bits to 3e-7; its backward
+recomputes the convolution. No atomics.
 
 Roofline (counted in code for sm_90). Of the instructions for bfloat16, multiply-adds are 38% with 3x3, 50%
 with 5x5 (25, and 25 others, a pixel and channel) and 62% with 7x7; the others load, mask and convert. On an
 H100 (132 x 128 lanes) 3x3 and 5x5 issue in about the time that their bytes take at 3 TB/s, 7x7 in twice that time: its
-49 multiply-adds alone take more than the bytes, and float32 sums leave no tensor cores to a depth-wise filter.
+49 multiply-adds alone take more than the bytes. `triton_matrix` says why the convolution is not on tensor cores.
 
 Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, batch 64, 56x56x64, CUDA-graph replay), microseconds
 forward / forward and backward: 3x3 with `skip` 22.6 / 79.9 (bytes alone 17.1 forward; torch.compile 51.4 / 173, cuDNN
@@ -54,7 +56,7 @@ from torch import Tensor
 from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
 from vitrail.kernels._common.gradients import empty_gradient
 from vitrail.kernels._common.launch import launch
-from vitrail.kernels.depthwise_conv import triton_matrix as matrix
+from vitrail.kernels.depthwise_conv.triton_matrix import matrix_gradient_kernel
 
 _MOST_WARPS = 1584  # that sum up the filter's gradient: twelve for each multiprocessor of an H100
 _PARTS = 64  # sums of programs that are added at once
@@ -74,15 +76,10 @@ _TILES = {3: Tile(4, 4, 2, 4), 5: Tile(4, 4, 2, 4), 7: Tile(4, 4, 2, 4)}
 _GRADIENT_TILES = {3: Tile(4, 4, 2, 1), 5: Tile(4, 4, 2, 1), 7: Tile(4, 4, 2, 1)}
 
 
-_ROWS = {3: 7, 5: 7, 7: 7}
-_WORD = {3: 4, 5: 4, 7: 4}
-_WARPS = {3: 4, 5: 4, 7: 4}
-_EXCHANGE = True
-_GRADIENT_ROWS = {3: 7, 5: 7, 7: 7}
-_GRADIENT_WORD = {3: 4, 5: 4, 7: 2}
-_GRADIENT_WARPS = {3: 4, 5: 4, 7: 4}
-_MATRIX_WARPS = 1056
-_MATRIX = True
+_MATRIX_SIZES = (7,)  # filters whose gradient is taken on tensor cores, where the map has 16 bits
+_MATRIX_WARPS = 1056  # that sum it up: eight for each multiprocessor of an H100
+_MATRIX_ROWS = 14  # of a band, at most
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -157,13 +154,34 @@ def _load_row(
 
 
 @triton.jit
-def _gelu(x):
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+def _normal(x, SHORT: tl.constexpr):
+    """The normal distribution up to x. SHORT: to 3e-7, for results of 16 bits, in half of the instructions.
+
+    The logarithm of its tail is close to a polynomial, fitted on [-6, 0]; on the other side by symmetry.
+    """
+    if SHORT:
+        u = tl.abs(x)
+        log2 = tl.fma(u, -5.598646e-07, 9.17921e-06)
+        log2 = tl.fma(log2, u, -2.5058098e-05)
+        log2 = tl.fma(log2, u, -0.00058046146)
+        log2 = tl.fma(log2, u, 0.0077344356)
+        log2 = tl.fma(log2, u, -0.053043652)
+        log2 = tl.fma(log2, u, -0.45899025)
+        log2 = tl.fma(log2, u, -1.1511381)
+        tail = tl.exp2(tl.fma(log2, u, -0.99999917))
+        return tl.where(x < 0, tail, 1.0 - tail)
+    else:
+        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit
-def _gelu_slope(x):
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+def _gelu(x, SHORT: tl.constexpr):
+    return x * _normal(x, SHORT)
+
+
+@triton.jit
+def _gelu_slope(x, SHORT: tl.constexpr):
+    return _normal(x, SHORT) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
 
 
 @triton.jit(
@@ -243,11 +261,11 @@ def _depthwise_conv_kernel(
         for column in tl.static_range(COLUMNS):
             total = sums[row * COLUMNS + column]
             if GELU:
-                total = _gelu(total)
+                total = _gelu(total, out_ptr.dtype.element_ty != tl.float32)
             if OTHER == "add":
                 total += others[column]
             if OTHER == "slope":
-                total = others[column] * _gelu_slope(total)
+                total = others[column] * _gelu_slope(total, out_ptr.dtype.element_ty != tl.float32)
             inside = ((out_y + row < out_height) & (out_x + column < out_width))[:, None] & exists
             tl.store(corner + row * stride_y + column * DIM, total.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -352,54 +370,31 @@ def _tile_options(tile: Tile, dim: int) -> dict[str, Any]:
     }
 
 
-def _fits(word, *tensors):
-    x = tensors[0]
-    if not _MATRIX or x.element_size() != 2:
+def _takes_matrices(grad: Tensor, x: Tensor, kernel_size: int) -> bool:
+    """Whether the filter's gradient is taken on tensor cores: 16 bits, and four channels in one aligned word."""
+    if kernel_size not in _MATRIX_SIZES or x.dtype not in _TYPES or x.shape[3] % 4:
         return False
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
-    return all(
-        t.data_ptr() % (2 * word) == 0 and t.shape[3] % word == 0 and all(s % word == 0 for s in t.stride()[:3])
-        for t in tensors
-    )
+    return all(t.data_ptr() % 8 == 0 and all(stride % 4 == 0 for stride in t.stride()[:3]) for t in (grad, x))
 
 
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-def _matrix_convolve(x, weight, bias, other, role, gelu, turned, skip):
+def _matrix_parts(grad: Tensor, x: Tensor, kernel_size: int, has_bias: bool) -> Tensor:
+    """The programs' sums of the filter's gradient, taken on tensor cores."""
     batch, height, width, dim = x.shape
-    out = torch.empty((batch, height, width, dim), dtype=x.dtype, device=x.device)
-    added = x if other is None else other
-    k = weight.shape[-1]
-    word, warps, rows = _WORD[k], _WARPS[k], _ROWS[k]
+    channels, warps = 4, 4
+    rows = triton.cdiv(height, triton.cdiv(height, _MATRIX_ROWS))
     n_bands = batch * triton.cdiv(height, rows)
-    grid = (triton.cdiv(n_bands, 8) * triton.cdiv(width, 16) * triton.cdiv(dim, word * warps),)
-    launch(
-        matrix._matrix_conv_kernel, grid,
-        x, weight, weight if bias is None else bias, added, out,
-        tuple(s // word for s in x.stride()[:2]), tuple(s // word for s in added.stride()[:2]), height, width, n_bands, rows,
-        DIM=dim, PIXEL=x.stride(2) // word, OTHER_PIXEL=added.stride(2) // word, K=k, TURNED=turned, SKIP=skip,
-        HAS_BIAS=bias is not None, GELU=gelu, OTHER=role if other is not None else None, TYPE=_TYPES[x.dtype],
-        CHANNELS=word, WARPS=warps, EXCHANGE=_EXCHANGE, num_warps=warps, num_stages=1,
-    )  # fmt: skip
-    return out
-
-
-def _matrix_parts(grad, x, kernel_size, has_bias):
-    word, warps, rows = _GRADIENT_WORD[kernel_size], _GRADIENT_WARPS[kernel_size], _GRADIENT_ROWS[kernel_size]
-    batch, height, width, dim = x.shape
-    n_bands = batch * triton.cdiv(height, rows)
-    n_tiles, n_blocks = triton.cdiv(n_bands, 8) * triton.cdiv(width, 16), triton.cdiv(dim, word * warps)
+    n_tiles, n_blocks = triton.cdiv(n_bands, 8) * triton.cdiv(width, 16), triton.cdiv(dim, channels * warps)
     most_parts = max(1, _MATRIX_WARPS // (warps * n_blocks))
     n_parts = triton.cdiv(n_tiles, triton.cdiv(n_tiles, most_parts))
     parts = torch.empty((n_parts, kernel_size**2 + 1, dim), dtype=torch.float32, device=x.device)
+    x_strides, grad_strides = (tuple(stride // channels for stride in t.stride()[:3]) for t in (x, grad))
     launch(
-        matrix._matrix_gradient_kernel, (n_parts * n_blocks,),
-        x, grad, parts, tuple(s // word for s in x.stride()[:2]), tuple(s // word for s in grad.stride()[:2]),
-        height, width, n_bands, n_parts, rows, DIM=dim, PIXEL=x.stride(2) // word, GRAD_PIXEL=grad.stride(2) // word,
-        K=kernel_size, TYPE=_TYPES[x.dtype], HAS_BIAS=has_bias, CHANNELS=word, WARPS=warps,
-        num_warps=warps, num_stages=1,
+        matrix_gradient_kernel, (n_parts * n_blocks,),
+        x, grad, parts, x_strides[:2], grad_strides[:2], height, width, n_bands, n_parts, rows,
+        DIM=dim, PIXEL=x_strides[2], GRAD_PIXEL=grad_strides[2], K=kernel_size, TYPE=_TYPES[x.dtype],
+        HAS_BIAS=has_bias, CHANNELS=channels, WARPS=warps, num_warps=warps, num_stages=1,
     )  # fmt: skip
     return parts
 
@@ -431,8 +426,6 @@ def _convolve(
     if out.numel() == 0:
         return out
     kernel_size = weight.shape[-1]
-    if size is None and pad_value is None and _fits(_WORD[kernel_size], x, out, *([] if other is None else [_as_map(other)])):
-        return _matrix_convolve(x, weight.contiguous(), bias, None if other is None else _as_map(other), role, gelu, turned, skip)
     taps = _taps(weight)
     tile = _TILES[kernel_size]
     options = _tile_options(tile, dim)
@@ -460,7 +453,7 @@ def _filter_gradients(
         return d_weight.zero_(), d_bias.zero_()
     x, grad = _as_map(x), _as_map(grad)
     kernel_size, dim = weight.shape[-1], x.shape[3]
-    if pad_value is None and _fits(_GRADIENT_WORD[kernel_size], x, grad):
+    if pad_value is None and _takes_matrices(grad, x, kernel_size):
         parts = _matrix_parts(grad, x, kernel_size, bias is not None)
         _add_parts(parts, d_weight, d_bias, bias is not None)
         return d_weight, d_bias

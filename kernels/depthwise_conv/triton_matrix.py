@@ -88,7 +88,7 @@ def _multiply(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, TYPE: tl.constexpr):
     if _EMULATED:
         d = _emulated(a0, a1, a2, a3, b0, b1, TYPE)
         return (c0 + d[0], c1 + d[1], c2 + d[2], c3 + d[3])
-    elif TYPE == tl.bfloat16:
+    elif tl.bfloat16 == TYPE:
         return tl.inline_asm_elementwise(
             "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
             "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
@@ -216,7 +216,7 @@ def matrix_gradient_kernel(
     sums = ()
     for _ in tl.static_range((K + 1 if HAS_BIAS else K) * CHANNELS * 4):
         sums = sums + (zero,)
-    one: tl.constexpr = 0x3F803F80 if TYPE == tl.bfloat16 else 0x3C003C00
+    one: tl.constexpr = 0x3F803F80 if tl.bfloat16 == TYPE else 0x3C003C00
     ones = tl.full((32 * WARPS,), one, tl.int32)
     for tile in range(part, tl.cdiv(n_bands, _BANDS) * blocks_x, n_parts):
         # Here groups have neighbouring columns, lanes of a group have pairs of bands.

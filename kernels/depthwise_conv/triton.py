@@ -78,6 +78,7 @@ _GRADIENT_TILES = {3: Tile(4, 4, 2, 1), 5: Tile(4, 4, 2, 1), 7: Tile(4, 4, 2, 1)
 
 _MATRIX_SIZES = (7,)  # filters whose gradient is taken on tensor cores, where the map has 16 bits
 _MATRIX_WARPS = 1056  # that sum it up: eight for each multiprocessor of an H100
+_MATRIX_PROGRAM = 4  # warps of a program
 _MATRIX_ROWS = 14  # of a band, at most
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -382,7 +383,7 @@ def _takes_matrices(grad: Tensor, x: Tensor, kernel_size: int) -> bool:
 def _matrix_parts(grad: Tensor, x: Tensor, kernel_size: int, has_bias: bool) -> Tensor:
     """The programs' sums of the filter's gradient, taken on tensor cores."""
     batch, height, width, dim = x.shape
-    channels, warps = 4, 4
+    channels, warps = 4, _MATRIX_PROGRAM
     rows = triton.cdiv(height, triton.cdiv(height, _MATRIX_ROWS))
     n_bands = batch * triton.cdiv(height, rows)
     n_tiles, n_blocks = triton.cdiv(n_bands, 8) * triton.cdiv(width, 16), triton.cdiv(dim, channels * warps)

@@ -245,6 +245,7 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         for table in ("_TILES", "_GRADIENT_TILES"):
             monkeypatch.setattr(triton, table, {size: triton.Tile(2, 3, 16, 1) for size in (3, 5, 7)})
         monkeypatch.setattr(triton, "_PARTS", 1)
+        monkeypatch.setattr(triton, "_MATRIX_PROGRAM", 16)
 
 
 _DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -17,7 +17,7 @@ The interpreter has no tensor cores: `_emulated` stands in.
 Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, batch 64, CUDA-graph replay), microseconds with the
 addition of the parts: 7x7 56x56x96 62.7, 28x28x192 50.3, 14x14x384 25.2; two channels a thread in place of four 101,
 64.7 and 40.7: time goes by the number of loads, whose lanes all meet a line of their own. With 3x3 46.5, 32.7 and
-17.9, with 5x5 57.0, 41.1 and 23.0, which gains nothing over patches in registers.
+17.9, with 5x5 57.0, 41.1 and 23.0; patches in registers, by the difference of whole backwards, take no longer there.
 
 Tried and rejected: the convolution itself in this form (bands of Toeplitz matrices, same loads, 8-byte stores): 3x3
 108 microseconds, 5x5 with residual 164, 7x7 with GELU 116 for 56x56x96, against 33, 70 and 105 of patches in

@@ -409,7 +409,7 @@ def _n_patches(shape: Sequence[int], tile: Tile) -> int:
 
 def _convolve(
     x: Tensor,
-    weight: Tensor,
+    taps: Tensor,
     bias: Tensor | None = None,
     pad_value: Tensor | None = None,
     pads: Sequence[int] = (0, 0),
@@ -429,8 +429,7 @@ def _convolve(
     out = torch.empty((batch, out_height, out_width, dim), dtype=dtype or x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    kernel_size = weight.shape[-1]
-    taps = _taps(weight)
+    kernel_size = math.isqrt(len(taps))
     tile = _TILES[kernel_size]
     options = _tile_options(tile, dim)
     n_patches = _n_patches(out.shape, tile)
@@ -490,15 +489,15 @@ def _add_parts(parts: Tensor, d_weight: Tensor, d_bias: Tensor, has_bias: bool) 
     )  # fmt: skip
 
 
-def _pad_gradient(grad: Tensor, weight: Tensor, pads: Sequence[int]) -> Tensor:
+def _pad_gradient(grad: Tensor, taps: Tensor, pads: Sequence[int]) -> Tensor:
     """Gradient of what the padding holds: the map's gradient, summed over what lies below and beside the map."""
     height, width = grad.shape[1:3]
-    reach = weight.shape[-1] // 2
+    reach = math.isqrt(len(taps)) // 2
     bottom, right = min(pads[0], reach), min(pads[1], reach)
     below = _convolve(
-        grad, weight, turned=True, size=(bottom, width + right), origin=(height, 0), dtype=torch.float32
+        grad, taps, turned=True, size=(bottom, width + right), origin=(height, 0), dtype=torch.float32
     )  # fmt: skip
-    beside = _convolve(grad, weight, turned=True, size=(height, right), origin=(0, width), dtype=torch.float32)
+    beside = _convolve(grad, taps, turned=True, size=(height, right), origin=(0, width), dtype=torch.float32)
     return below.sum((0, 1, 2)) + beside.sum((0, 1, 2))
 
 
@@ -515,7 +514,7 @@ def depthwise_conv_forward(
     """Fused forward; arguments as in `depthwise_conv_reference`."""
     if skip and gelu:  # behind GELU the input cannot be part of the filter
         residual = x if residual is None else residual + x
-    return _convolve(x, weight, bias, pad_value, pads, residual, "add", gelu=gelu, skip=skip and not gelu)
+    return _convolve(x, _taps(weight), bias, pad_value, pads, residual, "add", gelu=gelu, skip=skip and not gelu)
 
 
 def depthwise_conv_backward(
@@ -529,9 +528,10 @@ def depthwise_conv_backward(
     skip: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fused gradients of x, weight, bias and pad_value, empty for those that are absent."""
+    taps = _taps(weight)
     passed = grad if skip and gelu else None
     if gelu:
-        grad = _convolve(x, weight, bias, pad_value, pads, grad, "slope")
-    d_x = _convolve(grad, weight, other=passed, role="add", turned=True, skip=skip and not gelu)
-    d_pad = empty_gradient(x) if pad_value is None else _pad_gradient(grad, weight, pads).to(pad_value.dtype)
+        grad = _convolve(x, taps, bias, pad_value, pads, grad, "slope")
+    d_x = _convolve(grad, taps, other=passed, role="add", turned=True, skip=skip and not gelu)
+    d_pad = empty_gradient(x) if pad_value is None else _pad_gradient(grad, taps, pads).to(pad_value.dtype)
     return d_x, *_filter_gradients(grad, x, weight, bias, pad_value, pads), d_pad

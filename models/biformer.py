@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vitrail.layers.depthwise import DepthwiseConv2d
 from vitrail.layers.routing import FullAttention, RoutingAttention
+from vitrail.layers.stem import ImageConv2d
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path
 from vitrail.models._registry import imagenet_cfg, shipped_cfgs
@@ -158,7 +159,7 @@ class _ConvStem(nn.Sequential):
 
     def __init__(self, in_chans: int, dim: int, stride: int, **factory: Any) -> None:
         super().__init__(
-            nn.Conv2d(in_chans, dim // 2, 3, 2, 1, **factory),
+            ImageConv2d(in_chans, dim // 2, 3, 2, 1, **factory),
             nn.BatchNorm2d(dim // 2, **factory),
             nn.GELU(),
             nn.Conv2d(dim // 2, dim, 3, stride // 2, 1, **factory),
@@ -182,7 +183,7 @@ class _PatchStem(nn.Sequential):
     """Patches of 4 x 4 pixels. Without padding, three halvings need 32 pixels, which only an untraced check can see."""
 
     def __init__(self, in_chans: int, dim: int, **factory: Any) -> None:
-        super().__init__(nn.Conv2d(in_chans, dim, 4, 4, **factory), nn.BatchNorm2d(dim, **factory))
+        super().__init__(ImageConv2d(in_chans, dim, 4, 4, **factory), nn.BatchNorm2d(dim, **factory))
 
     def forward(self, input: Tensor) -> Tensor:
         height, width = input.shape[2], input.shape[3]

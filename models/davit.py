@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vitrail.kernels._common.checks import to_pair
 from vitrail.layers.channel import ChannelAttention
 from vitrail.layers.depthwise import DepthwiseConv2d
+from vitrail.layers.stem import ImageConv2d
 from vitrail.layers.window import WindowAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages, pad_to_multiple
@@ -45,13 +46,13 @@ class Stem(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_chans, dim, 7, stride=4, padding=3, device=device, dtype=dtype)
+        self.conv = ImageConv2d(in_chans, dim, 7, stride=4, padding=3, device=device, dtype=dtype)
         self.norm = LayerNorm2d(dim, eps=_NORM_EPS, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A channels-last image makes every later map channels-last: the normalisations then see contiguous channels.
-        x = pad_to_multiple(x, 4).contiguous(memory_format=torch.channels_last)
-        return self.norm(self.conv(x))
+        x = self.conv(pad_to_multiple(x, 4))
+        # Every later map is then channels-last, too: the normalisations see contiguous channels.
+        return self.norm(x.contiguous(memory_format=torch.channels_last))
 
 
 class Downsample(nn.Module):

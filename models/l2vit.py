@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
 from vitrail.layers.linear import LinearAttention, LocalConcentration
+from vitrail.layers.stem import ImageConv2d
 from vitrail.layers.window import WindowAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages, pad_to_multiple
@@ -45,7 +46,7 @@ class Stem(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv = nn.Sequential(
-            nn.Conv2d(in_chans, dim // 2, 3, 2, 1, **factory),
+            ImageConv2d(in_chans, dim // 2, 3, 2, 1, **factory),
             nn.BatchNorm2d(dim // 2, **factory),
             nn.ReLU(),
             nn.Conv2d(dim // 2, dim, 3, 2, 1, **factory),

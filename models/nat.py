@@ -18,6 +18,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.layers.neighborhood import NeighborhoodAttention
+from vitrail.layers.stem import ImageConv2d
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages
 from vitrail.models._registry import imagenet_cfg, shipped_cfgs
@@ -43,7 +44,7 @@ class ConvStem(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, device=device, dtype=dtype)
+        self.conv1 = ImageConv2d(in_chans, dim // 2, 3, stride=2, padding=1, device=device, dtype=dtype)
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, device=device, dtype=dtype)
         self.norm = LayerNorm2d(dim, eps=_NORM_EPS, device=device, dtype=dtype)
 

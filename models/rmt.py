@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vitrail.layers.depthwise import DepthwiseConv2d
 from vitrail.layers.retention import Retention, RetentionPosition
+from vitrail.layers.stem import ImageConv2d
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages
 from vitrail.models._registry import imagenet_cfg, shipped_cfgs
@@ -33,7 +34,7 @@ def conv_stem(in_chans: int, dim: int, stride: int, **factory: Any) -> nn.Sequen
     """Four 3x3 convolutions: (B, in_chans, H, W) -> (B, dim, H / stride, W / stride), rounded up; stride is 2 or 4."""
     half = dim // 2
     return nn.Sequential(
-        nn.Conv2d(in_chans, half, 3, 2, 1, **factory),
+        ImageConv2d(in_chans, half, 3, 2, 1, **factory),
         nn.BatchNorm2d(half, **factory),
         nn.GELU(),
         nn.Conv2d(half, half, 3, 1, 1, **factory),

@@ -19,6 +19,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.layers.depthwise import DepthwiseConv2d
+from vitrail.layers.stem import ImageConv2d
 from vitrail.layers.varied_window import VariedWindowAttention
 from vitrail.layers.window import WindowAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
@@ -48,7 +49,7 @@ class PatchEmbed(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.conv = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, device=device, dtype=dtype)
+        self.conv = ImageConv2d(in_chans, dim, patch_size, stride=patch_size, device=device, dtype=dtype)
         self.norm = LayerNorm2d(dim, eps=_NORM_EPS, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:

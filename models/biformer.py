@@ -166,13 +166,6 @@ class _ConvStem(nn.Sequential):
             nn.BatchNorm2d(dim, **factory),
         )
 
-    def forward(self, input: Tensor) -> Tensor:
-        # A channels-last image makes every later map channels-last: the turn to (B, H, W, C) is then a view.
-        x = input.contiguous(memory_format=torch.channels_last)
-        for module in self:
-            x = module(x)
-        return x
-
 
 def _conv_merge(dim_in: int, dim_out: int, **factory: Any) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(dim_in, dim_out, 3, 2, 1, **factory), nn.BatchNorm2d(dim_out, **factory))

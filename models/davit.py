@@ -50,9 +50,7 @@ class Stem(nn.Module):
         self.norm = LayerNorm2d(dim, eps=_NORM_EPS, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(pad_to_multiple(x, 4))
-        # Every later map is then channels-last, too: the normalisations see contiguous channels.
-        return self.norm(x.contiguous(memory_format=torch.channels_last))
+        return self.norm(self.conv(pad_to_multiple(x, 4)))
 
 
 class Downsample(nn.Module):

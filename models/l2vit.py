@@ -55,9 +55,7 @@ class Stem(nn.Module):
         self.norm = LayerNorm2d(dim, eps=_NORM_EPS, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A channels-last image makes every later map channels-last: the normalisations then see contiguous channels.
-        x = pad_to_multiple(x, 4).contiguous(memory_format=torch.channels_last)
-        return self.norm(self.conv(x))
+        return self.norm(self.conv(pad_to_multiple(x, 4)))
 
 
 class GlobalBlock(nn.Module):

@@ -49,8 +49,6 @@ class ConvStem(nn.Module):
         self.norm = LayerNorm2d(dim, eps=_NORM_EPS, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A channels-last image makes every later map channels-last: the normalisations then see contiguous channels.
-        x = x.contiguous(memory_format=torch.channels_last)
         return self.norm(self.conv2(self.conv1(x)))
 
 

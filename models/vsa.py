@@ -53,9 +53,7 @@ class PatchEmbed(nn.Module):
         self.norm = LayerNorm2d(dim, eps=_NORM_EPS, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A channels-last image makes every later map channels-last: the normalisations then see contiguous channels.
-        x = pad_to_multiple(x, self.patch_size).contiguous(memory_format=torch.channels_last)
-        return self.norm(self.conv(x))
+        return self.norm(self.conv(pad_to_multiple(x, self.patch_size)))
 
 
 class PatchMerging(nn.Module):

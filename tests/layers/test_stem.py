@@ -55,6 +55,8 @@ def test_scripted_and_left_whole_by_tracers() -> None:
     assert is_notrace_module(ImageConv2d)
     image = torch.randn(2, 3, 9, 8)
     torch.testing.assert_close(torch.jit.script(layer)(image), layer(image))
+    torch.testing.assert_close(layer(image), nn.Conv2d.forward(layer, image))
+    assert layer(image).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_one_compilation_for_all_sizes() -> None:

@@ -9,8 +9,8 @@ of programs walks over every n-th tile, and keeps the sums of `grad * normalised
 each place of the tile; it adds them up over the tile's rows at its end and leaves them in a workspace. A second kernel
 adds the workspace up in a fixed order: gradients are deterministic.
 
-Numerics. Everything is float32; the variance is the mean of squared distances from the mean, not a difference of large
-numbers. The backward computes both again, in registers, since it reads the rows anyway: nothing but the inputs is saved.
+Numerics. Everything is float32; the variance is the mean of squared distances from the mean, no difference of large
+numbers. The backward computes both again, in registers, since it reads the rows anyway: only the inputs are saved.
 
 Roofline. Moved bytes alone count: two maps forward, three backward.
 """

@@ -42,9 +42,9 @@ class LayerNorm(nn.LayerNorm):
     `torch.compile` fuses that with its neighbours.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., *normalized_shape) -> the same."""
-        return _layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return _layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 @register_notrace_module

@@ -127,11 +127,12 @@ def test_compiles_in_one_graph_at_any_size() -> None:
         return torch.ops.vitrail.layer_norm(x, weight, bias, 1e-5) + 1
 
     graphs: list[Any] = []
+    from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
     def keep(graph: Any, _inputs: Any) -> Any:
         graphs.append(graph)
-        return graph.forward
+        return make_boxed_func(graph.forward)
 
     compiled = torch.compile(train, fullgraph=True, backend=aot_autograd(fw_compiler=keep), dynamic=True)
     for shape in ((2, 3, 5), (4, 7, 5), (9, 2, 5)):
@@ -200,7 +201,7 @@ def draw_case(seed: int, dtype: torch.dtype, n_rows: int, dim: int) -> tuple[lis
 
 @needs_triton
 @_DTYPES
-@pytest.mark.parametrize("seed", seeds(8))
+@pytest.mark.parametrize("seed", seeds(6))
 def test_fused_is_as_exact_as_eager(
     seed: int, dtype: torch.dtype, poison: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

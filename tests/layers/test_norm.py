@@ -83,18 +83,15 @@ def test_operator_runs_where_gradients_are_recorded_on_a_gpu(
 
         def operators(x: Tensor) -> list[str]:
             calls.names.clear()
-            out = layer(x)
-            if out.requires_grad:
-                out.sum().backward()
+            layer(x)
             return [name for name in calls.names if "layer_norm" in name]
 
-        both = ["vitrail::layer_norm", "vitrail::layer_norm_backward"]
-        assert operators(x) == both
+        assert operators(x) == ["vitrail::layer_norm"]
         with torch.no_grad():
             assert operators(x) == ["aten::native_layer_norm"]
         layer.requires_grad_(False)
         assert operators(x) == ["aten::native_layer_norm"]
-        assert operators(x.detach().requires_grad_()) == both
+        assert operators(x.detach().requires_grad_()) == ["vitrail::layer_norm"]
 
 
 @PAIRS

@@ -208,7 +208,7 @@ def test_fused_is_as_exact_as_eager(
     triton = pytest.importorskip("vitrail.kernels.layer_norm.triton")
     draw = random.Random(seed)
     if DEVICE == "cpu":  # several tiles, programs and steps on few rows
-        monkeypatch.setattr(triton, "_FORWARD", {8192: triton.Tile(draw.choice([1, 4]), 1)})
+        monkeypatch.setattr(triton, "_FORWARD", triton.Tile(draw.choice([1, 4]), 1))
         monkeypatch.setattr(triton, "_BACKWARD", {8192: triton.Tile(draw.choice([1, 4]), 1, draw.choice([1, 3]))})
         monkeypatch.setattr(triton, "_PARTS", 2)
     dim = draw.choice([1, 3, 7, 16, 20, 33, 96])
@@ -218,8 +218,9 @@ def test_fused_is_as_exact_as_eager(
 @needs_triton
 def test_equal_values_without_eps_leave_other_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("vitrail.kernels.layer_norm.triton")
-    for table in ("_FORWARD", "_BACKWARD"):  # a tile of four rows, of which three exist
-        monkeypatch.setattr(triton, table, {8192: triton.Tile(1, 1, 1)})
+    tile = triton.Tile(1, 1, 1)  # four rows, of which three exist
+    monkeypatch.setattr(triton, "_FORWARD", tile)
+    monkeypatch.setattr(triton, "_BACKWARD", {8192: tile})
     x, weight, bias = (t.float().to(DEVICE) for t in make_inputs((3, 7)))
     assert_exact([x, weight, bias], torch.randn_like(x), 0.0)
     x[1] = 5.0

@@ -16,7 +16,7 @@ numbers. The backward computes both again, in registers, since it reads the rows
 Roofline. Moved bytes alone count: two maps forward, three backward.
 
 Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, weight and bias, CUDA-graph replay), microseconds forward,
-backward, and both; PyTorch's own kernels, and both directions as `torch.compile` makes them of a norm that stands alone:
+backward, and both; PyTorch's own kernels; both directions as `torch.compile` makes them of a norm that stands alone:
 
 ============  =====================  ===================  ==================  ========
 rows          fused                  bytes at 3 TB/s      PyTorch's kernels   compiled
@@ -29,11 +29,11 @@ rows          fused                  bytes at 3 TB/s      PyTorch's kernels   co
 6272 x 1536   13.2 + 28.6 =  41.8    12.8 + 19.3 =  32.1  20.7 + 53.9
 ============  =====================  ===================  ==================  ========
 
-Within a model the compiled norm's forward takes up to 296 and its backward 200 for 401408 x 96, since what is saved for
-the backward is then the normalised map, in float32. The last three maps partly stay in the second-level cache.
+Compiled as a part of `davit_t`, norms of 401408 x 96 took 296 forward and 200 backward, since what was saved for the
+backward was the normalised map, in float32. The last three maps partly stay in the second-level cache.
 
 Tried and rejected: tiles that are loaded when they are needed (105.6 backward for 401408 x 96), or one tile ahead into
-registers (92.7; up to 2 % faster from 192 channels on); forward programs that walk (57.8). The second kernel, with
+registers (92.7; 1 to 6 % faster from 192 channels on); forward programs that walk (57.8). The second kernel, with
 tiles of 256 sums by 8 channels then, took 3.0 to 4.8; with those of now 2.6 to 3.1.
 """
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import timm.layers
 import torch
+from functorch.compile import make_boxed_func
 from timm.layers import is_notrace_module
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from vitrail.kernels._common.dispatch import record_choices
+from vitrail.kernels._common.dispatch import HAS_TRITON, record_choices, settings
+from vitrail.kernels.layer_norm import layer_norm
 from vitrail.layers.norm import LayerNorm, LayerNorm2d
 
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAIRS = pytest.mark.parametrize(
     ("ours", "plain", "shape"),
@@ -75,8 +80,8 @@ def test_results_gradients_and_parameters_are_those_of_the_plain_layer(
 
 
 @PAIRS
-def test_operator_runs_where_gradients_are_recorded_on_a_gpu(
-    ours: type[nn.Module], plain: type[nn.Module], shape: tuple[int, ...]
+def test_operator_runs_where_large_maps_train_on_a_gpu(
+    ours: type[nn.Module], plain: type[nn.Module], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with on_a_gpu() as calls:
         layer, x = ours(8, device="cuda"), torch.empty(shape, device="cuda")
@@ -86,12 +91,43 @@ def test_operator_runs_where_gradients_are_recorded_on_a_gpu(
             layer(x)
             return [name for name in calls.names if "layer_norm" in name]
 
-        assert operators(x) == ["vitrail::layer_norm"]
+        plains, fused = ["aten::native_layer_norm"], ["vitrail::layer_norm"]
+        assert operators(x) == plains
+        with monkeypatch.context() as patch:
+            patch.setattr(settings, "default_backend", "triton")
+            assert operators(x) == (fused if HAS_TRITON else plains)
+        monkeypatch.setattr("vitrail.layers.norm._LARGE", x.numel())
+        assert operators(x) == (fused if HAS_TRITON else plains)
         with torch.no_grad():
-            assert operators(x) == ["aten::native_layer_norm"]
+            assert operators(x) == plains
         layer.requires_grad_(False)
-        assert operators(x) == ["aten::native_layer_norm"]
-        assert operators(x.detach().requires_grad_()) == ["vitrail::layer_norm"]
+        assert operators(x) == plains
+        assert operators(x.detach().requires_grad_()) == (fused if HAS_TRITON else plains)
+        monkeypatch.setattr(settings, "default_backend", "eager")
+        assert operators(x) == plains
+
+
+@needs_triton
+@PAIRS
+def test_a_compiled_layer_that_trains_holds_the_operator(
+    ours: type[nn.Module], plain: type[nn.Module], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitrail.layers.norm.layer_norm", partial(layer_norm, backend="triton"))
+    layer, x = ours(8).to(DEVICE), torch.randn(shape, device=DEVICE)
+    for trains in (True, False):
+        layer.requires_grad_(trains)
+        with _Calls() as calls:
+            layer(x)
+        assert "vitrail::layer_norm" not in calls.names  # a small map
+        graph: list[str] = []
+
+        def keep(module: torch.fx.GraphModule, _inputs: Any, graph: list[str] = graph) -> Any:
+            graph += [str(node.target) for node in module.graph.nodes]
+            return make_boxed_func(module.forward)
+
+        torch.compile(layer, fullgraph=True, backend=aot_autograd(fw_compiler=keep))(x)
+        assert graph.count("vitrail.layer_norm.default") == trains
+        torch._dynamo.reset()
 
 
 @PAIRS
@@ -147,7 +183,10 @@ def test_half_precision_with_float32_parameters() -> None:
 
 @PAIRS
 @pytest.mark.gpu
-def test_training_on_a_gpu(ours: type[nn.Module], plain: type[nn.Module], shape: tuple[int, ...]) -> None:
+def test_training_on_a_gpu(
+    ours: type[nn.Module], plain: type[nn.Module], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitrail.layers.norm._LARGE", 0)
     layers = [layer.cuda() for layer in alike(ours, plain)]
     x = torch.randn(shape, device="cuda")
     for run in (lambda layer: layer, lambda layer: torch.compile(layer, fullgraph=True)):

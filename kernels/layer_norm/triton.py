@@ -23,7 +23,7 @@ rows          fused                  bytes at 3 TB/s      PyTorch's kernels   co
 ============  =====================  ===================  ==================  ========
 401408 x 64   36.4 + 59.5 =  95.9    34.3 + 51.4 =  85.6  439.7 + 378.3
 401408 x 96   53.0 + 88.1 = 141.1    51.4 + 77.1 = 128.5  446.4 + 406.8       162.3
-100352 x 192  28.1 + 53.0 =  81.1    25.7 + 38.5 =  64.2  129.4 + 154.7       98.5
+100352 x 192  28.1 + 55.3 =  83.4    25.7 + 38.5 =  64.2  129.4 + 154.7       98.5
 25088 x 384   12.7 + 32.7 =  45.4    12.8 + 19.3 =  32.1  38.9 + 140.3        60.9
 6272 x 768     5.9 + 15.8 =  21.7     6.4 +  9.6 =  16.1  14.5 + 33.1         36.5
 6272 x 1536   13.2 + 28.6 =  41.8    12.8 + 19.3 =  32.1  20.7 + 53.9
@@ -33,7 +33,8 @@ Compiled as a part of `davit_t`, norms of 401408 x 96 took 296 forward and 200 b
 backward was the normalised map, in float32. The last three maps partly stay in the second-level cache.
 
 Tried and rejected: tiles that are loaded when they are needed (105.6 backward for 401408 x 96), or one tile ahead into
-registers (92.7; 1 to 6 % faster from 192 channels on); forward programs that walk (57.8). The second kernel, with
+registers (92.7; 1 to 6 % faster from 384 channels on); forward programs that walk (57.8); backward programs of one warp
+and 32 values a thread (53.0 for 100352 x 192, but it spills registers). The second kernel, with
 tiles of 256 sums by 8 channels then, took 3.0 to 4.8; with those of now 2.6 to 3.1.
 """
 
@@ -60,7 +61,7 @@ class Tile(NamedTuple):
 
 _FORWARD = Tile(16, 4)
 # By the width that rows take, a power of two.
-_BACKWARD = {128: Tile(16, 8, 2), 256: Tile(32, 1, 12), 1024: Tile(16, 4, 3), 8192: Tile(16, 8, 2)}
+_BACKWARD = {256: Tile(16, 8, 2), 1024: Tile(16, 4, 3), 8192: Tile(16, 8, 2)}
 _STAGES = 3  # of the backward's loop
 _PARTS, _CHANNELS = 512, 8  # sums of programs that are added at once, and channels of a program that adds
 

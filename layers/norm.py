@@ -1,5 +1,8 @@
 """Layer normalisation with PyTorch's and timm's parameters, by a fused operator in training."""
 
+# TorchScript has no tuples of any length, such as a norm's shape is; it takes them as lists.
+# mypy: disable-error-code="arg-type"
+
 from __future__ import annotations
 
 from typing import List, Optional  # noqa: UP035 -- TorchScript reads the annotations

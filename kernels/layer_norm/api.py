@@ -46,7 +46,8 @@ def layer_norm(
     if bias is not None and weight is None:
         raise ValueError(f"{_NAME}: bias is given without weight; allowed: both, weight alone, or neither")
     if x.device.type == "cuda" and autocast_is_on(x):
-        x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.float() for t in (x, weight, bias))
+        x = _float32(x)
+        weight, bias = (None if t is None else _float32(t) for t in (weight, bias))
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             _check_parameter(name, parameter, x)
@@ -55,6 +56,10 @@ def layer_norm(
     if choose_backend(_NAME, backend, fused_support(x), x) == "triton":
         return torch.ops.vitrail.layer_norm(x, weight, bias, eps)
     return layer_norm_reference(x, weight, bias, eps)
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _check_parameter(name: str, parameter: Tensor, x: Tensor) -> None:

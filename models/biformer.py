@@ -15,6 +15,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.layers.depthwise import DepthwiseConv2d
+from vitrail.layers.norm import LayerNorm
 from vitrail.layers.routing import FullAttention, RoutingAttention
 from vitrail.layers.stem import ImageConv2d
 from vitrail.models._checkpoint import rename_keys, unwrap
@@ -54,9 +55,9 @@ class BiFormerBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.pos_embed = DepthwiseConv2d(dim, 3, skip=True, device=device, dtype=dtype) if pos_embed else nn.Identity()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
+        self.norm1 = LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
+        self.norm2 = LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), device=device, dtype=dtype)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()

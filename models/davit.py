@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 import torch.fx
-from timm.layers import DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead, trunc_normal_
+from timm.layers import DropPath, Mlp, NormMlpClassifierHead, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
 from vitrail.layers.channel import ChannelAttention
 from vitrail.layers.depthwise import DepthwiseConv2d
+from vitrail.layers.norm import LayerNorm, LayerNorm2d
 from vitrail.layers.stem import ImageConv2d
 from vitrail.layers.window import WindowAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
@@ -110,11 +111,11 @@ class AttentionBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.cpe1 = ConvPosEnc(dim, device=device, dtype=dtype)
-        self.norm1 = nn.LayerNorm(dim, eps=_NORM_EPS, device=device, dtype=dtype)
+        self.norm1 = LayerNorm(dim, eps=_NORM_EPS, device=device, dtype=dtype)
         self.attn = attn
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.cpe2 = ConvPosEnc(dim, device=device, dtype=dtype)
-        self.norm2 = nn.LayerNorm(dim, eps=_NORM_EPS, device=device, dtype=dtype)
+        self.norm2 = LayerNorm(dim, eps=_NORM_EPS, device=device, dtype=dtype)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), device=device, dtype=dtype)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

@@ -16,6 +16,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.layers.depthwise import DepthwiseConv2d
+from vitrail.layers.norm import LayerNorm
 from vitrail.layers.retention import Retention, RetentionPosition
 from vitrail.layers.stem import ImageConv2d
 from vitrail.models._checkpoint import rename_keys, unwrap
@@ -109,10 +110,10 @@ class RMTBlock(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.pos = DepthwiseConv2d(dim, 3, skip=True, **factory)
-        self.norm1 = nn.LayerNorm(dim, eps=_NORM_EPS, **factory)
+        self.norm1 = LayerNorm(dim, eps=_NORM_EPS, **factory)
         self.attn = Retention(dim, num_heads, decomposed, **factory)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **factory)
-        self.norm2 = nn.LayerNorm(dim, eps=_NORM_EPS, **factory)
+        self.norm2 = LayerNorm(dim, eps=_NORM_EPS, **factory)
         self.ffn = ConvFeedForward(dim, int(dim * mlp_ratio), **factory)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **factory)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()

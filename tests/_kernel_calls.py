@@ -15,6 +15,7 @@ from torch import Tensor
 from vitrail.kernels.channel_attention import channel_attention, channel_attention_packed
 from vitrail.kernels.context_window_attention import context_window_attention
 from vitrail.kernels.depthwise_conv import depthwise_conv
+from vitrail.kernels.layer_norm import layer_norm
 from vitrail.kernels.linear_attention import linear_attention, linear_attention_packed
 from vitrail.kernels.neighborhood_attention import neighborhood_attention
 from vitrail.kernels.routing_attention import region_routes, routing_attention
@@ -133,6 +134,14 @@ def _strip_gate(dtype: torch.dtype, channels: int) -> None:
             _train(strip_gate, x, *(_input(strips, 2, channels, size) for _ in range(2)), skip=True)
 
 
+def _layer_norm(dtype: torch.dtype, channels: int) -> None:
+    for parameters in {dtype, torch.float32}:
+        weight, bias = (_input(parameters, channels) for _ in range(2))
+        _train(layer_norm, _input(dtype, 40, channels), weight, bias)
+    _train(layer_norm, _input(dtype, 40, channels), weight)
+    _train(layer_norm, _input(dtype, 40, 2, channels)[:, 1])
+
+
 def _depthwise_conv(dtype: torch.dtype, kernel: int) -> None:
     for channels in (64, 20):  # whole blocks of channels, and one that is cut off
         bias, pad = (_input(dtype, channels) for _ in range(2))
@@ -187,6 +196,7 @@ CALLS = {
     "varied_window_attention": Calls(_varied_window_attention, _HEAD_DIMS, 32),
     "context_window_attention": Calls(_context_window_attention, _HEAD_DIMS, 32),
     "strip_gate": Calls(_strip_gate, (16, 64, 100), 64),
+    "layer_norm": Calls(_layer_norm, (20, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 8192), 96),
     "depthwise_conv": Calls(_depthwise_conv, (3, 5, 7), 3),
     "scattered_linear_attention": Calls(_scattered_linear_attention, _HEAD_DIMS[:3], 32),
     "sparse_conv": Calls(_sparse_conv, (16, 32, 64, 128), 32),
@@ -212,10 +222,15 @@ def _sites(size: int) -> None:
     _train(sparse_conv, _input(torch.bfloat16, size, 32), _input(torch.bfloat16, 32, 27, 32), table)
 
 
-# Calls whose inputs have some hundred tokens, voxels or sites.
+def _rows(size: int) -> None:
+    _train(layer_norm, _input(torch.bfloat16, size, 96), *(_input(torch.bfloat16, 96) for _ in range(2)))
+
+
+# Calls whose inputs have some hundred tokens, voxels, sites or rows.
 SIZED = {
     "window_attention": _map_of_size(window_attention, window_size=7),
     "neighborhood_attention": _map_of_size(neighborhood_attention, kernel_size=7),
     "scattered_linear_attention": _voxels,
     "sparse_conv": _sites,
+    "layer_norm": _rows,
 }

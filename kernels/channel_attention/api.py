@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from vitrail.kernels._common.checks import autocast_together, check_alike, check_dims, check_floating, check_shape
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.channel_attention.op import fused_support
+from vitrail.kernels.channel_attention.op import fused_support, run_channel_attention, run_channel_attention_packed
 from vitrail.kernels.channel_attention.reference import channel_attention_reference, packed_reference
 
 _NAME = "channel_attention"
@@ -42,7 +41,7 @@ def channel_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = 
     q, k, v = autocast_together(q, k, v)
     scale = _default_scale(q, scale)
     if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
-        return torch.ops.vitrail.channel_attention(q, k, v, scale)
+        return run_channel_attention(q, k, v, scale)
     return channel_attention_reference(q, k, v, scale)
 
 
@@ -59,7 +58,7 @@ def channel_attention_packed(qkv: Tensor, *, scale: float | None = None, backend
     q = qkv.select(3, 0)
     scale = _default_scale(q, scale)
     if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
-        return torch.ops.vitrail.channel_attention_packed(qkv, scale)
+        return run_channel_attention_packed(qkv, scale)
     return packed_reference(qkv, scale)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from vitrail.kernels._common.checks import (
@@ -17,7 +16,7 @@ from vitrail.kernels._common.checks import (
     to_pair,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.context_window_attention.op import fused_support
+from vitrail.kernels.context_window_attention.op import fused_support, run_context_window_attention
 from vitrail.kernels.context_window_attention.reference import context_window_attention_reference
 
 _NAME = "context_window_attention"
@@ -74,7 +73,7 @@ def context_window_attention(
     arguments = (q, k, v, window, row_starts, column_starts, scale)
     fused = fused_support(q, row_starts, column_starts)
     if choose_backend(_NAME, backend, fused, q) == "triton":
-        return torch.ops.vitrail.context_window_attention(*arguments)
+        return run_context_window_attention(*arguments)
     return context_window_attention_reference(*arguments)
 
 

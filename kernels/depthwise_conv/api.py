@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from vitrail.kernels._common.checks import (
@@ -17,7 +16,7 @@ from vitrail.kernels._common.checks import (
 )
 from vitrail.kernels._common.dispatch import choose_backend
 from vitrail.kernels._common.recording import is_padded
-from vitrail.kernels.depthwise_conv.op import fused_support
+from vitrail.kernels.depthwise_conv.op import fused_support, run_depthwise_conv
 from vitrail.kernels.depthwise_conv.reference import depthwise_conv_reference
 
 _NAME = "depthwise_conv"
@@ -71,7 +70,7 @@ def depthwise_conv(
     _check_alike(x, weight=weight, bias=bias, residual=residual, pad_value=pad_value)
     arguments = (x, weight, bias, pad_value, residual, pads, gelu, skip)
     if choose_backend(_NAME, backend, fused_support(x, weight), x) == "triton":
-        return torch.ops.vitrail.depthwise_conv(*arguments)
+        return run_depthwise_conv(*arguments)
     return depthwise_conv_reference(*arguments)
 
 

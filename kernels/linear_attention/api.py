@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from vitrail.kernels._common.checks import autocast_together, check_alike, check_dims, check_floating, check_shape
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.linear_attention.op import fused_support
+from vitrail.kernels.linear_attention.op import fused_support, run_linear_attention, run_linear_attention_packed
 from vitrail.kernels.linear_attention.reference import linear_attention_reference
 
 _NAME = "linear_attention"
@@ -47,7 +46,7 @@ def linear_attention(
     _check_constants(q, temperature, floor)
     q, k, v = autocast_together(q, k, v)
     if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
-        return torch.ops.vitrail.linear_attention(q, k, v, temperature, float(floor))
+        return run_linear_attention(q, k, v, temperature, float(floor))
     return linear_attention_reference(q, k, v, temperature, float(floor))
 
 
@@ -64,7 +63,7 @@ def linear_attention_packed(qkv: Tensor, temperature: Tensor, *, floor: float = 
     q, k, v = qkv.unbind(3)
     _check_constants(q, temperature, floor)
     if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
-        return torch.ops.vitrail.linear_attention_packed(qkv, temperature, float(floor))
+        return run_linear_attention_packed(qkv, temperature, float(floor))
     return linear_attention_reference(q, k, v, temperature, float(floor))
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from vitrail.kernels._common.checks import autocast_together, check_alike, check_floating, check_pads, check_shape
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.neighborhood_attention.op import fused_support, natten_support
+from vitrail.kernels.neighborhood_attention.op import fused_support, natten_support, run_neighborhood_attention
 from vitrail.kernels.neighborhood_attention.reference import (
     neighborhood_attention_reference,
     neighborhood_attention_with_lse,
@@ -102,7 +101,7 @@ def neighborhood_attention(
             raise NotImplementedError(f"{_NAME}: backend 'natten' cannot run here: {support.reason}")
         return _natten(q, k, v, extra_k, extra_v, kernel, steps, dilations, causal, scale)
     if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
-        return torch.ops.vitrail.neighborhood_attention(*arguments)
+        return run_neighborhood_attention(*arguments)
     return neighborhood_attention_reference(*arguments)
 
 

@@ -16,7 +16,7 @@ from vitrail.kernels._common.checks import (
     to_pair,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.retention.op import fused_support
+from vitrail.kernels.retention.op import fused_support, run_retention
 from vitrail.kernels.retention.reference import ACTIVATIONS, retention_reference
 
 _NAME = "retention"
@@ -77,7 +77,7 @@ def retention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = (q, k, v, decay, slopes, window, shift, activation, signed_slopes, length_offset, scale)
     if choose_backend(_NAME, backend, fused_support(q, window, activation), q) == "triton":
-        return torch.ops.vitrail.retention(*arguments)
+        return run_retention(*arguments)
     return retention_reference(*arguments)
 
 

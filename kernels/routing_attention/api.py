@@ -17,7 +17,7 @@ from vitrail.kernels._common.checks import (
     to_pair,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.routing_attention.op import fused_support
+from vitrail.kernels.routing_attention.op import fused_support, run_region_routes, run_routing_attention
 from vitrail.kernels.routing_attention.reference import region_routes_reference, routing_attention_reference
 
 _NAME = "routing_attention"
@@ -64,7 +64,7 @@ def region_routes(
     check_pads(_NAME, q, pad_q=pad_q, pad_k=pad_k)
     arguments = (q, k, pad_q, pad_k, regions, topk)
     if choose_backend("region_routes", backend, fused_support(q), q) == "triton":
-        return torch.ops.vitrail.region_routes(*arguments)
+        return run_region_routes(*arguments)
     return region_routes_reference(*arguments)
 
 
@@ -114,5 +114,5 @@ def routing_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = (q, k, v, pad_k, pad_v, routes, regions, scale)
     if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
-        return torch.ops.vitrail.routing_attention(*arguments)
+        return run_routing_attention(*arguments)
     return routing_attention_reference(*arguments)

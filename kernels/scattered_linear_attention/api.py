@@ -7,7 +7,11 @@ from torch import Tensor
 
 from vitrail.kernels._common.checks import autocast_together, check_alike, check_dims, check_floating, check_shape
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.scattered_linear_attention.op import fused_support
+from vitrail.kernels.scattered_linear_attention.op import (
+    fused_support,
+    run_scattered_linear_attention,
+    run_scattered_linear_attention_packed,
+)
 from vitrail.kernels.scattered_linear_attention.reference import scattered_linear_attention_reference
 from vitrail.kernels.scattered_linear_attention.windows import Windows, most_parts
 
@@ -48,7 +52,7 @@ def scattered_linear_attention(
     _check_windows(windows, q, eps)
     q, k, v = autocast_together(q, k, v)
     if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
-        return torch.ops.vitrail.scattered_linear_attention(q, k, v, *windows, float(eps))
+        return run_scattered_linear_attention(q, k, v, *windows, float(eps))
     return scattered_linear_attention_reference(q, k, v, *windows, float(eps))
 
 
@@ -67,7 +71,7 @@ def scattered_linear_attention_packed(
     (qkv,) = autocast_together(qkv)
     q, k, v = qkv.unbind(1)
     if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
-        return torch.ops.vitrail.scattered_linear_attention_packed(qkv, *windows, float(eps))
+        return run_scattered_linear_attention_packed(qkv, *windows, float(eps))
     return scattered_linear_attention_reference(q, k, v, *windows, float(eps))
 
 

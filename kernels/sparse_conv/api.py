@@ -9,7 +9,12 @@ from torch import Tensor
 
 from vitrail.kernels._common.checks import autocast_together, check_dims, check_floating, check_shape
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.sparse_conv.op import fused_support
+from vitrail.kernels.sparse_conv.op import (
+    fused_support,
+    run_depthwise_sparse_conv,
+    run_mixed_depthwise_conv,
+    run_sparse_conv,
+)
 from vitrail.kernels.sparse_conv.reference import depthwise_reference, mix_reference, sparse_conv_reference
 from vitrail.kernels.sparse_conv.sites import NeighbourTable
 
@@ -41,7 +46,7 @@ def sparse_conv(features: Tensor, weight: Tensor, table: NeighbourTable, *, back
     check_shape(name, "features", features, (len(features), weight.shape[2]))
     features, weight = _checked(name, features, weight, table, weight.shape[1])
     if choose_backend(name, backend, fused_support(features), features) == "triton":
-        return torch.ops.vitrail.sparse_conv(features, weight, *table)
+        return run_sparse_conv(features, weight, *table)
     return sparse_conv_reference(features, weight, *table)
 
 
@@ -68,7 +73,7 @@ def depthwise_sparse_conv(features: Tensor, weight: Tensor, table: NeighbourTabl
     check_shape(name, "features", features, (len(features), weight.shape[1]))
     features, weight = _checked(name, features, weight, table, weight.shape[0])
     if choose_backend(name, backend, fused_support(features), features) == "triton":
-        return torch.ops.vitrail.depthwise_sparse_conv(features, weight, *table)
+        return run_depthwise_sparse_conv(features, weight, *table)
     return depthwise_reference(features, weight, *table)
 
 
@@ -108,7 +113,7 @@ def mixed_depthwise_conv(
         mixed, weight = _checked(name, features, weight, table, len(weight))
         checked.append(weight)
     if choose_backend(name, backend, fused_support(mixed), mixed) == "triton":
-        return torch.ops.vitrail.mixed_depthwise_conv(mixed, *checked, *(rows for table in tables for rows in table))
+        return run_mixed_depthwise_conv(mixed, *checked, *(rows for table in tables for rows in table))
     return mix_reference(mixed, checked, [table.forward for table in tables])
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from vitrail.kernels._common.checks import check_dims, check_floating, check_shape
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.strip_gate.op import fused_support
+from vitrail.kernels.strip_gate.op import fused_support, run_strip_gate
 from vitrail.kernels.strip_gate.reference import strip_gate_reference
 
 _NAME = "strip_gate"
@@ -47,5 +46,5 @@ def strip_gate(x: Tensor, logits_h: Tensor, logits_w: Tensor, *, skip: bool = Fa
             "they must agree"
         )
     if choose_backend(_NAME, backend, fused_support(x), x) == "triton":
-        return torch.ops.vitrail.strip_gate(x, logits_h, logits_w, skip)
+        return run_strip_gate(x, logits_h, logits_w, skip)
     return strip_gate_reference(x, logits_h, logits_w, skip)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from vitrail.kernels._common.checks import (
@@ -16,7 +15,11 @@ from vitrail.kernels._common.checks import (
     to_pair,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.varied_window_attention.op import fused_support
+from vitrail.kernels.varied_window_attention.op import (
+    fused_support,
+    run_varied_window_attention,
+    run_varied_window_attention_packed,
+)
 from vitrail.kernels.varied_window_attention.reference import varied_window_attention_reference
 
 _NAME = "varied_window_attention"
@@ -72,7 +75,7 @@ def varied_window_attention(
     q, k, v = autocast_together(q, k, v)
     arguments = (offsets, stretch, bias, window, start, scale)
     if choose_backend(_NAME, backend, fused_support(q, offsets, window), q) == "triton":
-        return torch.ops.vitrail.varied_window_attention(q, k, v, *arguments)
+        return run_varied_window_attention(q, k, v, *arguments)
     return varied_window_attention_reference(q, k, v, *arguments)
 
 
@@ -99,7 +102,7 @@ def varied_window_attention_packed(
     q, k, v = qkv.unbind(3)
     arguments = (offsets, stretch, bias, window, start, scale)
     if choose_backend(_NAME, backend, fused_support(q, offsets, window), q) == "triton":
-        return torch.ops.vitrail.varied_window_attention_packed(qkv, *arguments)
+        return run_varied_window_attention_packed(qkv, *arguments)
     return varied_window_attention_reference(q, k, v, *arguments)
 
 

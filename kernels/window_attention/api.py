@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from vitrail.kernels._common.checks import (
@@ -17,7 +16,7 @@ from vitrail.kernels._common.checks import (
     to_pair,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.window_attention.op import fused_support
+from vitrail.kernels.window_attention.op import fused_support, run_window_attention, run_window_attention_packed
 from vitrail.kernels.window_attention.reference import window_attention_reference
 
 _NAME = "window_attention"
@@ -72,7 +71,7 @@ def window_attention(
     q, k, v = autocast_together(q, k, v)
     arguments = (bias, pad_k, pad_v, window, shift, scale, roll_first)
     if choose_backend(_NAME, backend, fused_support(q, window), q) == "triton":
-        return torch.ops.vitrail.window_attention(q, k, v, *arguments)
+        return run_window_attention(q, k, v, *arguments)
     return window_attention_reference(q, k, v, *arguments)
 
 
@@ -100,7 +99,7 @@ def window_attention_packed(
     q, k, v = qkv.unbind(3)
     arguments = (bias, pad_k, pad_v, window, shift, scale, roll_first)
     if choose_backend(_NAME, backend, fused_support(q, window), q) == "triton":
-        return torch.ops.vitrail.window_attention_packed(qkv, *arguments)
+        return run_window_attention_packed(qkv, *arguments)
     return window_attention_reference(q, k, v, *arguments)
 
 

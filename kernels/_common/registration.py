@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vitrail.kernels._common.direct import is_watched
 from vitrail.kernels._common.gradients import fake_gradients, requested_gradients
+from vitrail.kernels._common.replay import replayed
 
 Operator = Callable[..., Tensor]
 
@@ -72,37 +73,39 @@ def register_operator(
     def run_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = (grad, *ctx.saved_tensors)
         through = torch.is_grad_enabled() or is_watched(inputs)
-        run = getattr(torch.ops.vitrail, f"{name}_backward") if through else backward
+        run = getattr(torch.ops.vitrail, f"{name}_backward") if through else fast_backward
         found = run(*inputs, *ctx.constants)
         found = found if len(gradients) > 1 else (found,)
         return requested_gradients(ctx, (*found, grad) if adds_last else found)
 
-    torch.library.define(f"vitrail::{name}", f"({arguments}) -> Tensor")
-    torch.library.define(f"vitrail::{name}_backward", f"({backward_arguments}) -> ({results})")
-    for device in ("CPU", "CUDA"):
-        torch.library.impl(f"vitrail::{name}", device)(forward)
-        torch.library.impl(f"vitrail::{name}_backward", device)(backward)
+    fast_forward = _implement(name, arguments, "Tensor", forward)
+    fast_backward = _implement(f"{name}_backward", backward_arguments, f"({results})", backward)
     torch.library.register_fake(f"vitrail::{name}")(fake_forward)
     torch.library.register_fake(f"vitrail::{name}_backward")(fake_backward or fake_gradients_of_inputs)
     torch.library.register_autograd(f"vitrail::{name}", run_backward, setup_context=save_inputs)
-    function = _differentiable(f"vitrail_{name}", forward, save_inputs, run_backward)
-    return _operator(getattr(torch.ops.vitrail, name), n_tensors, forward, function)
+    differentiable = _differentiable(f"vitrail_{name}", fast_forward, save_inputs, run_backward)
+    return _operator(getattr(torch.ops.vitrail, name), n_tensors, fast_forward, differentiable)
 
 
 def register_choice(name: str, arguments: str, forward: Operator, fake_forward: Operator) -> Operator:
     """Defines `vitrail::NAME`, whose result holds whole numbers and has no gradient; see `register_operator`."""
     n_tensors = sum(argument.strip().startswith("Tensor") for argument in arguments.split(","))
-    torch.library.define(f"vitrail::{name}", f"({arguments}) -> Tensor")
-    for device in ("CPU", "CUDA"):
-        torch.library.impl(f"vitrail::{name}", device)(forward)
+    fast = _implement(name, arguments, "Tensor", forward)
     torch.library.register_fake(f"vitrail::{name}")(fake_forward)
-    dispatched = getattr(torch.ops.vitrail, name)
+    return _operator(getattr(torch.ops.vitrail, name), n_tensors, fast, fast)
 
-    def call(*inputs: Any) -> Tensor:
-        run = dispatched if is_watched(inputs[:n_tensors]) else forward
-        return run(*inputs)
 
-    return call
+def _implement(name: str, arguments: str, results: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Defines an operator and implements it on all devices; returns what a call that nothing watches runs."""
+    fast = replayed(implementation)
+    torch.library.define(f"vitrail::{name}", f"({arguments}) -> {results}")
+
+    def run(*inputs: Any) -> Any:
+        return (implementation if is_watched(t for t in inputs if isinstance(t, Tensor)) else fast)(*inputs)
+
+    for device in ("CPU", "CUDA"):
+        torch.library.impl(f"vitrail::{name}", device)(run)
+    return fast
 
 
 def _differentiable(

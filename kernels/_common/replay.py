@@ -26,10 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
+from vitrail.kernels._common.kinds import MOST_REMEMBERED, kind_of
 from vitrail.kernels._common.launch import starter, tells_of_launches
 
 REPLAYS = not TRITON_INTERPRETED
-_MOST_REMEMBERED = 4096
 _ALLOCATES = {
     getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 }
@@ -45,10 +45,10 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         if not REPLAYS:
             return function(*arguments)
-        key = _kind(arguments)
+        key = _replayed_kind(arguments)
         plan = plans.get(key)
         if plan is None:
-            if len(plans) >= _MOST_REMEMBERED:
+            if len(plans) >= MOST_REMEMBERED:
                 plans.clear()
             plans[key] = True
         elif plan is True and _are_distinct(arguments):
@@ -62,29 +62,20 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _kind(arguments: Sequence[Any]) -> Hashable:
-    """What calls have in common that do the same: all of their arguments but the tensors' contents and addresses."""
-    found: list[Hashable] = [_autocast_dtype()]
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            aligned = argument.data_ptr() & 15
-            found.append((argument.shape, argument.stride(), argument.dtype, argument.device, aligned))
-        elif isinstance(argument, (tuple, list)):
-            found.append((*argument, *map(type, argument)))  # 1, 1.0 and True are equal, but not the same to kernels
-        else:
-            found.append(argument)
-            found.append(type(argument))
-    return tuple(found)
+def _replayed_kind(arguments: Sequence[Any]) -> Hashable:
+    """The kind of a call, with what else changes its steps: autocast, and which tensors start at multiples of 16 bytes.
+
+    The former may change what operators of PyTorch compute, the latter how a kernel is compiled.
+    """
+    starts = [argument.data_ptr() & 15 for argument in arguments if isinstance(argument, Tensor)]
+    autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    return (kind_of(arguments), *starts, autocast)
 
 
 def _are_distinct(arguments: Sequence[Any]) -> bool:
     """Whether no tensor is given twice: the recorder could not tell which of the two arguments a step takes."""
     tensors = [id(argument) for argument in arguments if isinstance(argument, Tensor)]
     return len(set(tensors)) == len(tensors)
-
-
-def _autocast_dtype() -> torch.dtype | None:
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
 
 
 def _record(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, _Plan | None]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-MOST_REMEMBERED = 4096
+MOST_REMEMBERED = 1024
 _Found = TypeVar("_Found")
 
 
@@ -17,7 +17,7 @@ def kind_of(arguments: Sequence[Any]) -> tuple[Hashable, ...]:
 
     Sequences of numbers are told apart from others of the same numbers as 1, 1.0 and True are.
     """
-    found: list[Hashable] = []
+    found: list[Any] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
             found.append((argument.shape, argument.stride(), argument.dtype, argument.device))

@@ -87,7 +87,8 @@ def _launch_remembered(
         code = _compiled[key] = kernel[grid](*arguments, **constants)
     else:
         # Compiled code takes every parameter of the kernel in its order, and looks at no compile-time one.
-        code[(*grid, 1, 1)](*arguments, *(None,) * n_constants)
+        whole_grid = (*grid, 1, 1)
+        code[whole_grid](*arguments, *(None,) * n_constants)
     listener = getattr(_thread, "listener", None)
     if listener is not None:
         listener(code, grid, (*arguments, *(None,) * n_constants))

@@ -6,7 +6,8 @@ other arguments. It takes several times as long as the launches themselves. So t
 and from the third on its steps are repeated on the tensors at hand, without that code:
 
 - an allocation: a tensor of the same shape and dtype;
-- an operator of PyTorch: called again, unless it made a view that only launches read;
+- a view: made if more than launches read it, for which an address is enough;
+- another operator of PyTorch: called again;
 - a launch: the same compiled code, grid and numbers, with the addresses of this call.
 
 The recorder sees every operator of PyTorch (it is a dispatch mode) and every launch (`launch` tells it). Where it meets
@@ -96,16 +97,16 @@ class _Recorder(TorchDispatchMode):
         self.held: list[Tensor] = []  # with the values, so that no identity or address is used twice
         self.places = {id(value): place for place, value in enumerate(arguments) if isinstance(value, Tensor)}
         self.roots: dict[int, int] = {}  # of views: the place of the tensor whose memory they show
-        self.steps: list[_Allocation | _Operation | _Launch] = []
+        self.steps: list[_Allocation | _View | _Operation | _Launch] = []
         self.repeatable = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         results = list(result) if isinstance(result, (tuple, list)) else [result]
-        given = {position: self.places.get(id(arg)) for position, arg in enumerate(args) if isinstance(arg, Tensor)}
-        others = tree_leaves(([arg for arg in args if not isinstance(arg, Tensor)], kwargs))
-        if None in given.values() or any(map(_is_tensor, others)) or not all(map(_is_tensor, results)):
+        given = {position: self.places.get(id(arg), -1) for position, arg in enumerate(args) if _is_tensor(arg)}
+        others = tree_leaves(([arg for arg in args if not _is_tensor(arg)], kwargs))
+        if -1 in given.values() or any(map(_is_tensor, others)) or not all(map(_is_tensor, results)):
             self.repeatable = False
             return result
         if func is torch.ops.aten.detach.default:  # a mode makes `torch.empty` end with one
@@ -116,11 +117,14 @@ class _Recorder(TorchDispatchMode):
         is_view = all(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         if is_view:
             root = self.roots.get(given[0], given[0])  # whose address tells theirs
+            if any(one.dtype != self.values[root].dtype for one in results):
+                self.repeatable = False
             self.roots.update((place, root) for place in places)
-        if func.overloadpacket in _ALLOCATES and result.is_contiguous():
+            self.steps.extend(_View(self.values[root], root, one, at) for one, at in zip(results, places, strict=True))
+        elif func.overloadpacket in _ALLOCATES and result.is_contiguous():
             self.steps.append(_Allocation(result, places[0]))
         else:
-            self.steps.append(_Operation(func, args, kwargs, given, places, isinstance(result, (tuple, list)), is_view))
+            self.steps.append(_Operation(func, args, kwargs, given, places, isinstance(result, (tuple, list))))
         return result
 
     def _place(self, tensor: Tensor) -> int:
@@ -148,19 +152,13 @@ class _Recorder(TorchDispatchMode):
     def plan(self, result: Any) -> _Plan | None:
         """The steps that the result takes, unless they cannot be repeated."""
         several = isinstance(result, tuple)
-        places = [self.places.get(id(one)) for one in (result if several else (result,))]
-        if not self.repeatable or None in places or not any(isinstance(step, _Launch) for step in self.steps):
+        places = [self.places.get(id(one), -1) for one in (result if several else (result,))]
+        if not self.repeatable or -1 in places or not any(isinstance(step, _Launch) for step in self.steps):
             return None
-        needed = set(places)
-        steps = []
-        for step in reversed(self.steps):
-            if isinstance(step, _Operation):
-                if step.is_view and needed.isdisjoint(step.places):
-                    continue
-                needed.update(step.given.values())
-            steps.append(step)
+        read = {place for step in self.steps if isinstance(step, _Operation) for place in step.given.values()}
+        steps = [step for step in self.steps if not isinstance(step, _View) or step.place in read.union(places)]
         device = next(value.device for value in self.values if isinstance(value, Tensor))
-        return _Plan(steps[::-1], len(self.values) - self.n_arguments, places if several else places[0], device)
+        return _Plan(steps, len(self.values) - self.n_arguments, places if several else places[0], device)
 
 
 def _is_tensor(value: object) -> bool:
@@ -183,6 +181,19 @@ class _Allocation:
         values[self.place] = torch.empty_like(self.like, memory_format=torch.contiguous_format)
 
 
+class _View:
+    """Shows a part of another tensor's memory; however many views lie between the two, it is one."""
+
+    def __init__(self, root: Tensor, root_place: int, view: Tensor, place: int) -> None:
+        self.root_place, self.place = root_place, place
+        self.shape, self.strides = view.shape, view.stride()
+        self.offset = view.storage_offset() - root.storage_offset()
+
+    def run(self, values: list[Any]) -> None:
+        root = values[self.root_place]
+        values[self.place] = root.as_strided(self.shape, self.strides, root.storage_offset() + self.offset)
+
+
 class _Operation:
     """Calls an operator of PyTorch."""
 
@@ -194,9 +205,8 @@ class _Operation:
         given: dict[int, int],
         places: Sequence[int],
         several: bool,
-        is_view: bool,
     ) -> None:
-        self.func, self.kwargs, self.places, self.several, self.is_view = func, kwargs, places, several, is_view
+        self.func, self.kwargs, self.places, self.several = func, kwargs, places, several
         self.args = [None if position in given else arg for position, arg in enumerate(args)]
         self.given = given
 

@@ -58,7 +58,8 @@ def linear_attention_packed(qkv: Tensor, temperature: Tensor, *, floor: float = 
     (qkv,) = autocast_together(qkv)
     if choose_backend(_NAME, backend, fused_support(qkv), qkv, packed_at=3) == "triton":
         return run_linear_attention_packed(qkv, temperature, float(floor))
-    return linear_attention_reference(*qkv.unbind(3), temperature, float(floor))
+    q, k, v = qkv.unbind(3)
+    return linear_attention_reference(q, k, v, temperature, float(floor))
 
 
 @once_per_kind

@@ -68,7 +68,8 @@ def scattered_linear_attention_packed(
     (qkv,) = autocast_together(qkv)
     if choose_backend(_NAME, backend, fused_support(qkv), qkv, packed_at=1) == "triton":
         return run_scattered_linear_attention_packed(qkv, *windows, float(eps))
-    return scattered_linear_attention_reference(*qkv.unbind(1), *windows, float(eps))
+    q, k, v = qkv.unbind(1)
+    return scattered_linear_attention_reference(q, k, v, *windows, float(eps))
 
 
 @once_per_kind

@@ -100,7 +100,8 @@ def varied_window_attention_packed(
     arguments = (offsets, stretch, bias, window, start, scale)
     if choose_backend(_NAME, backend, fused_support(qkv, offsets, window), qkv, packed_at=3) == "triton":
         return run_varied_window_attention_packed(qkv, *arguments)
-    return varied_window_attention_reference(*qkv.unbind(3), *arguments)
+    q, k, v = qkv.unbind(3)
+    return varied_window_attention_reference(q, k, v, *arguments)
 
 
 @once_per_kind

@@ -97,7 +97,8 @@ def window_attention_packed(
     arguments = (bias, pad_k, pad_v, window, shift, scale, roll_first)
     if choose_backend(_NAME, backend, fused_support(qkv, window), qkv, packed_at=3) == "triton":
         return run_window_attention_packed(qkv, *arguments)
-    return window_attention_reference(*qkv.unbind(3), *arguments)
+    q, k, v = qkv.unbind(3)
+    return window_attention_reference(q, k, v, *arguments)
 
 
 @once_per_kind

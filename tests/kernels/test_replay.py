@@ -6,7 +6,7 @@ Where there is no GPU a stand-in for compiled code works on the addresses that i
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vitrail.kernels._common import launch as launching
 from vitrail.kernels._common import replay
+from vitrail.tools._common.kernel_cases import OPERATORS
 
 pytest.importorskip("triton")
 
@@ -25,6 +26,9 @@ class _Code:
 
     function = packed_metadata = 0
     replays = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return _add
 
     def run(self, *everything: Any) -> None:
         (columns, rows, layers, stream, *_), (source, target, n, number) = everything[:9], everything[9:]
@@ -36,21 +40,25 @@ class _Code:
 
 
 class _Kernel:
-    """Adds `number` to `source`; what it returns stands for compiled code."""
+    """Compiles the stand-in and runs it, as Triton's kernels do."""
 
     params = tuple(SimpleNamespace(do_not_specialize=False) for _ in range(4))
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., _Code]:
-        def call(source: Tensor, target: Tensor, n: int, number: float) -> _Code:
-            torch.add(source, number, out=target)
-            return code
+        def call(*arguments: Any) -> _Code:
+            _add(*arguments)
+            return _Code()
 
-        code = _Code()
         return call
 
 
+def _add(source: Tensor, target: Tensor, n: int, number: float) -> None:
+    with torch._C._DisableTorchDispatch():  # kernels do not pass through PyTorch
+        torch.add(source, number, out=target)
+
+
 @pytest.fixture
-def add(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def add(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Launches the stand-in, as `launch` would on a GPU, which `torch.cuda` seems to have."""
     from triton.runtime import driver
 
@@ -59,16 +67,13 @@ def add(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     monkeypatch.setattr(type(driver), "active", driver_of_none)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(replay, "REPLAYS", True)
+    monkeypatch.setattr(launching, "_compiled", {})
+    monkeypatch.setattr(_Code, "replays", 0)
 
     def launch(source: Tensor, target: Tensor, number: float) -> None:
-        with torch._C._DisableTorchDispatch():  # kernels do not pass through PyTorch
-            code = kernel[(2,)](source, target, target.numel(), number)
-        listener = getattr(launching._thread, "listener", None)
-        if listener is not None:
-            listener(code, (2,), (source, target, target.numel(), number))
+        launching._launch_remembered(0, kernel, (2,), (source, target, target.numel(), number), {})
 
-    _Code.replays = 0
-    yield launch
+    return launch
 
 
 def _compare(function: Callable[..., Any], *makers: Callable[[], Any], replays: int) -> None:
@@ -89,7 +94,7 @@ def test_launches_read_views_of_other_tensors(add: Callable[..., None]) -> None:
         between = torch.empty_like(second)
         add(first, above, number)
         add(second[1:].contiguous(), between[1:], 2.0)
-        between[0] = 7
+        between[0].fill_(7)
         add(between, below, 1.0)
         return out, out[1, 1:].sum(0)
 
@@ -170,15 +175,15 @@ def test_one_tensor_in_two_places_is_not_recorded(add: Callable[..., None]) -> N
         torch.testing.assert_close(fast(x, y), function(x, y), rtol=0, atol=0)
 
 
-def test_autocast_and_alignment_are_kinds_of_their_own() -> None:
+def test_autocast_and_alignment_are_kinds_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = torch.zeros(20)
     kinds = [replay._replayed_kind((memory[start : start + 8],)) for start in (0, 1, 4)]
     assert kinds[0] == kinds[2] != kinds[1]
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        assert replay._replayed_kind((memory[:8],)) != kinds[0]
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    assert replay._replayed_kind((memory[:8],)) != kinds[0]
 
 
-def test_launch_hooks_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_hooks_are_called(add: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     from triton import knobs
 
     seen: list[Any] = []
@@ -194,6 +199,42 @@ def test_launch_hooks_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_empty_chains_are_no_hooks() -> None:
     chain = SimpleNamespace(calls=[])
-    assert not launching._is_hook(chain) and not launching._is_hook(None)
+    assert not any(map(launching._is_hook, (chain, None)))
     chain.calls.append(print)
-    assert launching._is_hook(chain) and launching._is_hook(print)
+    assert all(map(launching._is_hook, (chain, print)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "routing_layer"])
+def test_every_operator_replays_what_it_did(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps on other numbers, forward and backward, to the last bit; the third is replayed."""
+    device, plans = torch.device("cuda"), []
+    run_plan = replay._Plan.run
+    monkeypatch.setattr(replay._Plan, "run", lambda plan, given: plans.append(plan) or run_plan(plan, given))
+    for case in OPERATORS[operator]("host"):
+        for name, implementation in case.implementations.items():
+            if not name.startswith("vitrail"):
+                continue
+            plans.clear()
+            inputs = [one.make(device, torch.bfloat16, seed) for seed, one in enumerate(case.inputs)]
+            for _ in range(3):
+                given = [_other(one) if torch.is_tensor(one) else one for one in implementation.prepare(*inputs)]
+                monkeypatch.setattr(replay, "REPLAYS", False)
+                wanted = _step(implementation.run, given)
+                monkeypatch.setattr(replay, "REPLAYS", True)
+                found = _step(implementation.run, given)
+                assert all(map(torch.equal, found, wanted)), name
+            assert len(set(plans)) >= 2, name
+
+
+def _other(given: Tensor) -> Tensor:
+    """Other numbers of the same kind, at another place; tables and the like stay."""
+    if not given.is_floating_point():
+        return given.clone()
+    return (given.detach() * torch.rand_like(given.detach())).requires_grad_()
+
+
+def _step(run: Callable[..., Tensor], given: list[Any]) -> list[Tensor]:
+    out = run(*given)
+    leaves = [one for one in given if torch.is_tensor(one) and one.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out, leaves, torch.cos(out.detach()))]

@@ -40,7 +40,7 @@ def retention_forward(
 ) -> Tensor:
     """Fused forward with the softmax; arguments as in `retention_reference`."""
     window, shift = _rounded(q, window_size, shift_size)
-    return window_attention_forward(q, k, v, _bias(decay, window), None, None, window, shift, scale, False)
+    return window_attention_forward(q, k, v, decay_bias(decay, window), None, None, window, shift, scale, False)
 
 
 def retention_backward(
@@ -57,12 +57,12 @@ def retention_backward(
     window, shift = _rounded(q, window_size, shift_size)
     d_q, d_k, d_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     d_bias, _, _ = window_attention_backward(
-        grad, q, k, v, d_q, d_k, d_v, _bias(decay, window), None, None, window, shift, scale, False
+        grad, q, k, v, d_q, d_k, d_v, decay_bias(decay, window), None, None, window, shift, scale, False
     )
-    return d_q, d_k, d_v, (d_bias * _distance(window, decay)).sum((1, 2)).to(decay.dtype)
+    return d_q, d_k, d_v, (d_bias * distances(window, decay)).sum((1, 2)).to(decay.dtype)
 
 
-def _bias(decay: Tensor, window: tuple[int, int]) -> Tensor:
+def decay_bias(decay: Tensor, window: tuple[int, int]) -> Tensor:
     """The decay of each head times the distance, (heads, T, T), float32."""
     n_tokens = window[0] * window[1]
     bias = torch.empty((len(decay), n_tokens, n_tokens), dtype=torch.float32, device=decay.device)
@@ -70,7 +70,7 @@ def _bias(decay: Tensor, window: tuple[int, int]) -> Tensor:
     return bias
 
 
-def _distance(window: tuple[int, int], like: Tensor) -> Tensor:
+def distances(window: tuple[int, int], like: Tensor) -> Tensor:
     """`manhattan_distance` of the reference, in one launch."""
     n_tokens = window[0] * window[1]
     distance = torch.empty((n_tokens, n_tokens), dtype=like.dtype, device=like.device)

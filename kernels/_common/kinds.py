@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 MOST_REMEMBERED = 1024
+_NO_TENSORS = frozenset((type(None), bool, int, float, str))
 _Found = TypeVar("_Found")
 
 
@@ -19,13 +20,15 @@ def kind_of(arguments: Sequence[Any]) -> tuple[Hashable, ...]:
     """
     found: list[Any] = []
     for argument in arguments:
-        if isinstance(argument, Tensor):
-            found.append((argument.shape, argument.stride(), argument.dtype, argument.device))
-        elif isinstance(argument, (tuple, list)):
+        kind = type(argument)
+        if kind in _NO_TENSORS:  # the quickest question first: this is a large part of a call
+            found += (kind, argument)
+        elif kind is tuple or kind is list:
             found.append((*argument, *map(type, argument)))
+        elif isinstance(argument, Tensor):
+            found += (argument.shape, argument.stride(), argument.dtype, argument.device)
         else:
-            found.append(argument)
-            found.append(type(argument))
+            found += (kind, argument)
     return tuple(found)
 
 

@@ -25,6 +25,7 @@ def _forward(x: Tensor, y: Tensor | None, added: Tensor, factor: float) -> Tenso
     return factor * x * (1 if y is None else y) + added
 
 
+@torch.no_grad()  # like a kernel's launch
 def _backward(grad: Tensor, x: Tensor, y: Tensor | None, factor: float) -> tuple[Tensor, Tensor]:
     d_y = grad.new_empty(0) if y is None else factor * grad * x
     return factor * grad * (torch.ones_like(x) if y is None else y), d_y
@@ -176,17 +177,13 @@ def test_checkpoints_compute_anew(operator: Callable[..., Tensor], use_reentrant
     assert torch.equal(x.grad, wanted)
 
 
-@pytest.mark.filterwarnings("ignore:vitrail.*an autograd kernel was not registered")
 def test_backwards_to_be_differentiated_go_through_the_dispatcher(operator: Callable[..., Tensor]) -> None:
-    """Which warns, since the backward of a backward is not registered."""
-    torch.manual_seed(0)
-    inputs, found = _inputs(0, 1), []
+    """Whose result warns where it is differentiated, since the backward of a backward is not registered."""
+    inputs = _inputs(0, 1)
     for run in _both(operator):
         (d_x,) = torch.autograd.grad(run(*inputs).square().sum(), inputs[0], create_graph=True)
-        (second,) = torch.autograd.grad(d_x.sum(), inputs[0])
-        found.append((d_x.grad_fn.name(), d_x.detach(), second))
-    torch.testing.assert_close(*(one[1:] for one in found))
-    assert found[0][0] == found[1][0]
+        assert d_x.requires_grad
+        assert "NotImplemented" in d_x.grad_fn.name()
 
 
 def test_forward_mode_is_refused_alike(operator: Callable[..., Tensor]) -> None:

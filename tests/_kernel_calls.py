@@ -99,6 +99,15 @@ def _routing_attention(dtype: torch.dtype, head_dim: int) -> None:
         _train(routing_attention, q, k, v, routes, n_regions=7, pad_k=pads[0], pad_v=pads[1])
 
 
+def _retention(dtype: torch.dtype, head_dim: int) -> None:
+    """But for the kernels of window attention, which it runs on."""
+    from vitrail.kernels.retention.triton import decay_bias, distances
+
+    for decay in (torch.zeros(_HEADS), torch.zeros(_HEADS, dtype=torch.float64)):
+        decay_bias(decay, (7, 7))
+        distances((7, 7), decay)
+
+
 def _linear_attention(dtype: torch.dtype, head_dim: int) -> None:
     qkv, temperature = _packed(dtype, head_dim), _input(dtype, _HEADS)
     _train(linear_attention, *qkv.unbind(3), temperature)
@@ -191,6 +200,7 @@ CALLS = {
     "window_attention": Calls(_window_attention, _HEAD_DIMS, 32),
     "neighborhood_attention": Calls(_neighborhood_attention, _HEAD_DIMS, 32),
     "routing_attention": Calls(_routing_attention, _HEAD_DIMS, 32),
+    "retention": Calls(_retention, (16,), 16),
     "linear_attention": Calls(_linear_attention, _HEAD_DIMS, 32),
     "channel_attention": Calls(_channel_attention, _HEAD_DIMS, 32),
     "varied_window_attention": Calls(_varied_window_attention, _HEAD_DIMS, 32),

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from vitrail.kernels._common.checks import autocast_is_on, check_floating, check_shape
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.layer_norm.op import fused_support
+from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels.layer_norm.op import fused_support, run_layer_norm
 from vitrail.kernels.layer_norm.reference import layer_norm_reference
 
 _NAME = "layer_norm"
@@ -38,23 +39,13 @@ def layer_norm(
         ValueError: Shapes, dtypes or devices do not fit together, `bias` comes without `weight`, or `eps` is negative.
         NotImplementedError: `backend="triton"` and the kernels cannot compute this call.
     """
-    if x.dim() == 0:
-        raise ValueError(f"{_NAME}: x has shape (); expected at least one dimension, (..., C)")
-    if eps < 0:
-        raise ValueError(f"{_NAME}: eps is {eps}; allowed: 0 or more")
-    check_floating(_NAME, x=x)
-    if bias is not None and weight is None:
-        raise ValueError(f"{_NAME}: bias is given without weight; allowed: both, weight alone, or neither")
-    if x.device.type == "cuda" and autocast_is_on(x):
+    casts = x.is_cuda and autocast_is_on(x)
+    _check(x, weight, bias, eps, casts)
+    if casts:
         x = _float32(x)
         weight, bias = (None if t is None else _float32(t) for t in (weight, bias))
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            _check_parameter(name, parameter, x)
-    if weight is not None and bias is not None and bias.dtype != weight.dtype:
-        raise ValueError(f"{_NAME}: bias has dtype {bias.dtype}, weight has {weight.dtype}; they must agree")
     if choose_backend(_NAME, backend, fused_support(x), x) == "triton":
-        return torch.ops.vitrail.layer_norm(x, weight, bias, eps)
+        return run_layer_norm(x, weight, bias, eps)
     return layer_norm_reference(x, weight, bias, eps)
 
 
@@ -62,10 +53,33 @@ def _float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _check_parameter(name: str, parameter: Tensor, x: Tensor) -> None:
+@once_per_kind
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, casts: bool) -> None:
+    """Raises what `layer_norm` says; `casts`: autocast is about to make float32 of all but float64."""
+    if x.dim() == 0:
+        raise ValueError(f"{_NAME}: x has shape (); expected at least one dimension, (..., C)")
+    if eps < 0:
+        raise ValueError(f"{_NAME}: eps is {eps}; allowed: 0 or more")
+    check_floating(_NAME, x=x)
+    if bias is not None and weight is None:
+        raise ValueError(f"{_NAME}: bias is given without weight; allowed: both, weight alone, or neither")
+    dtype = _dtype(x, casts)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            _check_parameter(name, parameter, _dtype(parameter, casts), x, dtype)
+    if weight is not None and bias is not None and _dtype(weight, casts) != _dtype(bias, casts):
+        raise ValueError(f"{_NAME}: bias has dtype {bias.dtype}, weight has {weight.dtype}; they must agree")
+
+
+def _dtype(tensor: Tensor, casts: bool) -> torch.dtype:
+    """In which a tensor enters the operator."""
+    return torch.float32 if casts and tensor.dtype != torch.float64 else tensor.dtype
+
+
+def _check_parameter(name: str, parameter: Tensor, dtype: torch.dtype, x: Tensor, x_dtype: torch.dtype) -> None:
     check_floating(_NAME, **{name: parameter})
     check_shape(_NAME, name, parameter, x.shape[-1:])
-    if parameter.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
-        raise ValueError(f"{_NAME}: {name} has dtype {parameter.dtype}, x has {x.dtype}; allowed: the same or float32")
+    if dtype not in (x_dtype, torch.promote_types(x_dtype, torch.float32)):
+        raise ValueError(f"{_NAME}: {name} has dtype {dtype}, x has {x_dtype}; allowed: the same or float32")
     if parameter.device != x.device:
         raise ValueError(f"{_NAME}: {name} is on {parameter.device}, x is on {x.device}; they must agree")

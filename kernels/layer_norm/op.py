@@ -45,7 +45,7 @@ def _backward(
     return d_x, d_weight, d_bias
 
 
-register_operator(
+run_layer_norm = register_operator(
     "layer_norm",
     "Tensor x, Tensor? weight, Tensor? bias, float eps",
     ("d_x", "d_weight", "d_bias"),

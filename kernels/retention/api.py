@@ -16,7 +16,8 @@ from vitrail.kernels._common.checks import (
     to_pair,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.retention.op import fused_support
+from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels.retention.op import fused_support, run_retention
 from vitrail.kernels.retention.reference import ACTIVATIONS, retention_reference
 
 _NAME = "retention"
@@ -70,14 +71,14 @@ def retention(
         ValueError: Shapes, dtypes, devices or sizes do not fit together, or an argument needs another activation.
         NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
     """
-    _check_tensors(q, k, v, decay, slopes)
-    _check_activation(activation, slopes, signed_slopes, length_offset)
-    window, shift = _window(q, window_size, shift_size)
+    window, shift = _check(
+        q, k, v, decay, slopes, activation, signed_slopes, length_offset, window_size, shift_size
+    )  # fmt: skip
     q, k, v = autocast_together(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = (q, k, v, decay, slopes, window, shift, activation, signed_slopes, length_offset, scale)
     if choose_backend(_NAME, backend, fused_support(q, window, activation), q) == "triton":
-        return torch.ops.vitrail.retention(*arguments)
+        return run_retention(*arguments)
     return retention_reference(*arguments)
 
 
@@ -123,6 +124,25 @@ def decomposed_retention(
 
     by_row = along(v, (1, window[1]), (0, shift[1]))
     return along(by_row.to(v.dtype), (window[0], 1), (shift[0], 0))
+
+
+@once_per_kind
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    slopes: Tensor | None,
+    activation: str,
+    signed_slopes: bool,
+    length_offset: bool,
+    window_size: int | Sequence[int] | None,
+    shift_size: int | Sequence[int],
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Checks all arguments of `retention`; returns the normalised window and shift."""
+    _check_tensors(q, k, v, decay, slopes)
+    _check_activation(activation, slopes, signed_slopes, length_offset)
+    return _window(q, window_size, shift_size)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, slopes: Tensor | None) -> None:

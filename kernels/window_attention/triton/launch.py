@@ -133,7 +133,7 @@ class _Problem:
         self.tokens = window[0] * window[1]
         self.n_windows = batch * math.ceil(height / window[0]) * math.ceil(width / window[1])
         padded = height % window[0] != 0 or width % window[1] != 0
-        shifted = shift != (0, 0)
+        shifted = any(shift)
         self.has_bias, self.has_pad = bias is not None, padded and pad_k is not None
         self.hides_pads = padded and pad_k is None
         self.size = (height, width)

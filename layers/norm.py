@@ -19,7 +19,7 @@ from vitrail.kernels._common.recording import records_graph
 from vitrail.kernels.layer_norm import layer_norm
 
 # Values from which PyTorch's kernels take longer than a host needs to call the operator, forward and backward (0.8 ms
-# on the host of an H100): below, a model that is not compiled would wait for its host.
+# on the host of an H100, before calls were replayed): below, a model that is not compiled would wait for its host.
 _LARGE = 2**25
 
 

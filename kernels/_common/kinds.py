@@ -8,9 +8,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-MOST_REMEMBERED = 1024
+MOST_REMEMBERED = 1024  # kinds of one operator's calls
 _NO_TENSORS = frozenset((type(None), bool, int, float, str))
 _Found = TypeVar("_Found")
+
+
+class Memory(dict[Any, Any]):
+    """A dictionary that forgets everything where one more would be more than `most`."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if len(self) >= self.most and key not in self:
+            self.clear()
+        super().__setitem__(key, value)
 
 
 def kind_of(arguments: Sequence[Any]) -> tuple[Hashable, ...]:
@@ -38,7 +51,7 @@ def once_per_kind(check: Callable[..., _Found]) -> Callable[..., _Found]:
     What it raises and returns may depend on nothing but the kind; it is called with positional arguments. While a
     graph is recorded sizes are more than numbers, and it runs each time.
     """
-    passed: dict[Hashable, _Found] = {}
+    passed = Memory(MOST_REMEMBERED)
 
     def checked(*arguments: Any) -> _Found:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -50,8 +63,6 @@ def once_per_kind(check: Callable[..., _Found]) -> Callable[..., _Found]:
             pass
         except TypeError:  # not hashable: a symbolic size
             return check(*arguments)
-        if len(passed) >= MOST_REMEMBERED:
-            passed.clear()
         found = passed[kind] = check(*arguments)
         return found
 

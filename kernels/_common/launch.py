@@ -13,19 +13,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
+from vitrail.kernels._common.kinds import Memory
 
 _MOST_REMEMBERED = 4096
 _INT32 = 2**31  # integers from here on, and below its negative, take 64 bits
-_compiled: dict[Hashable, Any] = {}
+_compiled = Memory(_MOST_REMEMBERED)
 _thread = threading.local()
 
 
-class _Classes(dict[Any, Hashable]):
+class _Classes(Memory):
     """What Triton makes of an integer or a tuple of them: that one is 1, a multiple of 16 or long is compiled in."""
 
     def __missing__(self, given: Any) -> Hashable:
-        if len(self) >= _MOST_REMEMBERED:
-            self.clear()
         if isinstance(given, tuple):
             found: Hashable = tuple(self[number] for number in given)
         else:
@@ -34,7 +33,7 @@ class _Classes(dict[Any, Hashable]):
         return found
 
 
-_classes = _Classes()
+_classes = _Classes(_MOST_REMEMBERED)
 
 
 class Config(NamedTuple):
@@ -82,8 +81,6 @@ def _launch_remembered(
     n_constants = len(kernel.params) - len(arguments)
     code = _compiled.get(key)
     if code is None:
-        if len(_compiled) >= _MOST_REMEMBERED:
-            _compiled.clear()
         code = _compiled[key] = kernel[grid](*arguments, **constants)
     else:
         # Compiled code takes every parameter of the kernel in its order, and looks at no compile-time one.

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
-from vitrail.kernels._common.kinds import MOST_REMEMBERED, kind_of
+from vitrail.kernels._common.kinds import MOST_REMEMBERED, Memory, kind_of
 from vitrail.kernels._common.launch import starter, tells_of_launches
 
 REPLAYS = not TRITON_INTERPRETED
@@ -41,7 +41,7 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Its tensors must be plain ones, and no mode may be active; see `is_watched`.
     """
-    plans: dict[Hashable, _Plan | bool] = {}  # True: to be recorded, False: not to be replayed
+    plans = Memory(MOST_REMEMBERED)  # of `_Plan`, or True: to be recorded, or False: not to be replayed
 
     def call(*arguments: Any) -> Any:
         if not REPLAYS:
@@ -49,8 +49,6 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
         key = _replayed_kind(arguments)
         plan = plans.get(key)
         if plan is None:
-            if len(plans) >= MOST_REMEMBERED:
-                plans.clear()
             plans[key] = True
         elif plan is True and _are_distinct(arguments):
             result, recorded = _record(function, arguments)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vitrail.kernels._common.checks import autocast_together, check_alike, check_dims, check_floating, check_shape
+from vitrail.kernels._common.checks import (
+    autocast_together,
+    check_packed,
+    check_projections,
+)
 from vitrail.kernels._common.dispatch import choose_backend
 from vitrail.kernels._common.kinds import once_per_kind
 from vitrail.kernels.channel_attention.op import fused_support, run_channel_attention, run_channel_attention_packed
@@ -60,16 +64,12 @@ def channel_attention_packed(qkv: Tensor, *, scale: float | None = None, backend
 
 @once_per_kind
 def _check_separate(q: Tensor, k: Tensor, v: Tensor) -> None:
-    check_dims(_NAME, "q", q, "(B, H, W, groups, D)")
-    check_alike(_NAME, q=q, k=k, v=v)
-    check_floating(_NAME, q=q)
+    check_projections(_NAME, "(B, H, W, groups, D)", q=q, k=k, v=v)
 
 
 @once_per_kind
 def _check_packed(qkv: Tensor) -> None:
-    check_dims(_NAME, "qkv", qkv, "(B, H, W, 3, groups, D)")
-    check_shape(_NAME, "qkv", qkv, (*qkv.shape[:3], 3, *qkv.shape[4:]))
-    check_floating(_NAME, qkv=qkv)
+    check_packed(_NAME, "(B, H, W, 3, groups, D)", qkv)
 
 
 def _default_scale(q: Tensor, scale: float | None) -> float:

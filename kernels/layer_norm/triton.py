@@ -49,6 +49,7 @@ from torch import Tensor
 
 from vitrail.kernels._common.gradients import empty_gradient
 from vitrail.kernels._common.launch import contiguous, launch, multiprocessors
+from vitrail.kernels._common.triton import add_parts_kernel
 
 
 class Tile(NamedTuple):
@@ -123,7 +124,7 @@ def _layer_norm_bwd_kernel(
     GRAD_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Every n-th tile of rows; leaves sums for the gradients of weight and bias: (programs, 1 or 2, DIM)."""
+    """Every n-th tile of rows; leaves sums for the gradients of weight and bias: (programs, 2, DIM)."""
     columns = tl.arange(0, BLOCK)
     if HAS_WEIGHT:
         weight = _load_parameter(weight_ptr, columns, DIM)
@@ -145,29 +146,10 @@ def _layer_norm_bwd_kernel(
         d_x = (grad - normalised * along[:, None] - mean[:, None]) * scale[:, None]
         tl.store(d_x_ptr + _offsets(rows, columns, DIM), d_x.to(d_x_ptr.dtype.element_ty), mask=inside)
     if HAS_WEIGHT:
-        part = parts_ptr + tl.program_id(0).to(tl.int64) * (1 + HAS_BIAS) * DIM + columns
+        part = parts_ptr + tl.program_id(0).to(tl.int64) * 2 * DIM + columns
         tl.store(part, tl.sum(d_weight, 0), mask=columns < DIM)
         if HAS_BIAS:
             tl.store(part + DIM, tl.sum(d_bias, 0), mask=columns < DIM)
-
-
-@triton.jit(do_not_specialize=["n_parts"])
-def _layer_norm_sums_kernel(
-    parts_ptr, d_weight_ptr, d_bias_ptr, n_parts, HAS_BIAS: tl.constexpr,
-    DIM: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Adds up some channels of (parts, 1 or 2, DIM) in order: the gradient of the weight, or that of the bias."""
-    columns = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    total = tl.zeros((PARTS, CHANNELS), tl.float32)
-    for start in range(0, n_parts, PARTS):
-        parts = start + tl.arange(0, PARTS)
-        place = (parts * (1 + HAS_BIAS) + tl.program_id(1))[:, None] * DIM + columns[None, :]
-        total += tl.load(parts_ptr + place, mask=(parts < n_parts)[:, None] & (columns < DIM)[None, :], other=0.0)
-    gradient = tl.sum(total, 0)
-    if tl.program_id(1) == 0:
-        tl.store(d_weight_ptr + columns, gradient.to(d_weight_ptr.dtype.element_ty), mask=columns < DIM)
-    elif HAS_BIAS:
-        tl.store(d_bias_ptr + columns, gradient.to(d_bias_ptr.dtype.element_ty), mask=columns < DIM)
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -219,7 +201,7 @@ def layer_norm_backward(
     n_tiles = triton.cdiv(len(rows), options["ROWS"])
     steps = triton.cdiv(n_tiles, tile.programs * multiprocessors(x.device))
     n_programs = triton.cdiv(n_tiles, steps)  # all with as many tiles, but for the last ones
-    parts = torch.empty((n_programs, n_sums, dim), dtype=torch.float32, device=x.device)
+    parts = torch.empty((n_programs, 2, dim), dtype=torch.float32, device=x.device)
     launch(
         _layer_norm_bwd_kernel, (n_programs,),
         grad_rows, rows, contiguous(weight), d_x, parts, len(rows), eps,
@@ -228,8 +210,8 @@ def layer_norm_backward(
     )  # fmt: skip
     if n_sums:
         launch(
-            _layer_norm_sums_kernel, (triton.cdiv(dim, _CHANNELS), n_sums), parts, d_weight, d_bias, n_programs,
-            HAS_BIAS=bias is not None, DIM=dim, PARTS=_PARTS, CHANNELS=_CHANNELS, num_warps=8, num_stages=1,
+            add_parts_kernel, (n_sums, triton.cdiv(dim, _CHANNELS)), parts, d_weight, d_bias, n_programs,
+            HAS_BIAS=bias is not None, DIM=dim, TAPS=1, PARTS=_PARTS, CHANNELS=_CHANNELS, num_warps=8, num_stages=1,
         )  # fmt: skip
     return d_x, d_weight, d_bias
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vitrail.kernels._common.checks import autocast_together, check_alike, check_dims, check_floating, check_shape
+from vitrail.kernels._common.checks import (
+    autocast_together,
+    check_floating,
+    check_packed,
+    check_projections,
+    check_shape,
+)
 from vitrail.kernels._common.dispatch import choose_backend
 from vitrail.kernels._common.kinds import once_per_kind
 from vitrail.kernels.linear_attention.op import fused_support, run_linear_attention, run_linear_attention_packed
@@ -64,17 +70,13 @@ def linear_attention_packed(qkv: Tensor, temperature: Tensor, *, floor: float = 
 
 @once_per_kind
 def _check_separate(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, floor: float) -> None:
-    check_dims(_NAME, "q", q, "(B, H, W, heads, D)")
-    check_alike(_NAME, q=q, k=k, v=v)
-    check_floating(_NAME, q=q)
+    check_projections(_NAME, "(B, H, W, heads, D)", q=q, k=k, v=v)
     _check_constants(q, temperature, floor)
 
 
 @once_per_kind
 def _check_packed(qkv: Tensor, temperature: Tensor, floor: float) -> None:
-    check_dims(_NAME, "qkv", qkv, "(B, H, W, 3, heads, D)")
-    check_shape(_NAME, "qkv", qkv, (*qkv.shape[:3], 3, *qkv.shape[4:]))
-    check_floating(_NAME, qkv=qkv)
+    check_packed(_NAME, "(B, H, W, 3, heads, D)", qkv)
     _check_constants(qkv.select(3, 0), temperature, floor)
 
 

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from vitrail.kernels._common.checks import (
     autocast_together,
-    check_alike,
     check_dims,
-    check_floating,
+    check_projections,
     check_shape,
     to_pair,
 )
@@ -146,9 +145,7 @@ def _check(
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, slopes: Tensor | None) -> None:
-    check_dims(_NAME, "q", q, "(B, H, W, heads, D)")
-    check_alike(_NAME, q=q, k=k, v=v)
-    check_floating(_NAME, q=q)
+    check_projections(_NAME, "(B, H, W, heads, D)", q=q, k=k, v=v)
     for name, tensor in (("decay", decay), ("slopes", slopes)):
         if tensor is None:
             continue

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from vitrail.kernels._common.checks import (
     autocast_together,
-    check_alike,
     check_dims,
-    check_floating,
     check_pads,
+    check_projections,
     check_shape,
     to_pair,
 )
@@ -110,9 +109,7 @@ def _check_routes(
     q: Tensor, k: Tensor, pad_q: Tensor | None, pad_k: Tensor | None, n_regions: int | Sequence[int], topk: int
 ) -> tuple[int, int]:
     """Checks the arguments of `region_routes`; returns the normalised number of regions."""
-    check_dims(_NAME, "q", q, "(B, H, W, heads, D)")
-    check_floating(_NAME, q=q, k=k)
-    check_alike(_NAME, q=q, k=k)
+    check_projections(_NAME, "(B, H, W, heads, D)", q=q, k=k)
     regions = to_pair(_NAME, "n_regions", n_regions, 1)
     if not 1 <= topk <= regions[0] * regions[1]:
         raise ValueError(f"{_NAME}: topk is {topk}; allowed: 1 to the number of regions, {regions[0] * regions[1]}")
@@ -131,9 +128,7 @@ def _check_attention(
     n_regions: int | Sequence[int],
 ) -> tuple[int, int]:
     """Checks the arguments of `routing_attention`; returns the normalised number of regions."""
-    check_dims(_NAME, "q", q, "(B, H, W, heads, D)")
-    check_floating(_NAME, q=q)
-    check_alike(_NAME, q=q, k=k, v=v)
+    check_projections(_NAME, "(B, H, W, heads, D)", q=q, k=k, v=v)
     regions = to_pair(_NAME, "n_regions", n_regions, 1)
     check_dims(_NAME, "routes", routes, "(B, R, topk)")
     check_shape(_NAME, "routes", routes, (q.shape[0], regions[0] * regions[1], routes.shape[2]))

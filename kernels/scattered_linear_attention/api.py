@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitrail.kernels._common.checks import autocast_together, check_alike, check_dims, check_floating, check_shape
+from vitrail.kernels._common.checks import (
+    autocast_together,
+    check_packed,
+    check_projections,
+    check_shape,
+)
 from vitrail.kernels._common.dispatch import choose_backend
 from vitrail.kernels._common.kinds import once_per_kind
 from vitrail.kernels.scattered_linear_attention.op import (
@@ -74,17 +79,13 @@ def scattered_linear_attention_packed(
 
 @once_per_kind
 def _check_separate(q: Tensor, k: Tensor, v: Tensor, *windows_and_eps: Any) -> None:
-    check_dims(_NAME, "q", q, "(N, heads, D)")
-    check_alike(_NAME, q=q, k=k, v=v)
-    check_floating(_NAME, q=q)
+    check_projections(_NAME, "(N, heads, D)", q=q, k=k, v=v)
     _check_windows(q, *windows_and_eps)
 
 
 @once_per_kind
 def _check_packed(qkv: Tensor, *windows_and_eps: Any) -> None:
-    check_dims(_NAME, "qkv", qkv, "(N, 3, heads, D)")
-    check_shape(_NAME, "qkv", qkv, (len(qkv), 3, *qkv.shape[2:]))
-    check_floating(_NAME, qkv=qkv)
+    check_packed(_NAME, "(N, 3, heads, D)", qkv)
     _check_windows(qkv, *windows_and_eps)
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from vitrail.kernels._common.checks import (
     autocast_together,
     check_alike,
-    check_dims,
     check_floating,
+    check_packed,
+    check_projections,
     check_shape,
     to_pair,
 )
@@ -106,15 +107,13 @@ def varied_window_attention_packed(
 
 @once_per_kind
 def _check_separate(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[tuple[int, int], tuple[int, int], float]:
-    check_dims(_NAME, "q", q, "(B, H, W, heads, D)")
-    check_alike(_NAME, q=q, k=k, v=v)
+    check_projections(_NAME, "(B, H, W, heads, D)", q=q, k=k, v=v)
     return _check_arguments(q, *others)
 
 
 @once_per_kind
 def _check_packed(qkv: Tensor, *others: Any) -> tuple[tuple[int, int], tuple[int, int], float]:
-    check_dims(_NAME, "qkv", qkv, "(B, H, W, 3, heads, D)")
-    check_shape(_NAME, "qkv", qkv, (*qkv.shape[:3], 3, *qkv.shape[4:]))
+    check_packed(_NAME, "(B, H, W, 3, heads, D)", qkv)
     return _check_arguments(qkv.select(3, 0), *others)
 
 
@@ -129,7 +128,7 @@ def _check_arguments(
 ) -> tuple[tuple[int, int], tuple[int, int], float]:
     """Checks what both public functions share; returns the normalised window, padding and scale."""
     check_alike(_NAME, offsets=offsets, stretch=stretch)
-    check_floating(_NAME, q=q, offsets=offsets)
+    check_floating(_NAME, offsets=offsets)
     batch, height, width, heads, dim = q.shape
     window = to_pair(_NAME, "window_size", window_size, 1)
     start = to_pair(_NAME, "pad_start", pad_start, 0)

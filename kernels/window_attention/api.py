@@ -9,10 +9,10 @@ from torch import Tensor
 
 from vitrail.kernels._common.checks import (
     autocast_together,
-    check_alike,
-    check_dims,
     check_floating,
+    check_packed,
     check_pads,
+    check_projections,
     check_shape,
     to_pair,
 )
@@ -103,15 +103,13 @@ def window_attention_packed(
 
 @once_per_kind
 def _check_separate(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[tuple[int, int], tuple[int, int], float]:
-    check_dims(_NAME, "q", q, "(B, H, W, heads, D)")
-    check_alike(_NAME, q=q, k=k, v=v)
+    check_projections(_NAME, "(B, H, W, heads, D)", q=q, k=k, v=v)
     return _check_arguments(q, *others)
 
 
 @once_per_kind
 def _check_packed(qkv: Tensor, *others: Any) -> tuple[tuple[int, int], tuple[int, int], float]:
-    check_dims(_NAME, "qkv", qkv, "(B, H, W, 3, heads, D)")
-    check_shape(_NAME, "qkv", qkv, (*qkv.shape[:3], 3, *qkv.shape[4:]))
+    check_packed(_NAME, "(B, H, W, 3, heads, D)", qkv)
     return _check_arguments(qkv.select(3, 0), *others)
 
 
@@ -125,7 +123,6 @@ def _check_arguments(
     scale: float | None,
 ) -> tuple[tuple[int, int], tuple[int, int], float]:
     """Checks what both public functions share; returns the normalised window, shift and scale."""
-    check_floating(_NAME, q=q)
     heads, dim = q.shape[3:]
     window = to_pair(_NAME, "window_size", window_size, 1)
     shift = to_pair(_NAME, "shift_size", shift_size, 0)

@@ -176,18 +176,6 @@ def assert_exact(inputs: list[Tensor], grad: Tensor, eps: float) -> None:
     assert all(torch.equal(a, b) for a, b in zip(fused, results(inputs, grad, eps, "triton"), strict=True))
 
 
-@pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills memory with NaN that the kernels are to write."""
-    empty = torch.empty
-
-    def poisoned(*args: object, **options: object) -> Tensor:
-        tensor = empty(*args, **options)
-        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
 def draw_case(seed: int, dtype: torch.dtype, n_rows: int, dim: int) -> tuple[list[Tensor], Tensor, float]:
     """Inputs in some layout, with some of the parameters, the gradient of the result, and eps."""
     draw = random.Random(seed)

@@ -350,17 +350,10 @@ def make_call(
 
 
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+def poison(poison: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills memory with NaN that the kernels are to write; lets few programs share the queries in the interpreter."""
     if DEVICE == "cpu":
         monkeypatch.setattr(launch, "WALKERS", dict.fromkeys(launch.WALKERS, 2))
-    empty = torch.empty
-
-    def poisoned(*args: object, **options: object) -> Tensor:
-        tensor = empty(*args, **options)
-        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def use_tiles(monkeypatch: pytest.MonkeyPatch, own: tuple[int, int], others: int) -> None:

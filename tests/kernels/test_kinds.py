@@ -68,3 +68,12 @@ def test_what_equals_something_allowed_is_still_refused() -> None:
     for wrong in ((2.0, 2.0), (2, 2.0), 2.0):
         with pytest.raises((ValueError, TypeError)):
             window_attention(q, q, q, window_size=wrong)  # type: ignore[arg-type]
+
+
+def test_a_full_memory_keeps_what_is_only_replaced() -> None:
+    memory = kinds.Memory(2)
+    memory["a"], memory["b"] = 1, 2
+    memory["a"] = 3
+    assert memory == {"a": 3, "b": 2}
+    memory["c"] = 4
+    assert memory == {"c": 4}

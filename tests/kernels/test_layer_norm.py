@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vitrail.kernels._common.dispatch import HAS_TRITON, record_choices
 from vitrail.kernels.layer_norm import layer_norm
+from vitrail.kernels.layer_norm.api import _check
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -281,3 +282,12 @@ def test_bad_arguments_are_named() -> None:
         layer_norm(x, weight, bias, -1.0)
     with pytest.raises(ValueError, match="backend is 'cuda'"):
         layer_norm(x, weight, bias, backend="cuda")
+
+
+def test_dtypes_need_to_fit_only_as_autocast_leaves_them() -> None:
+    x, weight = torch.randn(2, 4), torch.randn(4, dtype=torch.bfloat16)
+    _check(x, weight, None, 1e-5, True)
+    with pytest.raises(ValueError, match=r"weight has dtype torch\.bfloat16, x has torch\.float32"):
+        _check(x, weight, None, 1e-5, False)
+    with pytest.raises(ValueError, match=r"weight has dtype torch\.float64, x has torch\.float32"):
+        _check(x.bfloat16(), weight.double(), None, 1e-5, True)

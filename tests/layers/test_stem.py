@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from _seeds import seeds
 from timm.layers import is_notrace_module
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests._seeds import seeds
-from vitrail.layers.stem import ImageConv2d
+from vitrail.layers.stem import ImageConv2d, _to_blocks
 
 
 @pytest.mark.parametrize("seed", seeds(30))
@@ -80,3 +81,19 @@ def test_gpus_are_as_exact(kernel: int, stride: int, pad: int, dtype: torch.dtyp
     assert found.is_contiguous(memory_format=torch.channels_last)
     error, bound = ((y.double() - want).norm() / want.norm() for y in (found, plain))
     assert error <= 2 * bound + torch.finfo(dtype).eps
+
+
+def test_blocks_have_what_the_tensor_cores_take_at_once() -> None:
+    blocks = _to_blocks(torch.randn(2, 3, 8, 6), [(0, 0), (0, 0)], 2)  # 12 channels, and zeros
+    assert blocks.shape == (2, 16, 4, 3)
+    assert blocks.is_contiguous(memory_format=torch.channels_last)
+    assert blocks[:, :12].abs().min() > 0
+    assert blocks[:, 12:].abs().max() == 0
+
+
+def test_gpus_take_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = ImageConv2d(3, 8, 3, 2, 1)
+    monkeypatch.setattr(layer, "_convolve_blocks", lambda x: x.device.type)
+    with FakeTensorMode():
+        assert layer(torch.empty(2, 3, 8, 8, device="cuda")) == "cuda"
+    assert layer(torch.randn(2, 3, 8, 8)).shape == (2, 8, 4, 4)

@@ -18,6 +18,7 @@ from vitrail.kernels._common.checks import to_pair
 from vitrail.kernels.retention import decomposed_retention, retention
 from vitrail.layers._heads import head_width
 from vitrail.layers.depthwise import DepthwiseConv2d
+from vitrail.layers.norm import LayerNorm
 from vitrail.layers.retention import check_decay, manhattan_decay, rotate, rotation_of, scripted_retention
 
 _NORM_EPS = 1e-6
@@ -245,7 +246,7 @@ class SwatRetention(_WindowRetention):
         self.norm = (
             nn.Identity()
             if output_norm == "weight_sum"
-            else nn.LayerNorm(width, eps=_NORM_EPS, device=device, dtype=dtype)
+            else LayerNorm(width, eps=_NORM_EPS, device=device, dtype=dtype)
         )
 
     def forward(self, h: Tensor, x: Tensor) -> Tensor:

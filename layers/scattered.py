@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vitrail.kernels.scattered_linear_attention import scattered_linear_attention_packed
 from vitrail.kernels.sparse_conv import mixed_depthwise_conv
 from vitrail.layers._heads import head_width
+from vitrail.layers.norm import LayerNorm
 from vitrail.layers.sparse import DepthwiseSubmanifoldConv3d
 from vitrail.layers.voxels import SparseTensor, VoxelNorm, VoxelSites
 
@@ -135,7 +136,7 @@ class PillarPooling(nn.Module):
         self.in_proj = nn.Linear(dim, 3 * dim, **factory)
         self.out_proj = nn.Linear(dim, dim, **factory)
         self.z_embed = nn.Embedding(depth, dim, **factory)
-        self.norm = nn.LayerNorm(dim, eps=1e-5, **factory)
+        self.norm = LayerNorm(dim, eps=1e-5, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

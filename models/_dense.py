@@ -11,9 +11,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from vitrail.layers.norm import LayerNorm2d
 from vitrail.models._checkpoint import unwrap
 
 

@@ -15,7 +15,9 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.layers.depthwise import DepthwiseConv2d
+from vitrail.layers.norm import LayerNorm
 from vitrail.layers.routing import FullAttention, RoutingAttention
+from vitrail.layers.stem import ImageConv2d
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path
 from vitrail.models._registry import imagenet_cfg, shipped_cfgs
@@ -53,9 +55,9 @@ class BiFormerBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.pos_embed = DepthwiseConv2d(dim, 3, skip=True, device=device, dtype=dtype) if pos_embed else nn.Identity()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
+        self.norm1 = LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
+        self.norm2 = LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), device=device, dtype=dtype)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -158,19 +160,12 @@ class _ConvStem(nn.Sequential):
 
     def __init__(self, in_chans: int, dim: int, stride: int, **factory: Any) -> None:
         super().__init__(
-            nn.Conv2d(in_chans, dim // 2, 3, 2, 1, **factory),
+            ImageConv2d(in_chans, dim // 2, 3, 2, 1, **factory),
             nn.BatchNorm2d(dim // 2, **factory),
             nn.GELU(),
             nn.Conv2d(dim // 2, dim, 3, stride // 2, 1, **factory),
             nn.BatchNorm2d(dim, **factory),
         )
-
-    def forward(self, input: Tensor) -> Tensor:
-        # A channels-last image makes every later map channels-last: the turn to (B, H, W, C) is then a view.
-        x = input.contiguous(memory_format=torch.channels_last)
-        for module in self:
-            x = module(x)
-        return x
 
 
 def _conv_merge(dim_in: int, dim_out: int, **factory: Any) -> nn.Sequential:
@@ -182,7 +177,7 @@ class _PatchStem(nn.Sequential):
     """Patches of 4 x 4 pixels. Without padding, three halvings need 32 pixels, which only an untraced check can see."""
 
     def __init__(self, in_chans: int, dim: int, **factory: Any) -> None:
-        super().__init__(nn.Conv2d(in_chans, dim, 4, 4, **factory), nn.BatchNorm2d(dim, **factory))
+        super().__init__(ImageConv2d(in_chans, dim, 4, 4, **factory), nn.BatchNorm2d(dim, **factory))
 
     def forward(self, input: Tensor) -> Tensor:
         height, width = input.shape[2], input.shape[3]

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 import torch.fx
-from timm.layers import DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead, trunc_normal_
+from timm.layers import DropPath, Mlp, NormMlpClassifierHead, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
 from vitrail.layers.channel import ChannelAttention
 from vitrail.layers.depthwise import DepthwiseConv2d
+from vitrail.layers.norm import LayerNorm, LayerNorm2d
+from vitrail.layers.stem import ImageConv2d
 from vitrail.layers.window import WindowAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages, pad_to_multiple
@@ -45,13 +47,11 @@ class Stem(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_chans, dim, 7, stride=4, padding=3, device=device, dtype=dtype)
+        self.conv = ImageConv2d(in_chans, dim, 7, stride=4, padding=3, device=device, dtype=dtype)
         self.norm = LayerNorm2d(dim, eps=_NORM_EPS, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A channels-last image makes every later map channels-last: the normalisations then see contiguous channels.
-        x = pad_to_multiple(x, 4).contiguous(memory_format=torch.channels_last)
-        return self.norm(self.conv(x))
+        return self.norm(self.conv(pad_to_multiple(x, 4)))
 
 
 class Downsample(nn.Module):
@@ -111,11 +111,11 @@ class AttentionBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.cpe1 = ConvPosEnc(dim, device=device, dtype=dtype)
-        self.norm1 = nn.LayerNorm(dim, eps=_NORM_EPS, device=device, dtype=dtype)
+        self.norm1 = LayerNorm(dim, eps=_NORM_EPS, device=device, dtype=dtype)
         self.attn = attn
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.cpe2 = ConvPosEnc(dim, device=device, dtype=dtype)
-        self.norm2 = nn.LayerNorm(dim, eps=_NORM_EPS, device=device, dtype=dtype)
+        self.norm2 = LayerNorm(dim, eps=_NORM_EPS, device=device, dtype=dtype)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), device=device, dtype=dtype)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale
+from timm.layers import ClassifierHead, DropPath, LayerScale
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
 from vitrail.layers.depthwise import DepthwiseConv2d
 from vitrail.layers.gated_retention import GatedRetention, SwatRetention
+from vitrail.layers.norm import LayerNorm, LayerNorm2d
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_stages
 from vitrail.models._registry import imagenet_cfg, shipped_cfgs
@@ -66,10 +67,10 @@ class GatedSwinRMTBlock(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.pos = DepthwiseConv2d(dim, 3, skip=True, **factory)
-        self.norm1 = nn.LayerNorm(dim, eps=_NORM_EPS, **factory)
+        self.norm1 = LayerNorm(dim, eps=_NORM_EPS, **factory)
         self.attn = attn
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **factory)
-        self.norm2 = nn.LayerNorm(dim, eps=_NORM_EPS, **factory)
+        self.norm2 = LayerNorm(dim, eps=_NORM_EPS, **factory)
         self.ffn = ConvFeedForward(dim, int(dim * mlp_ratio), **factory)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **factory)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()

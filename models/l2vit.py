@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 import torch.fx
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, Mlp, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
 from vitrail.layers.linear import LinearAttention, LocalConcentration
+from vitrail.layers.norm import LayerNorm, LayerNorm2d
+from vitrail.layers.stem import ImageConv2d
 from vitrail.layers.window import WindowAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages, pad_to_multiple
@@ -45,7 +47,7 @@ class Stem(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv = nn.Sequential(
-            nn.Conv2d(in_chans, dim // 2, 3, 2, 1, **factory),
+            ImageConv2d(in_chans, dim // 2, 3, 2, 1, **factory),
             nn.BatchNorm2d(dim // 2, **factory),
             nn.ReLU(),
             nn.Conv2d(dim // 2, dim, 3, 2, 1, **factory),
@@ -54,9 +56,7 @@ class Stem(nn.Module):
         self.norm = LayerNorm2d(dim, eps=_NORM_EPS, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A channels-last image makes every later map channels-last: the normalisations then see contiguous channels.
-        x = pad_to_multiple(x, 4).contiguous(memory_format=torch.channels_last)
-        return self.norm(self.conv(x))
+        return self.norm(self.conv(pad_to_multiple(x, 4)))
 
 
 class GlobalBlock(nn.Module):
@@ -83,11 +83,11 @@ class GlobalBlock(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.cpe1 = ConvPosEnc(dim, **factory)
-        self.norm1 = nn.LayerNorm(dim, eps=_NORM_EPS, **factory)
+        self.norm1 = LayerNorm(dim, eps=_NORM_EPS, **factory)
         self.attn = LinearAttention(dim, num_heads, **factory)
-        self.norm3 = nn.LayerNorm(dim, eps=_NORM_EPS, **factory)
+        self.norm3 = LayerNorm(dim, eps=_NORM_EPS, **factory)
         self.local_mp = LocalConcentration(dim, **factory)
-        self.norm2 = nn.LayerNorm(dim, eps=_NORM_EPS, **factory)
+        self.norm2 = LayerNorm(dim, eps=_NORM_EPS, **factory)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **factory)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale, Mlp, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, LayerScale, Mlp, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.layers.neighborhood import NeighborhoodAttention
+from vitrail.layers.norm import LayerNorm, LayerNorm2d
+from vitrail.layers.stem import ImageConv2d
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages
 from vitrail.models._registry import imagenet_cfg, shipped_cfgs
@@ -43,13 +45,11 @@ class ConvStem(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, device=device, dtype=dtype)
+        self.conv1 = ImageConv2d(in_chans, dim // 2, 3, stride=2, padding=1, device=device, dtype=dtype)
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, device=device, dtype=dtype)
         self.norm = LayerNorm2d(dim, eps=_NORM_EPS, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A channels-last image makes every later map channels-last: the normalisations then see contiguous channels.
-        x = x.contiguous(memory_format=torch.channels_last)
         return self.norm(self.conv2(self.conv1(x)))
 
 
@@ -104,11 +104,11 @@ class NATBlock(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm1 = nn.LayerNorm(dim, eps=_NORM_EPS, **factory)
+        self.norm1 = LayerNorm(dim, eps=_NORM_EPS, **factory)
         self.attn = NeighborhoodAttention(
             dim, num_heads, kernel_size, dilation, qkv_bias=qkv_bias, rel_pos_bias=rel_pos_bias, **factory
         )
-        self.norm2 = nn.LayerNorm(dim, eps=_NORM_EPS, **factory)
+        self.norm2 = LayerNorm(dim, eps=_NORM_EPS, **factory)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **factory)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **factory)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **factory)

@@ -16,7 +16,9 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.layers.depthwise import DepthwiseConv2d
+from vitrail.layers.norm import LayerNorm
 from vitrail.layers.retention import Retention, RetentionPosition
+from vitrail.layers.stem import ImageConv2d
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages
 from vitrail.models._registry import imagenet_cfg, shipped_cfgs
@@ -33,7 +35,7 @@ def conv_stem(in_chans: int, dim: int, stride: int, **factory: Any) -> nn.Sequen
     """Four 3x3 convolutions: (B, in_chans, H, W) -> (B, dim, H / stride, W / stride), rounded up; stride is 2 or 4."""
     half = dim // 2
     return nn.Sequential(
-        nn.Conv2d(in_chans, half, 3, 2, 1, **factory),
+        ImageConv2d(in_chans, half, 3, 2, 1, **factory),
         nn.BatchNorm2d(half, **factory),
         nn.GELU(),
         nn.Conv2d(half, half, 3, 1, 1, **factory),
@@ -108,10 +110,10 @@ class RMTBlock(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.pos = DepthwiseConv2d(dim, 3, skip=True, **factory)
-        self.norm1 = nn.LayerNorm(dim, eps=_NORM_EPS, **factory)
+        self.norm1 = LayerNorm(dim, eps=_NORM_EPS, **factory)
         self.attn = Retention(dim, num_heads, decomposed, **factory)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **factory)
-        self.norm2 = nn.LayerNorm(dim, eps=_NORM_EPS, **factory)
+        self.norm2 = LayerNorm(dim, eps=_NORM_EPS, **factory)
         self.ffn = ConvFeedForward(dim, int(dim * mlp_ratio), **factory)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **factory)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 import torch.fx
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, Mlp, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.layers.depthwise import DepthwiseConv2d
+from vitrail.layers.norm import LayerNorm, LayerNorm2d
+from vitrail.layers.stem import ImageConv2d
 from vitrail.layers.varied_window import VariedWindowAttention
 from vitrail.layers.window import WindowAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
@@ -48,13 +50,11 @@ class PatchEmbed(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.conv = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, device=device, dtype=dtype)
+        self.conv = ImageConv2d(in_chans, dim, patch_size, stride=patch_size, device=device, dtype=dtype)
         self.norm = LayerNorm2d(dim, eps=_NORM_EPS, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A channels-last image makes every later map channels-last: the normalisations then see contiguous channels.
-        x = pad_to_multiple(x, self.patch_size).contiguous(memory_format=torch.channels_last)
-        return self.norm(self.conv(x))
+        return self.norm(self.conv(pad_to_multiple(x, self.patch_size)))
 
 
 class PatchMerging(nn.Module):
@@ -68,7 +68,7 @@ class PatchMerging(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim_in, eps=_NORM_EPS, device=device, dtype=dtype)
+        self.norm = LayerNorm(4 * dim_in, eps=_NORM_EPS, device=device, dtype=dtype)
         self.reduction = nn.Linear(4 * dim_in, dim_out, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,9 +104,9 @@ class VSABlock(nn.Module):
     ) -> None:
         super().__init__()
         self.pos = DepthwiseConv2d(dim, 7, skip=True, device=device, dtype=dtype) if pos_conv else nn.Identity()
-        self.norm1 = nn.LayerNorm(dim, eps=_NORM_EPS, device=device, dtype=dtype)
+        self.norm1 = LayerNorm(dim, eps=_NORM_EPS, device=device, dtype=dtype)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=_NORM_EPS, device=device, dtype=dtype)
+        self.norm2 = LayerNorm(dim, eps=_NORM_EPS, device=device, dtype=dtype)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), device=device, dtype=dtype)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()

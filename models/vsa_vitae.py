@@ -18,6 +18,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.layers.depthwise import DepthwiseConv2d
+from vitrail.layers.norm import LayerNorm
 from vitrail.layers.varied_window import VariedWindowAttention
 from vitrail.models._checkpoint import rename_keys, unwrap
 from vitrail.models._hierarchical import HierarchicalBackbone, Stage, check_drop_path, check_stages, pad_to_multiple
@@ -112,9 +113,9 @@ class ReductionCell(nn.Module):
         self.pcm = _parallel_convs((dim_in, hidden, hidden, dim), halvings, groups, factory)
         wide = embed_dim * len(_DILATIONS[stage])
         self.pos = DepthwiseConv2d(wide, 7, skip=True, **factory)
-        self.norm1 = nn.LayerNorm(wide, eps=1e-5, **factory)
+        self.norm1 = LayerNorm(wide, eps=1e-5, **factory)
         self.attn = VariedWindowAttention(wide, num_heads, out_dim=dim, **attention, **factory)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5, **factory)
+        self.norm2 = LayerNorm(dim, eps=1e-5, **factory)
         self.mlp = Mlp(dim, dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,10 +157,10 @@ class NormalCell(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden = int(dim * mlp_ratio)
         self.pos = DepthwiseConv2d(dim, 7, skip=True, **factory)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **factory)
+        self.norm1 = LayerNorm(dim, eps=1e-6, **factory)
         self.attn = VariedWindowAttention(dim, num_heads, **attention, **factory)
         self.pcm = _parallel_convs((dim, hidden, dim, dim), (1, 1, 1), groups, factory)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **factory)
+        self.norm2 = LayerNorm(dim, eps=1e-6, **factory)
         self.mlp = Mlp(dim, hidden, **factory)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()

@@ -15,6 +15,7 @@ from torch import Tensor
 from vitrail.kernels.channel_attention import channel_attention, channel_attention_packed
 from vitrail.kernels.context_window_attention import context_window_attention
 from vitrail.kernels.depthwise_conv import depthwise_conv
+from vitrail.kernels.layer_norm import layer_norm
 from vitrail.kernels.linear_attention import linear_attention, linear_attention_packed
 from vitrail.kernels.neighborhood_attention import neighborhood_attention
 from vitrail.kernels.routing_attention import region_routes, routing_attention
@@ -98,6 +99,15 @@ def _routing_attention(dtype: torch.dtype, head_dim: int) -> None:
         _train(routing_attention, q, k, v, routes, n_regions=7, pad_k=pads[0], pad_v=pads[1])
 
 
+def _retention(dtype: torch.dtype, head_dim: int) -> None:
+    """But for the kernels of window attention, which it runs on."""
+    from vitrail.kernels.retention.triton import decay_bias, distances
+
+    for decay in (torch.zeros(_HEADS), torch.zeros(_HEADS, dtype=torch.float64)):
+        decay_bias(decay, (7, 7))
+        distances((7, 7), decay)
+
+
 def _linear_attention(dtype: torch.dtype, head_dim: int) -> None:
     qkv, temperature = _packed(dtype, head_dim), _input(dtype, _HEADS)
     _train(linear_attention, *qkv.unbind(3), temperature)
@@ -131,6 +141,14 @@ def _strip_gate(dtype: torch.dtype, channels: int) -> None:
         x = torch.zeros(2, channels, size, size, dtype=dtype).to(memory_format=layout).requires_grad_()
         for strips in {dtype, torch.float32}:
             _train(strip_gate, x, *(_input(strips, 2, channels, size) for _ in range(2)), skip=True)
+
+
+def _layer_norm(dtype: torch.dtype, channels: int) -> None:
+    for parameters in {dtype, torch.float32}:
+        weight, bias = (_input(parameters, channels) for _ in range(2))
+        _train(layer_norm, _input(dtype, 40, channels), weight, bias)
+    _train(layer_norm, _input(dtype, 40, channels), weight)
+    _train(layer_norm, _input(dtype, 40, 2, channels)[:, 1])
 
 
 def _depthwise_conv(dtype: torch.dtype, kernel: int) -> None:
@@ -183,11 +201,13 @@ CALLS = {
     "window_attention": Calls(_window_attention, _HEAD_DIMS, 32),
     "neighborhood_attention": Calls(_neighborhood_attention, _HEAD_DIMS, 32),
     "routing_attention": Calls(_routing_attention, _HEAD_DIMS, 32),
+    "retention": Calls(_retention, (16,), 16),
     "linear_attention": Calls(_linear_attention, _HEAD_DIMS, 32),
     "channel_attention": Calls(_channel_attention, _HEAD_DIMS, 32),
     "varied_window_attention": Calls(_varied_window_attention, _HEAD_DIMS, 32),
     "context_window_attention": Calls(_context_window_attention, _HEAD_DIMS, 32),
     "strip_gate": Calls(_strip_gate, (16, 64, 100), 64),
+    "layer_norm": Calls(_layer_norm, (20, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 8192), 96),
     "depthwise_conv": Calls(_depthwise_conv, (3, 5, 7), 3),
     "scattered_linear_attention": Calls(_scattered_linear_attention, _HEAD_DIMS[:3], 32),
     "sparse_conv": Calls(_sparse_conv, (16, 32, 64, 128), 32),
@@ -213,10 +233,15 @@ def _sites(size: int) -> None:
     _train(sparse_conv, _input(torch.bfloat16, size, 32), _input(torch.bfloat16, 32, 27, 32), table)
 
 
-# Calls whose inputs have some hundred tokens, voxels or sites.
+def _rows(size: int) -> None:
+    _train(layer_norm, _input(torch.bfloat16, size, 96), *(_input(torch.bfloat16, 96) for _ in range(2)))
+
+
+# Calls whose inputs have some hundred tokens, voxels, sites or rows.
 SIZED = {
     "window_attention": _map_of_size(window_attention, window_size=7),
     "neighborhood_attention": _map_of_size(neighborhood_attention, kernel_size=7),
     "scattered_linear_attention": _voxels,
     "sparse_conv": _sites,
+    "layer_norm": _rows,
 }

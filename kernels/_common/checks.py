@@ -43,6 +43,22 @@ def check_dims(op: str, name: str, tensor: Tensor, layout: str) -> None:
         raise ValueError(f"{op}: {name} has shape {_plain(tensor.shape)}; expected {expected} dimensions, {layout}")
 
 
+def check_projections(op: str, layout: str, **tensors: Tensor) -> None:
+    """Checks queries, keys and, if given, values: dimensions as in `layout`, all alike, floating point."""
+    name, first = next(iter(tensors.items()))
+    check_dims(op, name, first, layout)
+    check_alike(op, **tensors)
+    check_floating(op, **{name: first})
+
+
+def check_packed(op: str, layout: str, qkv: Tensor) -> None:
+    """Checks queries, keys and values that one tensor holds along the axis that is 3 in `layout`."""
+    check_dims(op, "qkv", qkv, layout)
+    axis = layout.strip("()").split(", ").index("3")
+    check_shape(op, "qkv", qkv, (*qkv.shape[:axis], 3, *qkv.shape[axis + 1 :]))
+    check_floating(op, qkv=qkv)
+
+
 def check_pads(op: str, q: Tensor, **pads: Tensor | None) -> None:
     """Checks what padded positions of q-like maps hold: all or none given, floating point, (heads, D) each."""
     given = {name: pad for name, pad in pads.items() if pad is not None}

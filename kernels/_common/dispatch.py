@@ -33,6 +33,10 @@ class Support(NamedTuple):
     reason: str
 
 
+_SUPPORTED = Support(True, "supported")
+_FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
 class Choice(NamedTuple):
     """One operator call as `record_choices` saw it."""
 
@@ -71,15 +75,17 @@ def record_choices() -> Iterator[list[Choice]]:
 
 def triton_support(tensor: torch.Tensor, head_dim: int, head_dims: tuple[int, ...] = FUSED_HEAD_DIMS) -> Support:
     """The conditions that all our Triton kernels share: device, dtype and head width."""
+    if tensor.is_cuda and head_dim in head_dims and tensor.dtype in _FUSED_DTYPES and HAS_TRITON:
+        return _SUPPORTED
     if not HAS_TRITON:
         return Support(False, "Triton is not installed")
     if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and TRITON_INTERPRETED):
         return Support(False, f"Triton kernels run on CUDA devices, the input is on {tensor.device.type}")
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if tensor.dtype not in _FUSED_DTYPES:
         return Support(False, f"Triton kernels take float16, bfloat16 and float32, the input is {tensor.dtype}")
     if head_dim not in head_dims:
         return Support(False, f"Triton kernels take head widths {head_dims}, the input has {head_dim}")
-    return Support(True, "supported")
+    return _SUPPORTED
 
 
 def runs_kernels(tensor: torch.Tensor) -> bool:
@@ -90,7 +96,7 @@ def runs_kernels(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cuda" and HAS_TRITON and settings.default_backend != "eager"
 
 
-def choose_backend(op: str, backend: str, fused: Support, tensor: torch.Tensor) -> str:
+def choose_backend(op: str, backend: str, fused: Support, tensor: torch.Tensor, packed_at: int | None = None) -> str:
     """Turns a requested backend into `"eager"` or `"triton"` and records the choice.
 
     Args:
@@ -98,6 +104,7 @@ def choose_backend(op: str, backend: str, fused: Support, tensor: torch.Tensor) 
         backend: What the caller asked for, one of `BACKENDS`.
         fused: Whether the fused kernel can compute this call.
         tensor: The operator's first input; its device and shape enter the choice and the record.
+        packed_at: Axis of `tensor` along which q, k and v lie; the record has the shape of one of them.
 
     Raises:
         ValueError: `backend` is unknown.
@@ -109,10 +116,11 @@ def choose_backend(op: str, backend: str, fused: Support, tensor: torch.Tensor) 
     if requested == "triton" and not fused.ok:
         raise NotImplementedError(f"{op}: backend 'triton' cannot run here: {fused.reason}")
     # The interpreter is a debugging aid, thousands of times slower than the reference: only on request.
-    automatic = requested == "auto" and tensor.device.type == "cuda"
+    automatic = requested == "auto" and tensor.is_cuda
     runs_fused = fused.ok and (requested == "triton" or automatic)
     chosen = "triton" if runs_fused else "eager"
     if settings.recorder is not None:
         reason = fused.reason if requested == "auto" and not fused.ok else f"backend {requested!r}"
-        settings.recorder.append(Choice(op, chosen, reason, tuple(tensor.shape)))
+        shape = tensor.shape if packed_at is None else tensor.select(packed_at, 0).shape
+        settings.recorder.append(Choice(op, chosen, reason, tuple(shape)))
     return chosen

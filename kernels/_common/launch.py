@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,18 +13,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
+from vitrail.kernels._common.kinds import Memory
 
 _MOST_REMEMBERED = 4096
 _INT32 = 2**31  # integers from here on, and below its negative, take 64 bits
-_compiled: dict[Hashable, Any] = {}
+_compiled = Memory(_MOST_REMEMBERED)
+_thread = threading.local()
 
 
-class _Classes(dict[Any, Hashable]):
+class _Classes(Memory):
     """What Triton makes of an integer or a tuple of them: that one is 1, a multiple of 16 or long is compiled in."""
 
     def __missing__(self, given: Any) -> Hashable:
-        if len(self) >= _MOST_REMEMBERED:
-            self.clear()
         if isinstance(given, tuple):
             found: Hashable = tuple(self[number] for number in given)
         else:
@@ -31,7 +33,7 @@ class _Classes(dict[Any, Hashable]):
         return found
 
 
-_classes = _Classes()
+_classes = _Classes(_MOST_REMEMBERED)
 
 
 class Config(NamedTuple):
@@ -76,16 +78,55 @@ def _launch_remembered(
 ) -> None:
     """Launches on the current device with the code that an earlier call of the same kind has compiled, if any has."""
     key = (device, *_key(kernel, arguments, constants))
+    n_constants = len(kernel.params) - len(arguments)
     code = _compiled.get(key)
     if code is None:
-        if len(_compiled) >= _MOST_REMEMBERED:
-            _compiled.clear()
-        _compiled[key] = kernel[grid](*arguments, **constants)
-        return
-    # Compiled code takes every parameter of the kernel in its order, and looks at no compile-time one.
-    whole_grid = (*grid, 1, 1)
-    n_constants = len(kernel.params) - len(arguments)
-    code[whole_grid](*arguments, *(None,) * n_constants)
+        code = _compiled[key] = kernel[grid](*arguments, **constants)
+    else:
+        # Compiled code takes every parameter of the kernel in its order, and looks at no compile-time one.
+        whole_grid = (*grid, 1, 1)
+        code[whole_grid](*arguments, *(None,) * n_constants)
+    listener = getattr(_thread, "listener", None)
+    if listener is not None:
+        listener(code, grid, (*arguments, *(None,) * n_constants))
+
+
+@contextmanager
+def tells_of_launches(listener: Callable[[Any, tuple[int, ...], tuple[Any, ...]], None]) -> Iterator[None]:
+    """A block in which `listener` gets the compiled code, the grid and all parameters of this thread's launches."""
+    _thread.listener = listener
+    try:
+        yield
+    finally:
+        _thread.listener = None
+
+
+def starter(code: Any, grid: tuple[int, ...], device: torch.device) -> Callable[[Sequence[Any]], None]:
+    """A function that launches compiled code with all of a kernel's parameters, on a device that is the current one.
+
+    It does what `code[grid](*parameters)` does, and leaves out what Triton prepares for its launch hooks where there
+    are none. In place of tensors it takes their addresses, of which Triton does not ask the driver whether they are
+    the device's.
+    """
+    from triton import knobs
+    from triton.runtime import driver
+
+    columns, rows, layers = (*grid, 1, 1)[:3]
+    run, function, metadata, index = code.run, code.function, code.packed_metadata, device.index
+    current_stream = driver.active.get_current_stream
+
+    def start(parameters: Sequence[Any]) -> None:
+        if _is_hook(knobs.runtime.launch_enter_hook) or _is_hook(knobs.runtime.launch_exit_hook):
+            code[columns, rows, layers](*parameters)
+        else:
+            run(columns, rows, layers, current_stream(index), function, metadata, None, None, None, *parameters)
+
+    return start
+
+
+def _is_hook(hook: Any) -> bool:
+    """Whether anything is to be called: a function, or a chain of them that is not empty."""
+    return bool(getattr(hook, "calls", hook))
 
 
 def _key(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Hashable, ...]:

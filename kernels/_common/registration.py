@@ -1,4 +1,7 @@
-"""Registers an operator and its backward with `torch.library`: schemas, devices, shapes without data, autograd."""
+"""Registers an operator and its backward with `torch.library`: schemas, devices, shapes without data, autograd.
+
+`vitrail.kernels._common.direct` tells which calls need not go through what is registered here.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitrail.kernels._common.direct import is_watched
 from vitrail.kernels._common.gradients import fake_gradients, requested_gradients
+from vitrail.kernels._common.replay import replayed
+
+Operator = Callable[..., Tensor]
 
 
 def like_first(first: Tensor, *_: Any) -> Tensor:
@@ -30,7 +37,7 @@ def register_operator(
     fake_forward: Callable[..., Tensor] = like_first,
     fake_backward: Callable[..., tuple[Tensor, ...]] | None = None,
     adds_last: bool = False,
-) -> None:
+) -> Operator:
     """Defines `vitrail::NAME` and `vitrail::NAME_backward`, which PyTorch's autograd runs behind it.
 
     The operator saves its inputs and nothing else.
@@ -45,6 +52,9 @@ def register_operator(
         fake_backward: Shapes of the gradients; by default those of their inputs, contiguous, and empty where absent.
         adds_last: The last tensor is added to the result: it is not saved, the backward does not take it, and its
             gradient is the result's own.
+
+    Returns:
+        The operator, to be called with all its arguments by position.
     """
     described = [argument.strip() for argument in arguments.split(",")]
     n_tensors = sum(argument.startswith("Tensor") for argument in described)
@@ -61,15 +71,67 @@ def register_operator(
         ctx.constants = inputs[n_tensors:]
 
     def run_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = getattr(torch.ops.vitrail, f"{name}_backward")(grad, *ctx.saved_tensors, *ctx.constants)
+        inputs = (grad, *ctx.saved_tensors)
+        through = torch.is_grad_enabled() or is_watched(inputs)
+        run = getattr(torch.ops.vitrail, f"{name}_backward") if through else fast_backward
+        found = run(*inputs, *ctx.constants)
         found = found if len(gradients) > 1 else (found,)
         return requested_gradients(ctx, (*found, grad) if adds_last else found)
 
-    torch.library.define(f"vitrail::{name}", f"({arguments}) -> Tensor")
-    torch.library.define(f"vitrail::{name}_backward", f"({backward_arguments}) -> ({results})")
-    for device in ("CPU", "CUDA"):
-        torch.library.impl(f"vitrail::{name}", device)(forward)
-        torch.library.impl(f"vitrail::{name}_backward", device)(backward)
+    fast_forward = _implement(name, arguments, "Tensor", forward)
+    fast_backward = _implement(f"{name}_backward", backward_arguments, f"({results})", backward)
     torch.library.register_fake(f"vitrail::{name}")(fake_forward)
     torch.library.register_fake(f"vitrail::{name}_backward")(fake_backward or fake_gradients_of_inputs)
     torch.library.register_autograd(f"vitrail::{name}", run_backward, setup_context=save_inputs)
+    differentiable = _differentiable(f"vitrail_{name}", fast_forward, save_inputs, run_backward)
+    return _operator(getattr(torch.ops.vitrail, name), n_tensors, fast_forward, differentiable)
+
+
+def register_choice(name: str, arguments: str, forward: Operator, fake_forward: Operator) -> Operator:
+    """Defines `vitrail::NAME`, whose result holds whole numbers and has no gradient; see `register_operator`."""
+    n_tensors = sum(argument.strip().startswith("Tensor") for argument in arguments.split(","))
+    fast = _implement(name, arguments, "Tensor", forward)
+    torch.library.register_fake(f"vitrail::{name}")(fake_forward)
+    return _operator(getattr(torch.ops.vitrail, name), n_tensors, fast, fast)
+
+
+def _implement(name: str, arguments: str, results: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Defines an operator and implements it on all devices; returns what a call that nothing watches runs."""
+    fast = replayed(implementation)
+    torch.library.define(f"vitrail::{name}", f"({arguments}) -> {results}")
+
+    def run(*inputs: Any) -> Any:
+        return (implementation if is_watched(t for t in inputs if isinstance(t, Tensor)) else fast)(*inputs)
+
+    for device in ("CPU", "CUDA"):
+        torch.library.impl(f"vitrail::{name}", device)(run)
+    return fast
+
+
+def _differentiable(
+    name: str, forward: Callable[..., Tensor], save_inputs: Callable[..., None], run_backward: Callable[..., Any]
+) -> Operator:
+    """What `register_autograd` makes of an operator, for calls that do not go through the dispatcher."""
+
+    def run_forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = forward(*inputs)
+        save_inputs(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(run_forward), "backward": staticmethod(run_backward)}
+    function: Any = type(name, (torch.autograd.Function,), methods)
+    return function.apply
+
+
+def _operator(dispatched: Operator, n_tensors: int, forward: Operator, differentiable: Operator) -> Operator:
+    """A function that takes the dispatcher's way, the direct one, or the direct one with gradients."""
+
+    def call(*arguments: Any) -> Tensor:
+        tensors = arguments[:n_tensors]
+        if is_watched(tensors):
+            return dispatched(*arguments)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            return differentiable(*arguments)
+        return forward(*arguments)
+
+    return call

@@ -93,6 +93,35 @@ def square_offsets(HEAD_DIM: tl.constexpr):
     return tl.arange(0, HEAD_DIM)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
 
 
+def shares(most: int, programs: int, slots: int) -> int:
+    """In how many shares work is cut, each of which takes so many programs, to fill a device's slots."""
+    return min(most, max(1, slots // programs))
+
+
+@triton.jit(do_not_specialize=["n_parts"])
+def add_parts_kernel(
+    parts_ptr, d_weight_ptr, d_bias_ptr, n_parts, HAS_BIAS: tl.constexpr,
+    DIM: tl.constexpr, TAPS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Adds up (parts, TAPS + 1, DIM) in order: gradients of a weight (DIM, TAPS) and of a bias (DIM,).
+
+    The grid is (TAPS + 1, blocks of channels), or (TAPS, blocks) where there is no bias.
+    """
+    tap = tl.program_id(0)
+    channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = channels < DIM
+    total = tl.zeros((PARTS, CHANNELS), tl.float32)
+    for start in range(0, n_parts, PARTS):
+        parts = start + tl.arange(0, PARTS)
+        place = (parts * (TAPS + 1) + tap)[:, None] * DIM + channels[None, :]
+        total += tl.load(parts_ptr + place, mask=(parts < n_parts)[:, None] & exists[None, :], other=0.0)
+    gradient = tl.sum(total, 0)
+    if tap < TAPS:
+        tl.store(d_weight_ptr + channels * TAPS + tap, gradient.to(d_weight_ptr.dtype.element_ty), mask=exists)
+    elif HAS_BIAS:
+        tl.store(d_bias_ptr + channels, gradient.to(d_bias_ptr.dtype.element_ty), mask=exists)
+
+
 class Chunks:
     """How a call's tokens are cut into chunks, and the launch parameters that its kernels share.
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from vitrail.kernels._common.checks import autocast_together, check_alike, check_dims, check_floating, check_shape
+from vitrail.kernels._common.checks import (
+    autocast_together,
+    check_packed,
+    check_projections,
+)
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.channel_attention.op import fused_support
+from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels.channel_attention.op import fused_support, run_channel_attention, run_channel_attention_packed
 from vitrail.kernels.channel_attention.reference import channel_attention_reference, packed_reference
 
 _NAME = "channel_attention"
@@ -36,13 +40,11 @@ def channel_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = 
         ValueError: Shapes, dtypes or devices do not fit together.
         NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
     """
-    check_dims(_NAME, "q", q, "(B, H, W, groups, D)")
-    check_alike(_NAME, q=q, k=k, v=v)
-    check_floating(_NAME, q=q)
+    _check_separate(q, k, v)
     q, k, v = autocast_together(q, k, v)
     scale = _default_scale(q, scale)
     if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
-        return torch.ops.vitrail.channel_attention(q, k, v, scale)
+        return run_channel_attention(q, k, v, scale)
     return channel_attention_reference(q, k, v, scale)
 
 
@@ -52,15 +54,22 @@ def channel_attention_packed(qkv: Tensor, *, scale: float | None = None, backend
     Same result as `channel_attention(*qkv.unbind(3), ...)`; its backward writes the gradient of `qkv` directly
     instead of stacking three. See `channel_attention` for the other arguments, the result and the errors.
     """
-    check_dims(_NAME, "qkv", qkv, "(B, H, W, 3, groups, D)")
-    check_shape(_NAME, "qkv", qkv, (*qkv.shape[:3], 3, *qkv.shape[4:]))
-    check_floating(_NAME, qkv=qkv)
+    _check_packed(qkv)
     (qkv,) = autocast_together(qkv)
-    q = qkv.select(3, 0)
-    scale = _default_scale(q, scale)
-    if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
-        return torch.ops.vitrail.channel_attention_packed(qkv, scale)
+    scale = _default_scale(qkv, scale)
+    if choose_backend(_NAME, backend, fused_support(qkv), qkv, packed_at=3) == "triton":
+        return run_channel_attention_packed(qkv, scale)
     return packed_reference(qkv, scale)
+
+
+@once_per_kind
+def _check_separate(q: Tensor, k: Tensor, v: Tensor) -> None:
+    check_projections(_NAME, "(B, H, W, groups, D)", q=q, k=k, v=v)
+
+
+@once_per_kind
+def _check_packed(qkv: Tensor) -> None:
+    check_packed(_NAME, "(B, H, W, 3, groups, D)", qkv)
 
 
 def _default_scale(q: Tensor, scale: float | None) -> float:

@@ -63,10 +63,10 @@ def _packed_backward(grad: Tensor, qkv: Tensor, scale: float) -> Tensor:
     return torch.stack(channel_attention_gradients(grad, q, k, v, scale), 3)
 
 
-register_operator(
+run_channel_attention = register_operator(
     "channel_attention", "Tensor q, Tensor k, Tensor v, float scale", ("d_q", "d_k", "d_v"), _forward, _backward
 )
-register_operator(
+run_channel_attention_packed = register_operator(
     "channel_attention_packed",
     "Tensor qkv, float scale",
     ("d_qkv",),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from vitrail.kernels._common.checks import (
@@ -17,7 +16,8 @@ from vitrail.kernels._common.checks import (
     to_pair,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.context_window_attention.op import fused_support
+from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels.context_window_attention.op import fused_support, run_context_window_attention
 from vitrail.kernels.context_window_attention.reference import context_window_attention_reference
 
 _NAME = "context_window_attention"
@@ -60,6 +60,26 @@ def context_window_attention(
         ValueError: Shapes, dtypes, devices or sizes do not fit together, or a context window leaves the map.
         NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
     """
+    window = _check(q, k, v, window_size, row_starts, column_starts)
+    q, k, v = autocast_together(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    arguments = (q, k, v, window, row_starts, column_starts, scale)
+    fused = fused_support(q, row_starts, column_starts)
+    if choose_backend(_NAME, backend, fused, q) == "triton":
+        return run_context_window_attention(*arguments)
+    return context_window_attention_reference(*arguments)
+
+
+@once_per_kind
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: int | Sequence[int],
+    row_starts: Sequence[int],
+    column_starts: Sequence[int],
+) -> tuple[int, int]:
+    """Checks all arguments; returns the normalised window."""
     check_dims(_NAME, "q", q, "(B, H, W, heads, D)")
     check_dims(_NAME, "k", k, "(B, H_k, W_k, heads, D)")
     check_shape(_NAME, "k", k, (q.shape[0], *k.shape[1:3], *q.shape[3:]))
@@ -69,13 +89,7 @@ def context_window_attention(
     window = to_pair(_NAME, "window_size", window_size, 1)
     _check_starts("row_starts", row_starts, window[0], q.shape[1], k.shape[1])
     _check_starts("column_starts", column_starts, window[1], q.shape[2], k.shape[2])
-    q, k, v = autocast_together(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    arguments = (q, k, v, window, row_starts, column_starts, scale)
-    fused = fused_support(q, row_starts, column_starts)
-    if choose_backend(_NAME, backend, fused, q) == "triton":
-        return torch.ops.vitrail.context_window_attention(*arguments)
-    return context_window_attention_reference(*arguments)
+    return window
 
 
 def _check_starts(name: str, starts: Sequence[int], window: int, size: int, context_size: int) -> None:

@@ -53,7 +53,9 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tupl
     return context_window_attention_gradients(grad, q, k, v, *rest)
 
 
-register_operator("context_window_attention", _ARGUMENTS, ("d_q", "d_k", "d_v"), _forward, _backward)
+run_context_window_attention = register_operator(
+    "context_window_attention", _ARGUMENTS, ("d_q", "d_k", "d_v"), _forward, _backward
+)
 
 
 @register_flop_formula(torch.ops.vitrail.context_window_attention)

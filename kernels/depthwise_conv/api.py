@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from vitrail.kernels._common.checks import (
@@ -16,8 +15,9 @@ from vitrail.kernels._common.checks import (
     to_pair,
 )
 from vitrail.kernels._common.dispatch import choose_backend
+from vitrail.kernels._common.kinds import once_per_kind
 from vitrail.kernels._common.recording import is_padded
-from vitrail.kernels.depthwise_conv.op import fused_support
+from vitrail.kernels.depthwise_conv.op import fused_support, run_depthwise_conv
 from vitrail.kernels.depthwise_conv.reference import depthwise_conv_reference
 
 _NAME = "depthwise_conv"
@@ -62,17 +62,30 @@ def depthwise_conv(
         ValueError: Shapes, dtypes or devices do not fit together, or the filter's size is even.
         NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
     """
-    _check_tensors(x, weight, bias, residual, pad_value)
-    pads = to_pair(_NAME, "pads", pads, 0)
+    pads = _check(x, weight, bias, residual, pad_value, pads)
     if pad_value is not None and not is_padded(pads):
         pad_value = None
     if autocast_is_on(x):
         x, weight, bias, residual = _cast(x, weight, bias, residual, keeps_x=skip)
-    _check_alike(x, weight=weight, bias=bias, residual=residual, pad_value=pad_value)
+    _check_alike(x, weight, bias, residual, pad_value)
     arguments = (x, weight, bias, pad_value, residual, pads, gelu, skip)
     if choose_backend(_NAME, backend, fused_support(x, weight), x) == "triton":
-        return torch.ops.vitrail.depthwise_conv(*arguments)
+        return run_depthwise_conv(*arguments)
     return depthwise_conv_reference(*arguments)
+
+
+@once_per_kind
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    pad: Tensor | None,
+    pads: int | Sequence[int],
+) -> tuple[int, int]:
+    """Checks all arguments but for what autocast may change; returns the normalised padding."""
+    _check_tensors(x, weight, bias, residual, pad)
+    return to_pair(_NAME, "pads", pads, 0)
 
 
 def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, pad: Tensor | None) -> None:
@@ -92,8 +105,12 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Ten
         check_shape(_NAME, "residual", residual, x.shape)
 
 
-def _check_alike(x: Tensor, **others: Tensor | None) -> None:
+@once_per_kind
+def _check_alike(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, pad_value: Tensor | None
+) -> None:
     """Raises `ValueError` unless all tensors have x's dtype and device; the padding's value may have another dtype."""
+    others = {"weight": weight, "bias": bias, "residual": residual, "pad_value": pad_value}
     for name, tensor in others.items():
         if tensor is None:
             continue

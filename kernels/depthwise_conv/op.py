@@ -53,7 +53,7 @@ def _backward(
     return tuple(gradients)
 
 
-register_operator(
+run_depthwise_conv = register_operator(
     "depthwise_conv", _ARGUMENTS, ("d_x", "d_weight", "d_bias", "d_pad_value"), _forward, _backward, adds_last=True
 )
 

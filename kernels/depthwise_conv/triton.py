@@ -59,6 +59,7 @@ from torch import Tensor
 from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
 from vitrail.kernels._common.gradients import empty_gradient
 from vitrail.kernels._common.launch import launch
+from vitrail.kernels._common.triton import add_parts_kernel
 from vitrail.kernels.depthwise_conv.triton_matrix import matrix_gradient_kernel
 
 _MOST_WARPS = 1584  # that sum up the filter's gradient: twelve for each multiprocessor of an H100
@@ -324,27 +325,6 @@ def _filter_gradient_kernel(
         tl.store(parts_ptr + place, tl.sum(sums[tap], 0), mask=outs < DIM)
 
 
-@triton.jit(do_not_specialize=["n_parts"])
-def _add_parts_kernel(
-    parts_ptr, d_weight_ptr, d_bias_ptr, n_parts, HAS_BIAS: tl.constexpr,
-    DIM: tl.constexpr, TAPS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Adds up (parts, TAPS + 1, DIM) in order: gradients of the filter (DIM, TAPS) and of the bias (DIM,)."""
-    tap = tl.program_id(0)
-    channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    exists = channels < DIM
-    total = tl.zeros((PARTS, CHANNELS), tl.float32)
-    for start in range(0, n_parts, PARTS):
-        parts = start + tl.arange(0, PARTS)
-        place = (parts * (TAPS + 1) + tap)[:, None] * DIM + channels[None, :]
-        total += tl.load(parts_ptr + place, mask=(parts < n_parts)[:, None] & exists[None, :], other=0.0)
-    gradient = tl.sum(total, 0)
-    if tap < TAPS:
-        tl.store(d_weight_ptr + channels * TAPS + tap, gradient.to(d_weight_ptr.dtype.element_ty), mask=exists)
-    elif HAS_BIAS:
-        tl.store(d_bias_ptr + channels, gradient.to(d_bias_ptr.dtype.element_ty), mask=exists)
-
-
 def _taps(weight: Tensor) -> Tensor:
     """(C, 1, K, K) -> (K * K, C): neighbouring channels side by side."""
     return weight.flatten(1).t().contiguous()
@@ -484,7 +464,7 @@ def _add_parts(parts: Tensor, d_weight: Tensor, d_bias: Tensor, has_bias: bool) 
     """Adds up the programs' sums (parts, K * K + 1, C)."""
     n_parts, taps, dim = parts.shape
     launch(
-        _add_parts_kernel, (taps, triton.cdiv(dim, 16)), parts, d_weight, d_bias, n_parts,
+        add_parts_kernel, (taps - 1 + has_bias, triton.cdiv(dim, 16)), parts, d_weight, d_bias, n_parts,
         HAS_BIAS=has_bias, DIM=dim, TAPS=taps - 1, PARTS=_PARTS, CHANNELS=16, num_warps=4,
     )  # fmt: skip
 

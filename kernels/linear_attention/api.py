@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from vitrail.kernels._common.checks import autocast_together, check_alike, check_dims, check_floating, check_shape
+from vitrail.kernels._common.checks import (
+    autocast_together,
+    check_floating,
+    check_packed,
+    check_projections,
+    check_shape,
+)
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.linear_attention.op import fused_support
+from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels.linear_attention.op import fused_support, run_linear_attention, run_linear_attention_packed
 from vitrail.kernels.linear_attention.reference import linear_attention_reference
 
 _NAME = "linear_attention"
@@ -41,13 +47,10 @@ def linear_attention(
         ValueError: Shapes, dtypes or devices do not fit together, or `floor` is not above 0.
         NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
     """
-    check_dims(_NAME, "q", q, "(B, H, W, heads, D)")
-    check_alike(_NAME, q=q, k=k, v=v)
-    check_floating(_NAME, q=q)
-    _check_constants(q, temperature, floor)
+    _check_separate(q, k, v, temperature, floor)
     q, k, v = autocast_together(q, k, v)
     if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
-        return torch.ops.vitrail.linear_attention(q, k, v, temperature, float(floor))
+        return run_linear_attention(q, k, v, temperature, float(floor))
     return linear_attention_reference(q, k, v, temperature, float(floor))
 
 
@@ -57,15 +60,24 @@ def linear_attention_packed(qkv: Tensor, temperature: Tensor, *, floor: float = 
     Same result as `linear_attention(*qkv.unbind(3), ...)`; its backward writes the gradient of `qkv` directly instead
     of stacking three. See `linear_attention` for the other arguments, the result and the errors.
     """
-    check_dims(_NAME, "qkv", qkv, "(B, H, W, 3, heads, D)")
-    check_shape(_NAME, "qkv", qkv, (*qkv.shape[:3], 3, *qkv.shape[4:]))
-    check_floating(_NAME, qkv=qkv)
+    _check_packed(qkv, temperature, floor)
     (qkv,) = autocast_together(qkv)
+    if choose_backend(_NAME, backend, fused_support(qkv), qkv, packed_at=3) == "triton":
+        return run_linear_attention_packed(qkv, temperature, float(floor))
     q, k, v = qkv.unbind(3)
-    _check_constants(q, temperature, floor)
-    if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
-        return torch.ops.vitrail.linear_attention_packed(qkv, temperature, float(floor))
     return linear_attention_reference(q, k, v, temperature, float(floor))
+
+
+@once_per_kind
+def _check_separate(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, floor: float) -> None:
+    check_projections(_NAME, "(B, H, W, heads, D)", q=q, k=k, v=v)
+    _check_constants(q, temperature, floor)
+
+
+@once_per_kind
+def _check_packed(qkv: Tensor, temperature: Tensor, floor: float) -> None:
+    check_packed(_NAME, "(B, H, W, 3, heads, D)", qkv)
+    _check_constants(qkv.select(3, 0), temperature, floor)
 
 
 def _check_constants(q: Tensor, temperature: Tensor, floor: float) -> None:

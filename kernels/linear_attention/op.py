@@ -63,8 +63,10 @@ def _packed_backward(grad: Tensor, qkv: Tensor, temperature: Tensor, floor: floa
     return torch.stack(gradients, 3), d_temperature
 
 
-register_operator("linear_attention", _SEPARATE, ("d_q", "d_k", "d_v", "d_temperature"), _forward, _backward)
-register_operator(
+run_linear_attention = register_operator(
+    "linear_attention", _SEPARATE, ("d_q", "d_k", "d_v", "d_temperature"), _forward, _backward
+)
+run_linear_attention_packed = register_operator(
     "linear_attention_packed",
     _PACKED,
     ("d_qkv", "d_temperature"),

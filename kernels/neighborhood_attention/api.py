@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from vitrail.kernels._common.checks import autocast_together, check_alike, check_floating, check_pads, check_shape
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.neighborhood_attention.op import fused_support, natten_support
+from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels.neighborhood_attention.op import fused_support, natten_support, run_neighborhood_attention
 from vitrail.kernels.neighborhood_attention.reference import (
     neighborhood_attention_reference,
     neighborhood_attention_with_lse,
@@ -75,18 +75,9 @@ def neighborhood_attention(
         ValueError: Shapes, dtypes, devices or sizes do not fit together.
         NotImplementedError: The backend asked for cannot compute this call.
     """
-    if not 4 <= q.dim() <= 6:
-        raise ValueError(f"{_NAME}: q has shape {tuple(q.shape)}; expected (B, L1, [L2, [L3,]] heads, D)")
-    check_floating(_NAME, q=q)
-    check_alike(_NAME, q=q, k=k, v=v)
-    axes = q.dim() - 3
-    kernel = _per_axis("kernel_size", kernel_size, axes, int)
-    steps = _per_axis("stride", stride, axes, int)
-    dilations = _per_axis("dilation", dilation, axes, int)
-    causal = _per_axis("is_causal", is_causal, axes, bool)
-    if any(s > size for s, size in zip(steps, kernel, strict=True)):
-        raise ValueError(f"{_NAME}: stride is {steps}; allowed: at most kernel_size {kernel}")
-    _check_tensors(q, rpb, extra_k, extra_v, pad_k, pad_v, kernel)
+    kernel, steps, dilations, causal = _check(
+        q, k, v, rpb, extra_k, extra_v, pad_k, pad_v, kernel_size, stride, dilation, is_causal
+    )
     q, k, v = autocast_together(q, k, v)
     if extra_k is not None and extra_v is not None:
         extra_k, extra_v = autocast_together(extra_k, extra_v)
@@ -102,8 +93,39 @@ def neighborhood_attention(
             raise NotImplementedError(f"{_NAME}: backend 'natten' cannot run here: {support.reason}")
         return _natten(q, k, v, extra_k, extra_v, kernel, steps, dilations, causal, scale)
     if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
-        return torch.ops.vitrail.neighborhood_attention(*arguments)
+        return run_neighborhood_attention(*arguments)
     return neighborhood_attention_reference(*arguments)
+
+
+@once_per_kind
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    pad_k: Tensor | None,
+    pad_v: Tensor | None,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    dilation: int | Sequence[int],
+    is_causal: bool | Sequence[bool],
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
+    """Checks all arguments; returns kernel, stride, dilation and causality of each axis."""
+    if not 4 <= q.dim() <= 6:
+        raise ValueError(f"{_NAME}: q has shape {tuple(q.shape)}; expected (B, L1, [L2, [L3,]] heads, D)")
+    check_floating(_NAME, q=q)
+    check_alike(_NAME, q=q, k=k, v=v)
+    axes = q.dim() - 3
+    kernel = _per_axis("kernel_size", kernel_size, axes, int)
+    steps = _per_axis("stride", stride, axes, int)
+    dilations = _per_axis("dilation", dilation, axes, int)
+    causal = _per_axis("is_causal", is_causal, axes, bool)
+    if any(s > size for s, size in zip(steps, kernel, strict=True)):
+        raise ValueError(f"{_NAME}: stride is {steps}; allowed: at most kernel_size {kernel}")
+    _check_tensors(q, rpb, extra_k, extra_v, pad_k, pad_v, kernel)
+    return kernel, steps, dilations, causal
 
 
 def _per_axis(name: str, value: _Value | Sequence[_Value], axes: int, kind: type[_Value]) -> tuple[_Value, ...]:

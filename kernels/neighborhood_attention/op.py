@@ -72,7 +72,7 @@ def _backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return reference_gradients(neighborhood_attention_reference, inputs[:8], inputs[8:], grad)
 
 
-register_operator("neighborhood_attention", _ARGUMENTS, _GRADIENTS, _forward, _backward)
+run_neighborhood_attention = register_operator("neighborhood_attention", _ARGUMENTS, _GRADIENTS, _forward, _backward)
 
 
 def _flops(q_shape: Sequence[int], kernel_size: Sequence[int], extra_shape: Any, n_products: int) -> int:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from vitrail.kernels._common.checks import (
     autocast_together,
-    check_alike,
     check_dims,
-    check_floating,
+    check_projections,
     check_shape,
     to_pair,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.retention.op import fused_support
+from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels.retention.op import fused_support, run_retention
 from vitrail.kernels.retention.reference import ACTIVATIONS, retention_reference
 
 _NAME = "retention"
@@ -70,14 +70,14 @@ def retention(
         ValueError: Shapes, dtypes, devices or sizes do not fit together, or an argument needs another activation.
         NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
     """
-    _check_tensors(q, k, v, decay, slopes)
-    _check_activation(activation, slopes, signed_slopes, length_offset)
-    window, shift = _window(q, window_size, shift_size)
+    window, shift = _check(
+        q, k, v, decay, slopes, activation, signed_slopes, length_offset, window_size, shift_size
+    )  # fmt: skip
     q, k, v = autocast_together(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = (q, k, v, decay, slopes, window, shift, activation, signed_slopes, length_offset, scale)
     if choose_backend(_NAME, backend, fused_support(q, window, activation), q) == "triton":
-        return torch.ops.vitrail.retention(*arguments)
+        return run_retention(*arguments)
     return retention_reference(*arguments)
 
 
@@ -125,10 +125,27 @@ def decomposed_retention(
     return along(by_row.to(v.dtype), (window[0], 1), (shift[0], 0))
 
 
+@once_per_kind
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    slopes: Tensor | None,
+    activation: str,
+    signed_slopes: bool,
+    length_offset: bool,
+    window_size: int | Sequence[int] | None,
+    shift_size: int | Sequence[int],
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Checks all arguments of `retention`; returns the normalised window and shift."""
+    _check_tensors(q, k, v, decay, slopes)
+    _check_activation(activation, slopes, signed_slopes, length_offset)
+    return _window(q, window_size, shift_size)
+
+
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, slopes: Tensor | None) -> None:
-    check_dims(_NAME, "q", q, "(B, H, W, heads, D)")
-    check_alike(_NAME, q=q, k=k, v=v)
-    check_floating(_NAME, q=q)
+    check_projections(_NAME, "(B, H, W, heads, D)", q=q, k=k, v=v)
     for name, tensor in (("decay", decay), ("slopes", slopes)):
         if tensor is None:
             continue

@@ -59,7 +59,9 @@ def _backward(
     return retention_gradients(grad, q, k, v, decay, slopes, window, shift, activation, *rest)
 
 
-register_operator("retention", _ARGUMENTS, ("d_q", "d_k", "d_v", "d_decay", "d_slopes"), _forward, _backward)
+run_retention = register_operator(
+    "retention", _ARGUMENTS, ("d_q", "d_k", "d_v", "d_decay", "d_slopes"), _forward, _backward
+)
 
 
 @register_flop_formula(torch.ops.vitrail.retention)

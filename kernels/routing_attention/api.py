@@ -9,15 +9,15 @@ from torch import Tensor
 
 from vitrail.kernels._common.checks import (
     autocast_together,
-    check_alike,
     check_dims,
-    check_floating,
     check_pads,
+    check_projections,
     check_shape,
     to_pair,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.routing_attention.op import fused_support
+from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels.routing_attention.op import fused_support, run_region_routes, run_routing_attention
 from vitrail.kernels.routing_attention.reference import region_routes_reference, routing_attention_reference
 
 _NAME = "routing_attention"
@@ -55,16 +55,10 @@ def region_routes(
         ValueError: Shapes do not fit together or `topk` is out of range.
         NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
     """
-    check_dims(_NAME, "q", q, "(B, H, W, heads, D)")
-    check_floating(_NAME, q=q, k=k)
-    check_alike(_NAME, q=q, k=k)
-    regions = to_pair(_NAME, "n_regions", n_regions, 1)
-    if not 1 <= topk <= regions[0] * regions[1]:
-        raise ValueError(f"{_NAME}: topk is {topk}; allowed: 1 to the number of regions, {regions[0] * regions[1]}")
-    check_pads(_NAME, q, pad_q=pad_q, pad_k=pad_k)
+    regions = _check_routes(q, k, pad_q, pad_k, n_regions, topk)
     arguments = (q, k, pad_q, pad_k, regions, topk)
     if choose_backend("region_routes", backend, fused_support(q), q) == "triton":
-        return torch.ops.vitrail.region_routes(*arguments)
+        return run_region_routes(*arguments)
     return region_routes_reference(*arguments)
 
 
@@ -101,18 +95,44 @@ def routing_attention(
         ValueError: Shapes, dtypes or devices do not fit together.
         NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
     """
-    check_dims(_NAME, "q", q, "(B, H, W, heads, D)")
-    check_floating(_NAME, q=q)
-    check_alike(_NAME, q=q, k=k, v=v)
+    regions = _check_attention(q, k, v, pad_k, pad_v, routes, n_regions)
+    q, k, v = autocast_together(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    arguments = (q, k, v, pad_k, pad_v, routes, regions, scale)
+    if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
+        return run_routing_attention(*arguments)
+    return routing_attention_reference(*arguments)
+
+
+@once_per_kind
+def _check_routes(
+    q: Tensor, k: Tensor, pad_q: Tensor | None, pad_k: Tensor | None, n_regions: int | Sequence[int], topk: int
+) -> tuple[int, int]:
+    """Checks the arguments of `region_routes`; returns the normalised number of regions."""
+    check_projections(_NAME, "(B, H, W, heads, D)", q=q, k=k)
+    regions = to_pair(_NAME, "n_regions", n_regions, 1)
+    if not 1 <= topk <= regions[0] * regions[1]:
+        raise ValueError(f"{_NAME}: topk is {topk}; allowed: 1 to the number of regions, {regions[0] * regions[1]}")
+    check_pads(_NAME, q, pad_q=pad_q, pad_k=pad_k)
+    return regions
+
+
+@once_per_kind
+def _check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pad_k: Tensor | None,
+    pad_v: Tensor | None,
+    routes: Tensor,
+    n_regions: int | Sequence[int],
+) -> tuple[int, int]:
+    """Checks the arguments of `routing_attention`; returns the normalised number of regions."""
+    check_projections(_NAME, "(B, H, W, heads, D)", q=q, k=k, v=v)
     regions = to_pair(_NAME, "n_regions", n_regions, 1)
     check_dims(_NAME, "routes", routes, "(B, R, topk)")
     check_shape(_NAME, "routes", routes, (q.shape[0], regions[0] * regions[1], routes.shape[2]))
     if routes.dtype != torch.int64:
         raise TypeError(f"{_NAME}: routes is {routes.dtype}; allowed: torch.int64")
     check_pads(_NAME, q, pad_k=pad_k, pad_v=pad_v)
-    q, k, v = autocast_together(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    arguments = (q, k, v, pad_k, pad_v, routes, regions, scale)
-    if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
-        return torch.ops.vitrail.routing_attention(*arguments)
-    return routing_attention_reference(*arguments)
+    return regions

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vitrail.kernels._common.dispatch import Support, triton_support
 from vitrail.kernels._common.gradients import reference_gradients
-from vitrail.kernels._common.registration import register_operator
+from vitrail.kernels._common.registration import register_choice, register_operator
 from vitrail.kernels.routing_attention.reference import (
     region_routes_reference,
     region_size,
@@ -24,10 +24,7 @@ from vitrail.kernels.routing_attention.reference import (
 )
 
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? pad_k, Tensor? pad_v, Tensor routes, int[] n_regions, float scale"
-torch.library.define(
-    "vitrail::region_routes",
-    "(Tensor q, Tensor k, Tensor? pad_q, Tensor? pad_k, int[] n_regions, int topk) -> Tensor",
-)
+_ROUTES_ARGUMENTS = "Tensor q, Tensor k, Tensor? pad_q, Tensor? pad_k, int[] n_regions, int topk"
 
 
 def fused_support(q: Tensor) -> Support:
@@ -63,10 +60,8 @@ def _fake_routes(q: Tensor, k: Tensor, pad_q: Any, pad_k: Any, n_regions: Sequen
     return torch.empty((q.shape[0], n_regions[0] * n_regions[1], topk), dtype=torch.int64, device=q.device)
 
 
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("vitrail::region_routes", _device)(_routes)
-torch.library.register_fake("vitrail::region_routes")(_fake_routes)
-register_operator(
+run_region_routes = register_choice("region_routes", _ROUTES_ARGUMENTS, _routes, _fake_routes)
+run_routing_attention = register_operator(
     "routing_attention",
     _ARGUMENTS,
     ("d_q", "d_k", "d_v", "d_pad_k", "d_pad_v"),

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from vitrail.kernels._common.checks import autocast_together, check_alike, check_dims, check_floating, check_shape
+from vitrail.kernels._common.checks import (
+    autocast_together,
+    check_packed,
+    check_projections,
+    check_shape,
+)
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.scattered_linear_attention.op import fused_support
+from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels.scattered_linear_attention.op import (
+    fused_support,
+    run_scattered_linear_attention,
+    run_scattered_linear_attention_packed,
+)
 from vitrail.kernels.scattered_linear_attention.reference import scattered_linear_attention_reference
 from vitrail.kernels.scattered_linear_attention.windows import Windows, most_parts
 
@@ -42,13 +54,10 @@ def scattered_linear_attention(
         ValueError: Shapes, dtypes or devices do not fit together, or `eps` is not above 0.
         NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
     """
-    check_dims(_NAME, "q", q, "(N, heads, D)")
-    check_alike(_NAME, q=q, k=k, v=v)
-    check_floating(_NAME, q=q)
-    _check_windows(windows, q, eps)
+    _check_separate(q, k, v, *windows, eps)
     q, k, v = autocast_together(q, k, v)
     if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
-        return torch.ops.vitrail.scattered_linear_attention(q, k, v, *windows, float(eps))
+        return run_scattered_linear_attention(q, k, v, *windows, float(eps))
     return scattered_linear_attention_reference(q, k, v, *windows, float(eps))
 
 
@@ -60,21 +69,30 @@ def scattered_linear_attention_packed(
     Same result as `scattered_linear_attention(*qkv.unbind(1), ...)`; its backward writes the gradient of `qkv`
     directly instead of stacking three. See there for the other arguments, the result and the errors.
     """
-    check_dims(_NAME, "qkv", qkv, "(N, 3, heads, D)")
-    check_shape(_NAME, "qkv", qkv, (len(qkv), 3, *qkv.shape[2:]))
-    check_floating(_NAME, qkv=qkv)
-    _check_windows(windows, qkv, eps)
+    _check_packed(qkv, *windows, eps)
     (qkv,) = autocast_together(qkv)
+    if choose_backend(_NAME, backend, fused_support(qkv), qkv, packed_at=1) == "triton":
+        return run_scattered_linear_attention_packed(qkv, *windows, float(eps))
     q, k, v = qkv.unbind(1)
-    if choose_backend(_NAME, backend, fused_support(q), q) == "triton":
-        return torch.ops.vitrail.scattered_linear_attention_packed(qkv, *windows, float(eps))
     return scattered_linear_attention_reference(q, k, v, *windows, float(eps))
 
 
-def _check_windows(windows: Windows, q: Tensor, eps: float) -> None:
+@once_per_kind
+def _check_separate(q: Tensor, k: Tensor, v: Tensor, *windows_and_eps: Any) -> None:
+    check_projections(_NAME, "(N, heads, D)", q=q, k=k, v=v)
+    _check_windows(q, *windows_and_eps)
+
+
+@once_per_kind
+def _check_packed(qkv: Tensor, *windows_and_eps: Any) -> None:
+    check_packed(_NAME, "(N, 3, heads, D)", qkv)
+    _check_windows(qkv, *windows_and_eps)
+
+
+def _check_windows(q: Tensor, order: Tensor, starts: Tensor, ends: Tensor, parts: Tensor, eps: float) -> None:
     if not eps > 0:
         raise ValueError(f"{_NAME}: eps is {eps}; allowed: above 0")
-    for name, tensor in windows._asdict().items():
+    for name, tensor in Windows(order, starts, ends, parts)._asdict().items():
         rows = (1 + most_parts(len(q)), 4) if name == "parts" else (len(q),)
         check_shape(_NAME, f"windows.{name}", tensor, rows)
         if tensor.dtype != torch.int32:

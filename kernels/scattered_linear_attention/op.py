@@ -85,14 +85,14 @@ def _like_first_of_packed(qkv: Tensor, *_: Any) -> Tensor:
     return like_first(qkv.select(1, 0))
 
 
-register_operator(
+run_scattered_linear_attention = register_operator(
     "scattered_linear_attention",
     f"Tensor q, Tensor k, Tensor v, {_WINDOWS}",
     ("d_q", "d_k", "d_v"),
     _forward,
     _backward,
 )
-register_operator(
+run_scattered_linear_attention_packed = register_operator(
     "scattered_linear_attention_packed",
     f"Tensor qkv, {_WINDOWS}",
     ("d_qkv",),

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from vitrail.kernels._common.checks import autocast_together, check_dims, check_floating, check_shape
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.sparse_conv.op import fused_support
+from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels.sparse_conv.op import (
+    fused_support,
+    run_depthwise_sparse_conv,
+    run_mixed_depthwise_conv,
+    run_sparse_conv,
+)
 from vitrail.kernels.sparse_conv.reference import depthwise_reference, mix_reference, sparse_conv_reference
 from vitrail.kernels.sparse_conv.sites import NeighbourTable
 
@@ -37,11 +43,10 @@ def sparse_conv(features: Tensor, weight: Tensor, table: NeighbourTable, *, back
     """
     name = "sparse_conv"
     weight = weight.flatten(1, -2)
-    check_dims(name, "weight", weight, "(C_out, taps, C_in)")
-    check_shape(name, "features", features, (len(features), weight.shape[2]))
-    features, weight = _checked(name, features, weight, table, weight.shape[1])
+    _check_dense(name, features, weight, *table)
+    features, weight = _cast(name, features, weight)
     if choose_backend(name, backend, fused_support(features), features) == "triton":
-        return torch.ops.vitrail.sparse_conv(features, weight, *table)
+        return run_sparse_conv(features, weight, *table)
     return sparse_conv_reference(features, weight, *table)
 
 
@@ -64,11 +69,10 @@ def depthwise_sparse_conv(features: Tensor, weight: Tensor, table: NeighbourTabl
     """
     name = "depthwise_sparse_conv"
     weight = weight.flatten(0, -2)
-    check_dims(name, "weight", weight, "(taps, C)")
-    check_shape(name, "features", features, (len(features), weight.shape[1]))
-    features, weight = _checked(name, features, weight, table, weight.shape[0])
+    _check_depthwise(name, features, weight, *table)
+    features, weight = _cast(name, features, weight)
     if choose_backend(name, backend, fused_support(features), features) == "triton":
-        return torch.ops.vitrail.depthwise_sparse_conv(features, weight, *table)
+        return run_depthwise_sparse_conv(features, weight, *table)
     return depthwise_reference(features, weight, *table)
 
 
@@ -105,24 +109,44 @@ def mixed_depthwise_conv(
         weight = weight.flatten(0, -2)
         check_shape(name, "weight", weight, (len(weight), features.shape[1] // 4))
         check_shape(name, "table.forward", table.forward, (len(weight), len(features)))
-        mixed, weight = _checked(name, features, weight, table, len(weight))
+        _check(name, features, weight, *table, len(weight))
+        mixed, weight = _cast(name, features, weight)
         checked.append(weight)
     if choose_backend(name, backend, fused_support(mixed), mixed) == "triton":
-        return torch.ops.vitrail.mixed_depthwise_conv(mixed, *checked, *(rows for table in tables for rows in table))
+        return run_mixed_depthwise_conv(mixed, *checked, *(rows for table in tables for rows in table))
     return mix_reference(mixed, checked, [table.forward for table in tables])
 
 
-def _checked(op: str, features: Tensor, weight: Tensor, table: NeighbourTable, taps: int) -> tuple[Tensor, ...]:
-    """Raises where arguments do not fit together; returns features and weight in the dtype to compute in."""
+@once_per_kind
+def _check_dense(op: str, features: Tensor, weight: Tensor, forward: Tensor, backward: Tensor) -> None:
+    check_dims(op, "weight", weight, "(C_out, taps, C_in)")
+    check_shape(op, "features", features, (len(features), weight.shape[2]))
+    _check(op, features, weight, forward, backward, weight.shape[1])
+
+
+@once_per_kind
+def _check_depthwise(op: str, features: Tensor, weight: Tensor, forward: Tensor, backward: Tensor) -> None:
+    check_dims(op, "weight", weight, "(taps, C)")
+    check_shape(op, "features", features, (len(features), weight.shape[1]))
+    _check(op, features, weight, forward, backward, weight.shape[0])
+
+
+@once_per_kind
+def _check(op: str, features: Tensor, weight: Tensor, forward: Tensor, backward: Tensor, taps: int) -> None:
+    """Raises where a kernel, its table and the features do not fit together."""
     check_floating(op, features=features, weight=weight)
-    check_shape(op, "table.forward", table.forward, (taps, table.forward.shape[-1]))
-    check_shape(op, "table.backward", table.backward, (taps, len(features)))
-    for name, rows in table._asdict().items():
+    check_shape(op, "table.forward", forward, (taps, forward.shape[-1]))
+    check_shape(op, "table.backward", backward, (taps, len(features)))
+    for name, rows in (("forward", forward), ("backward", backward)):
         if rows.dtype != torch.int32:
             raise TypeError(f"{op}: table.{name} is {rows.dtype}; allowed: torch.int32")
-    for name, tensor in (("weight", weight), ("table.forward", table.forward), ("table.backward", table.backward)):
+    for name, tensor in (("weight", weight), ("table.forward", forward), ("table.backward", backward)):
         if tensor.device != features.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, features on {features.device}; they must agree")
+
+
+def _cast(op: str, features: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """Features and weight in the dtype to compute in."""
     features, weight = autocast_together(features, weight)
     if weight.dtype != features.dtype:
         raise ValueError(f"{op}: weight has dtype {weight.dtype}, features has {features.dtype}; they must agree")

@@ -99,8 +99,10 @@ def _fake_depthwise(features: Tensor, weight: Tensor, table: Tensor, transposed:
     return features.new_empty(table.shape[1], features.shape[1])
 
 
-register_operator("sparse_conv", _ARGUMENTS, ("d_features", "d_weight"), _forward, _backward, _fake_forward)
-register_operator(
+run_sparse_conv = register_operator(
+    "sparse_conv", _ARGUMENTS, ("d_features", "d_weight"), _forward, _backward, _fake_forward
+)
+run_depthwise_sparse_conv = register_operator(
     "depthwise_sparse_conv",
     _ARGUMENTS,
     ("d_features", "d_weight"),
@@ -108,7 +110,7 @@ register_operator(
     _depthwise_backward,
     _fake_depthwise,
 )
-register_operator(
+run_mixed_depthwise_conv = register_operator(
     "mixed_depthwise_conv",
     _MIX_ARGUMENTS,
     ("d_features", "d_weight_a", "d_weight_b", "d_weight_c"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from vitrail.kernels._common.checks import check_dims, check_floating, check_shape
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.strip_gate.op import fused_support
+from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels.strip_gate.op import fused_support, run_strip_gate
 from vitrail.kernels.strip_gate.reference import strip_gate_reference
 
 _NAME = "strip_gate"
@@ -35,6 +35,14 @@ def strip_gate(x: Tensor, logits_h: Tensor, logits_w: Tensor, *, skip: bool = Fa
         ValueError: Shapes, dtypes or devices do not fit together.
         NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
     """
+    _check(x, logits_h, logits_w)
+    if choose_backend(_NAME, backend, fused_support(x), x) == "triton":
+        return run_strip_gate(x, logits_h, logits_w, skip)
+    return strip_gate_reference(x, logits_h, logits_w, skip)
+
+
+@once_per_kind
+def _check(x: Tensor, logits_h: Tensor, logits_w: Tensor) -> None:
     check_dims(_NAME, "x", x, "(B, C, H, W)")
     check_shape(_NAME, "logits_h", logits_h, x.shape[:3])
     check_shape(_NAME, "logits_w", logits_w, (*x.shape[:2], x.shape[3]))
@@ -46,6 +54,3 @@ def strip_gate(x: Tensor, logits_h: Tensor, logits_w: Tensor, *, skip: bool = Fa
             f"{_NAME}: x is on {x.device}, logits_h on {logits_h.device}, logits_w on {logits_w.device}; "
             "they must agree"
         )
-    if choose_backend(_NAME, backend, fused_support(x), x) == "triton":
-        return torch.ops.vitrail.strip_gate(x, logits_h, logits_w, skip)
-    return strip_gate_reference(x, logits_h, logits_w, skip)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitrail.kernels._common.checks import (
     autocast_together,
     check_alike,
-    check_dims,
     check_floating,
+    check_packed,
+    check_projections,
     check_shape,
     to_pair,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.varied_window_attention.op import fused_support
+from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels.varied_window_attention.op import (
+    fused_support,
+    run_varied_window_attention,
+    run_varied_window_attention_packed,
+)
 from vitrail.kernels.varied_window_attention.reference import varied_window_attention_reference
 
 _NAME = "varied_window_attention"
@@ -66,13 +72,11 @@ def varied_window_attention(
         ValueError: Shapes, dtypes, devices or sizes do not fit together.
         NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
     """
-    check_dims(_NAME, "q", q, "(B, H, W, heads, D)")
-    check_alike(_NAME, q=q, k=k, v=v)
-    window, start, scale = _check_arguments(q, offsets, stretch, window_size, pad_start, bias, scale)
+    window, start, scale = _check_separate(q, k, v, offsets, stretch, window_size, pad_start, bias, scale)
     q, k, v = autocast_together(q, k, v)
     arguments = (offsets, stretch, bias, window, start, scale)
     if choose_backend(_NAME, backend, fused_support(q, offsets, window), q) == "triton":
-        return torch.ops.vitrail.varied_window_attention(q, k, v, *arguments)
+        return run_varied_window_attention(q, k, v, *arguments)
     return varied_window_attention_reference(q, k, v, *arguments)
 
 
@@ -92,15 +96,25 @@ def varied_window_attention_packed(
     Same result as `varied_window_attention(*qkv.unbind(3), ...)`; its backward writes the gradient of `qkv` directly
     instead of stacking three. See `varied_window_attention` for the other arguments, the result and the errors.
     """
-    check_dims(_NAME, "qkv", qkv, "(B, H, W, 3, heads, D)")
-    check_shape(_NAME, "qkv", qkv, (*qkv.shape[:3], 3, *qkv.shape[4:]))
-    window, start, scale = _check_arguments(qkv.select(3, 0), offsets, stretch, window_size, pad_start, bias, scale)
+    window, start, scale = _check_packed(qkv, offsets, stretch, window_size, pad_start, bias, scale)
     (qkv,) = autocast_together(qkv)
-    q, k, v = qkv.unbind(3)
     arguments = (offsets, stretch, bias, window, start, scale)
-    if choose_backend(_NAME, backend, fused_support(q, offsets, window), q) == "triton":
-        return torch.ops.vitrail.varied_window_attention_packed(qkv, *arguments)
+    if choose_backend(_NAME, backend, fused_support(qkv, offsets, window), qkv, packed_at=3) == "triton":
+        return run_varied_window_attention_packed(qkv, *arguments)
+    q, k, v = qkv.unbind(3)
     return varied_window_attention_reference(q, k, v, *arguments)
+
+
+@once_per_kind
+def _check_separate(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[tuple[int, int], tuple[int, int], float]:
+    check_projections(_NAME, "(B, H, W, heads, D)", q=q, k=k, v=v)
+    return _check_arguments(q, *others)
+
+
+@once_per_kind
+def _check_packed(qkv: Tensor, *others: Any) -> tuple[tuple[int, int], tuple[int, int], float]:
+    check_packed(_NAME, "(B, H, W, 3, heads, D)", qkv)
+    return _check_arguments(qkv.select(3, 0), *others)
 
 
 def _check_arguments(
@@ -114,7 +128,7 @@ def _check_arguments(
 ) -> tuple[tuple[int, int], tuple[int, int], float]:
     """Checks what both public functions share; returns the normalised window, padding and scale."""
     check_alike(_NAME, offsets=offsets, stretch=stretch)
-    check_floating(_NAME, q=q, offsets=offsets)
+    check_floating(_NAME, offsets=offsets)
     batch, height, width, heads, dim = q.shape
     window = to_pair(_NAME, "window_size", window_size, 1)
     start = to_pair(_NAME, "pad_start", pad_start, 0)

@@ -72,14 +72,14 @@ def _packed_backward(grad: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, ...
     return torch.stack((d_q, d_k, d_v), 3), *others
 
 
-register_operator(
+run_varied_window_attention = register_operator(
     "varied_window_attention",
     f"Tensor q, Tensor k, Tensor v, {_TAIL}",
     ("d_q", "d_k", "d_v", *_TAIL_GRADIENTS),
     _forward,
     _backward,
 )
-register_operator(
+run_varied_window_attention_packed = register_operator(
     "varied_window_attention_packed",
     f"Tensor qkv, {_TAIL}",
     ("d_qkv", *_TAIL_GRADIENTS),

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitrail.kernels._common.checks import (
     autocast_together,
-    check_alike,
-    check_dims,
     check_floating,
+    check_packed,
     check_pads,
+    check_projections,
     check_shape,
     to_pair,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels.window_attention.op import fused_support
+from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels.window_attention.op import fused_support, run_window_attention, run_window_attention_packed
 from vitrail.kernels.window_attention.reference import window_attention_reference
 
 _NAME = "window_attention"
@@ -66,13 +67,11 @@ def window_attention(
         ValueError: Shapes, dtypes, devices or sizes do not fit together.
         NotImplementedError: `backend="triton"` and the kernel cannot compute this call.
     """
-    check_dims(_NAME, "q", q, "(B, H, W, heads, D)")
-    check_alike(_NAME, q=q, k=k, v=v)
-    window, shift, scale = _check_arguments(q, bias, pad_k, pad_v, window_size, shift_size, scale)
+    window, shift, scale = _check_separate(q, k, v, bias, pad_k, pad_v, window_size, shift_size, scale)
     q, k, v = autocast_together(q, k, v)
     arguments = (bias, pad_k, pad_v, window, shift, scale, roll_first)
     if choose_backend(_NAME, backend, fused_support(q, window), q) == "triton":
-        return torch.ops.vitrail.window_attention(q, k, v, *arguments)
+        return run_window_attention(q, k, v, *arguments)
     return window_attention_reference(q, k, v, *arguments)
 
 
@@ -93,15 +92,25 @@ def window_attention_packed(
     Same result as `window_attention(*qkv.unbind(3), ...)`; its backward writes the gradient of `qkv` directly
     instead of stacking three. See `window_attention` for the other arguments, the result and the errors.
     """
-    check_dims(_NAME, "qkv", qkv, "(B, H, W, 3, heads, D)")
-    check_shape(_NAME, "qkv", qkv, (*qkv.shape[:3], 3, *qkv.shape[4:]))
-    window, shift, scale = _check_arguments(qkv.select(3, 0), bias, pad_k, pad_v, window_size, shift_size, scale)
+    window, shift, scale = _check_packed(qkv, bias, pad_k, pad_v, window_size, shift_size, scale)
     (qkv,) = autocast_together(qkv)
-    q, k, v = qkv.unbind(3)
     arguments = (bias, pad_k, pad_v, window, shift, scale, roll_first)
-    if choose_backend(_NAME, backend, fused_support(q, window), q) == "triton":
-        return torch.ops.vitrail.window_attention_packed(qkv, *arguments)
+    if choose_backend(_NAME, backend, fused_support(qkv, window), qkv, packed_at=3) == "triton":
+        return run_window_attention_packed(qkv, *arguments)
+    q, k, v = qkv.unbind(3)
     return window_attention_reference(q, k, v, *arguments)
+
+
+@once_per_kind
+def _check_separate(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[tuple[int, int], tuple[int, int], float]:
+    check_projections(_NAME, "(B, H, W, heads, D)", q=q, k=k, v=v)
+    return _check_arguments(q, *others)
+
+
+@once_per_kind
+def _check_packed(qkv: Tensor, *others: Any) -> tuple[tuple[int, int], tuple[int, int], float]:
+    check_packed(_NAME, "(B, H, W, 3, heads, D)", qkv)
+    return _check_arguments(qkv.select(3, 0), *others)
 
 
 def _check_arguments(
@@ -114,7 +123,6 @@ def _check_arguments(
     scale: float | None,
 ) -> tuple[tuple[int, int], tuple[int, int], float]:
     """Checks what both public functions share; returns the normalised window, shift and scale."""
-    check_floating(_NAME, q=q)
     heads, dim = q.shape[3:]
     window = to_pair(_NAME, "window_size", window_size, 1)
     shift = to_pair(_NAME, "shift_size", shift_size, 0)

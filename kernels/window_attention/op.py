@@ -73,14 +73,14 @@ def _packed_reference(qkv: Tensor, *rest: Any) -> Tensor:
     return window_attention_reference(q, k, v, *rest)
 
 
-register_operator(
+run_window_attention = register_operator(
     "window_attention",
     f"Tensor q, Tensor k, Tensor v, {_TAIL}",
     ("d_q", "d_k", "d_v", *_TAIL_GRADIENTS),
     _forward,
     _backward,
 )
-register_operator(
+run_window_attention_packed = register_operator(
     "window_attention_packed",
     f"Tensor qkv, {_TAIL}",
     ("d_qkv", *_TAIL_GRADIENTS),

@@ -226,18 +226,6 @@ def _random_call(seed: int, dtype: torch.dtype, shape: tuple[int, ...], size: in
 
 
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills memory with NaN that the kernels are to write."""
-    empty = torch.empty
-
-    def poisoned(*args: object, **options: object) -> Tensor:
-        tensor = empty(*args, **options)
-        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
-@pytest.fixture
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer and larger programs on the CPU: the interpreter's time goes by their number."""
     triton = pytest.importorskip("vitrail.kernels.depthwise_conv.triton")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vitrail.kernels._common import launch as module
+from vitrail.kernels._common.kinds import Memory
 from vitrail.kernels.window_attention import window_attention
 
 
@@ -68,8 +69,7 @@ def test_remembered_code_gets_every_parameter_in_its_order(monkeypatch: pytest.M
 
 
 def test_remembers_for_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_compiled", {})
-    monkeypatch.setattr(module, "_MOST_REMEMBERED", 3)
+    monkeypatch.setattr(module, "_compiled", Memory(3))
     kernel, x = _Kernel(), torch.zeros(8)
     for block in range(10):
         module._launch_remembered(0, kernel, (1,), (x, 7, (1,)), {"BLOCK": block})

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from _golden import load_case
+from _seeds import seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -349,17 +350,10 @@ def make_call(
 
 
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+def poison(poison: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills memory with NaN that the kernels are to write; lets few programs share the queries in the interpreter."""
     if DEVICE == "cpu":
         monkeypatch.setattr(launch, "WALKERS", dict.fromkeys(launch.WALKERS, 2))
-    empty = torch.empty
-
-    def poisoned(*args: object, **options: object) -> Tensor:
-        tensor = empty(*args, **options)
-        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def use_tiles(monkeypatch: pytest.MonkeyPatch, own: tuple[int, int], others: int) -> None:
@@ -532,7 +526,7 @@ def test_fused_of_nothing() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, HALF, FULL], ids=str)
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", seeds(100))
 def test_fused_on_a_gpu(seed: int, dtype: torch.dtype, poison: None) -> None:
     draw = random.Random(seed)
     n_axes = draw.choice([1, 2, 2, 2, 3])

@@ -203,18 +203,6 @@ def _random_call(seed: int, dtype: torch.dtype, shape: tuple[int, ...] | None = 
     return _Call(qkv, pads, routes.to(DEVICE), n_regions, randn(batch, height, width, heads, dim))
 
 
-@pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills memory with NaN that the kernels are to write."""
-    empty = torch.empty
-
-    def poisoned(*args: object, **options: object) -> Tensor:
-        tensor = empty(*args, **options)
-        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
 @pytest.fixture(params=["by_region", "dense"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
     """Makes every call take one of the two forms of the kernels."""

@@ -12,6 +12,9 @@ from vitrail.kernels.window_attention.triton.index import locate, mask_class, of
 from vitrail.kernels.window_attention.triton.tiles import store_pad_gradients
 
 _LOG2E = tl.constexpr(math.log2(math.e))
+# Of the gradients of weights in the kernel of the queries: there they are counted from a base, not yet divided by the
+# total, and reach twice what float16 holds before one of them alone does.
+_UNIT = tl.constexpr(0.25)
 
 
 @triton.jit(do_not_specialize=["height", "width"])
@@ -33,16 +36,16 @@ def _window_mask_kernel(
     window = window_of_class(number, height, width, WINDOW_H, WINDOW_W, N_CLASSES)
     index = tl.arange(0, 256)
     row = row_fragment * 16 + (index // 2) % 2 * 8 + index // 32
+    _, _, _, row_real, row_region = locate(row, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST)
     for column_fragment in range(N_COLUMNS // 16):
         column = column_fragment * 16 + (index // 4) % 2 * 8 + (index // 8) % 4 * 2 + index % 2
         queries, keys = (column, row) if KEYS_FIRST else (row, column)
-        _, _, _, _, q_region = locate(queries, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST)
-        _, _, _, k_real, k_region = locate(
-            keys, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
+        _, _, _, column_real, column_region = locate(
+            column, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
         )
-        visible = (queries < N_TOKENS) & (keys < N_TOKENS) & (q_region == k_region)
+        visible = (row < N_TOKENS) & (column < N_TOKENS) & (row_region == column_region)
         if HIDES_PADS:
-            visible = visible & k_real
+            visible = visible & (row_real if KEYS_FIRST else column_real)
         tile = tl.where(visible, 0.0, float("-inf"))
         if HAS_BIAS:
             at = (head * N_TOKENS + queries) * N_TOKENS + keys
@@ -155,12 +158,13 @@ def _dq_step(grad, k, v, logits, maximum, total, base, correction, weighted, mea
     """One more tile of keys in the queries' gradients and in the statistics of the softmax.
 
     The first tile's correction is the base from which all count: sums of large numbers that cancel would round off.
+    Base, correction and `weighted` are times `_UNIT`.
     """
     d_weights = tl.dot(grad, tl.trans(v))
     weights, decay, maximum, total = online_softmax(logits, maximum, total, _LOG2E)
     if IS_FIRST:
-        base = tl.sum(weights * d_weights, 1) / tl.where(total == 0.0, 1.0, total)
-    d_weights = weights * (d_weights - base[:, None])
+        base = tl.sum(weights * d_weights, 1) * _UNIT / tl.where(total == 0.0, 1.0, total)
+    d_weights = weights * (d_weights * _UNIT - base[:, None])
     correction = correction * decay + tl.sum(d_weights, 1)
     mean_key = tl.dot(weights.to(k.dtype), k, acc=mean_key * decay[:, None])
     weighted = tl.dot(d_weights.to(k.dtype), k, acc=weighted * decay[:, None])
@@ -207,13 +211,13 @@ def _window_bwd_dq_walking_kernel(
             )
         total = tl.where(total == 0.0, 1.0, total)
         correction = correction / total
-        d_q = (weighted - correction[:, None] * mean_key) * (scale / total)[:, None]
+        d_q = (weighted - correction[:, None] * mean_key) * (scale / (total * _UNIT))[:, None]
         at = offsets(batch, y, x, head, d_q_strides, HEAD_DIM)
         tl.store(d_q_ptr + at, d_q.to(q.dtype), mask=real[:, None])
         stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * N_STATS) + q_tokens
         inside = q_tokens < N_STATS
         tl.store(stats, finite(maximum) * _LOG2E + tl.log2(total), mask=inside)
-        tl.store(stats + N_STATS, base + correction, mask=inside)
+        tl.store(stats + N_STATS, (base + correction) / _UNIT, mask=inside)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from vitrail.tools._common.kernel_cases import (
     channel_attention,
     context_window_attention,
     depthwise_conv,
+    layer_norm,
     linear_attention,
     neighborhood_attention,
     retention,
@@ -41,6 +42,7 @@ OPERATORS: dict[str, Callable[[str], list[KernelCase]]] = {
     "scattered_linear_attention": scattered_linear_attention.cases,
     "sparse_conv": sparse_conv.cases,
     "depthwise_conv": depthwise_conv.cases,
+    "layer_norm": layer_norm.cases,
 }
 
 

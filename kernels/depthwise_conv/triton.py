@@ -80,6 +80,7 @@ _TILES = {3: Tile(4, 4, 2, 4), 5: Tile(4, 4, 2, 4), 7: Tile(4, 4, 2, 4)}
 _GRADIENT_TILES = {3: Tile(4, 4, 2, 1), 5: Tile(4, 4, 2, 1), 7: Tile(4, 4, 2, 1)}
 
 
+_MORE: dict[str, Any] = {"UNROLL": 1}
 _MATRIX_SIZES = (7,)  # filters whose gradient is taken on tensor cores, where the map has 16 bits
 _MATRIX_WARPS = 1056  # that sum it up: eight for each multiprocessor of an H100
 _MATRIX_PROGRAM = 4  # warps of a program
@@ -189,6 +190,50 @@ def _gelu_slope(x, SHORT: tl.constexpr):
     return _normal(x, SHORT) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
 
 
+@triton.jit
+def _bits(x, end, exists, COUNT: tl.constexpr):
+    """Which of COUNT columns from x on lie in [0, end), one bit each."""
+    left = tl.minimum(tl.maximum(-x, 0), COUNT)
+    right = tl.minimum(tl.maximum(end - x, 0), COUNT)
+    return tl.where(exists, ((1 << right) - 1)[:, None] & (-1 << left)[:, None], 0)
+
+
+@triton.jit
+def _load(corner, bits, COUNT: tl.constexpr, PIXEL: tl.constexpr):
+    """COUNT neighbouring pixels, as they are in memory; zeros where a bit is missing."""
+    tiles = ()
+    for i in tl.static_range(COUNT):
+        tiles = tiles + (tl.load(corner + i * PIXEL, mask=(bits & (1 << i)) != 0, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def _converted(raw, pad, pad_bits, HAS_PAD: tl.constexpr, PAIRS: tl.constexpr):
+    """Loaded pixels in float32, what the padding holds where a bit is set."""
+    tiles = ()
+    for i in tl.static_range(len(raw)):
+        tile = raw[i]
+        if HAS_PAD:
+            tile = tl.where((pad_bits & (1 << i)) != 0, pad, tile)
+        tiles = tiles + (_float32(tile, PAIRS),)
+    return tiles
+
+
+@triton.jit
+def _store(corner, bits, totals, others, GELU: tl.constexpr, OTHER: tl.constexpr, PIXEL: tl.constexpr):
+    """Finishes and writes a row of pixels."""
+    short: tl.constexpr = corner.dtype.scalar.element_ty != tl.float32
+    for i in tl.static_range(len(totals)):
+        total = totals[i]
+        if GELU:
+            total = _gelu(total, short)
+        if OTHER == "add":
+            total += others[i]
+        if OTHER == "slope":
+            total = others[i] * _gelu_slope(total, short)
+        tl.store(corner + i * PIXEL, total.to(corner.dtype.scalar.element_ty), mask=(bits & (1 << i)) != 0)
+
+
 @triton.jit(
     do_not_specialize=[
         "height",
@@ -199,25 +244,34 @@ def _gelu_slope(x, SHORT: tl.constexpr):
         "out_width",
         "origin_y",
         "origin_x",
-        "n_patches",
+        "n_strips",
+        "rows",
     ]
 )
 def _depthwise_conv_kernel(
     x_ptr, weight_ptr, bias_ptr, pad_ptr, other_ptr, out_ptr, x_strides, other_strides,
-    height, width, pad_bottom, pad_right, out_height, out_width, origin_y, origin_x, n_patches,
+    height, width, pad_bottom, pad_right, out_height, out_width, origin_y, origin_x, n_strips, rows,
     DIM: tl.constexpr, PIXEL: tl.constexpr, OTHER_PIXEL: tl.constexpr, K: tl.constexpr, TURNED: tl.constexpr,
     SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, GELU: tl.constexpr, OTHER: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr,
+    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of patches. The output's first pixel is (origin_y, origin_x) of the input.
+    """Some strips, `rows` high. The output's first pixel is (origin_y, origin_x) of the input.
 
     OTHER: None, "add" to add a second map, or "slope" to multiply it by the slope of GELU at the convolution.
     """
     n_blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
-    channels, exists = _channels(tl.program_id(0) % n_blocks, DIM, PATCHES, CHANNELS)
-    image, out_y, out_x = _places(
-        tl.program_id(0) // n_blocks, n_patches, out_height, out_width, ROWS, COLUMNS, PATCHES
-    )
+    reach: tl.constexpr = K // 2
+    n_chunks = tl.cdiv(out_height, rows)
+    block = tl.program_id(0) % n_blocks
+    chunk = tl.program_id(0) // n_blocks % n_chunks
+    strip = tl.program_id(0) // n_blocks // n_chunks * STRIPS + tl.arange(0, STRIPS)
+    channels, exists = _channels(block, DIM, STRIPS, CHANNELS)
+    exists &= (strip < n_strips)[:, None]
+    per_row = tl.cdiv(out_width, COLUMNS)
+    image = strip // per_row
+    out_x = strip % per_row * COLUMNS
+    x = out_x + origin_x - reach
+
     pad = _load_pad(pad_ptr, channels, exists, x_ptr, HAS_PAD)
     weights = ()
     for tap in tl.static_range(K * K):
@@ -226,53 +280,68 @@ def _depthwise_conv_kernel(
         if SKIP and tap == K * K // 2:
             weight += 1.0
         weights = weights + (weight,)
-    start = tl.zeros((PATCHES, CHANNELS), tl.float32)
+    start = tl.zeros((STRIPS, CHANNELS), tl.float32)
     if HAS_BIAS:
         start = _float32(tl.load(bias_ptr + channels, mask=exists, other=0.0), PAIRS)
+    # Outputs that the next row of inputs meets, but for the last row of them.
     sums = ()
-    for _ in tl.static_range(ROWS * COLUMNS):
+    for _ in tl.static_range((K - 1) * COLUMNS):
         sums = sums + (start,)
 
-    y = out_y + origin_y - K // 2
-    x = out_x + origin_x - K // 2
-    corner = _corner(x_ptr, x_strides[0], x_strides[1], image, y, x, channels, PIXEL)
-    for row in tl.static_range(ROWS + K - 1):
-        tiles = _load_row(
-            corner + row * x_strides[1], pad, y + row, x, exists, height, width, pad_bottom, pad_right,
-            COLUMNS + K - 1, PIXEL, HAS_PAD, PAIRS,
-        )  # fmt: skip
-        updated = ()
-        for pixel in tl.static_range(ROWS * COLUMNS):
-            total = sums[pixel]
-            if row >= pixel // COLUMNS and row < pixel // COLUMNS + K:
-                for dx in tl.static_range(K):
-                    total = tl.fma(tiles[pixel % COLUMNS + dx], weights[(row - pixel // COLUMNS) * K + dx], total)
-            updated = updated + (total,)
-        sums = updated
-
+    first_out = chunk * rows
+    shift = origin_y + reach  # from a row of outputs to the last row of inputs that it sees
+    first = tl.maximum(first_out + origin_y - reach, 0)
+    last = tl.minimum(first_out + rows, out_height) + shift
+    last_in = tl.maximum(tl.minimum(last, height + pad_bottom), first)
+    bits = _bits(x, width, exists, COLUMNS + K - 1)
+    pad_bits = bits
+    if HAS_PAD:
+        pad_bits = _bits(x, width + pad_right, exists, COLUMNS + K - 1)
+    out_bits = _bits(out_x, out_width, exists, COLUMNS)
+    corner = _corner(x_ptr, x_strides[0], x_strides[1], image, first + 0 * x, x, channels, PIXEL)
     stride_y = out_width.to(tl.int64) * DIM
-    corner = _corner(out_ptr, out_height * stride_y, stride_y, image, out_y, out_x, channels, DIM)
+    out_y = first - shift + 0 * x
+    out_corner = _corner(out_ptr, out_height * stride_y, stride_y, image, out_y, out_x, channels, DIM)
+    other_corner = out_corner
     if OTHER is not None:
         other_corner = _corner(
             other_ptr, other_strides[0], other_strides[1], image, out_y, out_x, channels, OTHER_PIXEL
         )
-    for row in tl.static_range(ROWS):
+    ahead = _load(corner, tl.where(first < height, bits, 0), COLUMNS + K - 1, PIXEL)
+    for y in tl.range(first, last_in, loop_unroll_factor=UNROLL):
+        done = tl.where(y - shift >= first_out, out_bits, 0)
         others = ()
         if OTHER is not None:
-            others = _load_row(
-                other_corner + row * other_strides[1], pad, out_y + row, out_x, exists,
-                out_height, out_width, 0, 0, COLUMNS, OTHER_PIXEL, False, PAIRS,
-            )  # fmt: skip
-        for column in tl.static_range(COLUMNS):
-            total = sums[row * COLUMNS + column]
-            if GELU:
-                total = _gelu(total, out_ptr.dtype.element_ty != tl.float32)
-            if OTHER == "add":
-                total += others[column]
-            if OTHER == "slope":
-                total = others[column] * _gelu_slope(total, out_ptr.dtype.element_ty != tl.float32)
-            inside = ((out_y + row < out_height) & (out_x + column < out_width))[:, None] & exists
-            tl.store(corner + row * stride_y + column * DIM, total.to(out_ptr.dtype.element_ty), mask=inside)
+            others = _load(other_corner, done, COLUMNS, OTHER_PIXEL)
+            other_corner += other_strides[1]
+        tiles = _converted(ahead, pad, pad_bits & ~tl.where(y < height, bits, 0), HAS_PAD, PAIRS)
+        corner += x_strides[1]
+        ahead = _load(corner, tl.where(y + 1 < tl.minimum(last_in, height), bits, 0), COLUMNS + K - 1, PIXEL)
+        for _ in tl.static_range(COLUMNS):
+            sums = sums + (start,)
+        updated = ()
+        for i in tl.static_range(K * COLUMNS):
+            total = sums[i]
+            for dx in tl.static_range(K):
+                total = tl.fma(tiles[i % COLUMNS + dx], weights[(K - 1 - i // COLUMNS) * K + dx], total)
+            updated = updated + (total,)
+        if OTHER is not None:
+            others = _converted(others, pad, done, False, PAIRS)
+        _store(out_corner, done, updated[:COLUMNS], others, GELU, OTHER, DIM)
+        out_corner += stride_y
+        sums = updated[COLUMNS:]
+    # Rows of outputs that see the map's last rows.
+    for y in tl.range(last_in, last):
+        done = tl.where(y - shift >= first_out, out_bits, 0)
+        others = ()
+        if OTHER is not None:
+            others = _converted(_load(other_corner, done, COLUMNS, OTHER_PIXEL), pad, done, False, PAIRS)
+            other_corner += other_strides[1]
+        _store(out_corner, done, sums[:COLUMNS], others, GELU, OTHER, DIM)
+        out_corner += stride_y
+        for _ in tl.static_range(COLUMNS):
+            sums = sums + (start,)
+        sums = sums[COLUMNS:]
 
 
 @triton.jit(do_not_specialize=["height", "width", "pad_bottom", "pad_right", "n_patches", "n_parts"])
@@ -412,13 +481,18 @@ def _convolve(
     kernel_size = math.isqrt(len(taps))
     tile = _TILES[kernel_size]
     options = _tile_options(tile, dim)
-    n_patches = _n_patches(out.shape, tile)
+    options["STRIPS"] = options.pop("PATCHES")
+    del options["ROWS"]
+    options.update(_MORE)
+    n_strips = batch * triton.cdiv(out_width, tile.columns)
+    rows = triton.cdiv(out_height, triton.cdiv(out_height, tile.rows))
     added = x if other is None else _as_map(other)
-    grid = (triton.cdiv(n_patches, options["PATCHES"]) * triton.cdiv(dim, options["CHANNELS"]),)
+    n_chunks = triton.cdiv(out_height, rows)
+    grid = (triton.cdiv(n_strips, options["STRIPS"]) * triton.cdiv(dim, options["CHANNELS"]) * n_chunks,)
     launch(
         _depthwise_conv_kernel, grid,
         x, taps, taps if bias is None else bias, x if pad_value is None else pad_value, added, out,
-        x.stride()[:2], added.stride()[:2], height, width, *pads, out_height, out_width, *origin, n_patches,
+        x.stride()[:2], added.stride()[:2], height, width, *pads, out_height, out_width, *origin, n_strips, rows,
         PIXEL=x.stride(2), OTHER_PIXEL=added.stride(2), K=kernel_size, TURNED=turned, SKIP=skip,
         HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, GELU=gelu, OTHER=role if other is not None else None,
         **options,

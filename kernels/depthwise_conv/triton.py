@@ -75,9 +75,9 @@ class Tile(NamedTuple):
     warps: int
 
 
-_TILES = {3: Tile(4, 4, 2, 4), 5: Tile(4, 4, 2, 4), 7: Tile(4, 4, 2, 4)}
-# One warp holds one patch: nothing is exchanged when a program ends.
-_GRADIENT_TILES = {3: Tile(4, 4, 2, 1), 5: Tile(4, 4, 2, 1), 7: Tile(4, 4, 2, 1)}
+_TILES = {3: Tile(28, 4, 2, 4), 5: Tile(28, 4, 2, 4), 7: Tile(28, 4, 2, 4)}
+# One warp holds one strip: nothing is exchanged when a program ends.
+_GRADIENT_TILES = {3: Tile(28, 4, 2, 1), 5: Tile(28, 4, 2, 1), 7: Tile(28, 2, 2, 1)}
 
 
 _MORE: dict[str, Any] = {"UNROLL": 1}
@@ -86,18 +86,6 @@ _MATRIX_WARPS = 1056  # that sum it up: eight for each multiprocessor of an H100
 _MATRIX_PROGRAM = 4  # warps of a program
 _MATRIX_ROWS = 14  # of a band, at most
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@triton.jit
-def _places(program, n_patches, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PATCHES: tl.constexpr):
-    """A program's patches of a (B, height, width) map -> (image, first row, first column), (PATCHES,) each."""
-    patch = program * PATCHES + tl.arange(0, PATCHES)
-    columns = tl.cdiv(width, COLUMNS)
-    rows = tl.cdiv(height, ROWS)
-    image = patch // (rows * columns)
-    # Patches behind the last one lie below every map: their masks are empty without a condition of their own.
-    y = tl.where(patch < n_patches, (patch // columns) % rows * ROWS, 1 << 29)
-    return image, y, patch % columns * COLUMNS
 
 
 @triton.jit
@@ -137,29 +125,6 @@ def _load_pad(pad_ptr, channels, exists, x_ptr, HAS_PAD: tl.constexpr):
 
 
 @triton.jit
-def _load_row(
-    corner, pad, y, x, exists, height, width, pad_bottom, pad_right,
-    COUNT: tl.constexpr, PIXEL: tl.constexpr, HAS_PAD: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
-    """COUNT pixels from (y, x) on, where `corner` points to, of every patch; a tuple of float32 tiles.
-
-    `pad` is what the padding holds, (PATCHES, CHANNELS).
-    """
-    # Unsigned, a negative number is a large one.
-    row_real = y.to(tl.uint32) < height.to(tl.uint32)
-    tiles = ()
-    for i in tl.static_range(COUNT):
-        real = (row_real & ((x + i).to(tl.uint32) < width.to(tl.uint32)))[:, None] & exists
-        tile = tl.load(corner + i * PIXEL, mask=real, other=0.0)
-        if HAS_PAD:
-            below = (y >= height) & (y < height + pad_bottom) & (x + i >= 0) & (x + i < width + pad_right)
-            beside = (x + i >= width) & (x + i < width + pad_right) & (y >= 0) & (y < height)
-            tile = tl.where((below | beside)[:, None], pad, tile)
-        tiles = tiles + (_float32(tile, PAIRS),)
-    return tiles
-
-
-@triton.jit
 def _normal(x, SHORT: tl.constexpr):
     """The normal distribution up to x. SHORT: to 3e-7, for results of 16 bits, in half of the instructions.
 
@@ -196,6 +161,47 @@ def _bits(x, end, exists, COUNT: tl.constexpr):
     left = tl.minimum(tl.maximum(-x, 0), COUNT)
     right = tl.minimum(tl.maximum(end - x, 0), COUNT)
     return tl.where(exists, ((1 << right) - 1)[:, None] & (-1 << left)[:, None], 0)
+
+
+@triton.jit
+def _rows(row, first, end, bits):
+    """The columns' bits if a row lies in [first, end), else none."""
+    return tl.where((row >= first) & (row < end), bits, 0)
+
+
+@triton.jit
+def _columns(strip, width, COLUMNS: tl.constexpr):
+    """(image, first column) of strips, which go through all images."""
+    per_row = tl.cdiv(width, COLUMNS)
+    return strip // per_row, strip % per_row * COLUMNS
+
+
+@triton.jit
+def _load_filter(
+    weight_ptr, channels, exists, DIM: tl.constexpr, K: tl.constexpr, TURNED: tl.constexpr, SKIP: tl.constexpr,
+    PAIRS: tl.constexpr,
+):  # fmt: skip
+    """All taps, (STRIPS, CHANNELS) each."""
+    weights = ()
+    for tap in tl.static_range(K * K):
+        place = weight_ptr + channels + ((K * K - 1 - tap) if TURNED else tap) * DIM
+        weight = _float32(tl.load(place, mask=exists, other=0.0), PAIRS)
+        if SKIP and tap == K * K // 2:
+            weight += 1.0
+        weights = weights + (weight,)
+    return weights
+
+
+@triton.jit
+def _convolve_row(tiles, weights, sums, start, K: tl.constexpr, COLUMNS: tl.constexpr):
+    """Adds a row of inputs to the rows of outputs that it meets: K - 1 begun ones, and one that begins."""
+    updated = ()
+    for i in tl.static_range(K * COLUMNS):
+        total = sums[i] if i < (K - 1) * COLUMNS else start
+        for dx in tl.static_range(K):
+            total = tl.fma(tiles[i % COLUMNS + dx], weights[(K - 1 - i // COLUMNS) * K + dx], total)
+        updated = updated + (total,)
+    return updated
 
 
 @triton.jit
@@ -267,19 +273,11 @@ def _depthwise_conv_kernel(
     strip = tl.program_id(0) // n_blocks // n_chunks * STRIPS + tl.arange(0, STRIPS)
     channels, exists = _channels(block, DIM, STRIPS, CHANNELS)
     exists &= (strip < n_strips)[:, None]
-    per_row = tl.cdiv(out_width, COLUMNS)
-    image = strip // per_row
-    out_x = strip % per_row * COLUMNS
+    image, out_x = _columns(strip, out_width, COLUMNS)
     x = out_x + origin_x - reach
 
     pad = _load_pad(pad_ptr, channels, exists, x_ptr, HAS_PAD)
-    weights = ()
-    for tap in tl.static_range(K * K):
-        place = weight_ptr + channels + ((K * K - 1 - tap) if TURNED else tap) * DIM
-        weight = _float32(tl.load(place, mask=exists, other=0.0), PAIRS)
-        if SKIP and tap == K * K // 2:
-            weight += 1.0
-        weights = weights + (weight,)
+    weights = _load_filter(weight_ptr, channels, exists, DIM, K, TURNED, SKIP, PAIRS)
     start = tl.zeros((STRIPS, CHANNELS), tl.float32)
     if HAS_BIAS:
         start = _float32(tl.load(bias_ptr + channels, mask=exists, other=0.0), PAIRS)
@@ -317,19 +315,12 @@ def _depthwise_conv_kernel(
         tiles = _converted(ahead, pad, pad_bits & ~tl.where(y < height, bits, 0), HAS_PAD, PAIRS)
         corner += x_strides[1]
         ahead = _load(corner, tl.where(y + 1 < tl.minimum(last_in, height), bits, 0), COLUMNS + K - 1, PIXEL)
-        for _ in tl.static_range(COLUMNS):
-            sums = sums + (start,)
-        updated = ()
-        for i in tl.static_range(K * COLUMNS):
-            total = sums[i]
-            for dx in tl.static_range(K):
-                total = tl.fma(tiles[i % COLUMNS + dx], weights[(K - 1 - i // COLUMNS) * K + dx], total)
-            updated = updated + (total,)
+        sums = _convolve_row(tiles, weights, sums, start, K, COLUMNS)
         if OTHER is not None:
             others = _converted(others, pad, done, False, PAIRS)
-        _store(out_corner, done, updated[:COLUMNS], others, GELU, OTHER, DIM)
+        _store(out_corner, done, sums[:COLUMNS], others, GELU, OTHER, DIM)
         out_corner += stride_y
-        sums = updated[COLUMNS:]
+        sums = sums[COLUMNS:]
     # Rows of outputs that see the map's last rows.
     for y in tl.range(last_in, last):
         done = tl.where(y - shift >= first_out, out_bits, 0)
@@ -344,52 +335,102 @@ def _depthwise_conv_kernel(
         sums = sums[COLUMNS:]
 
 
-@triton.jit(do_not_specialize=["height", "width", "pad_bottom", "pad_right", "n_patches", "n_parts"])
-def _filter_gradient_kernel(
-    x_ptr, grad_ptr, pad_ptr, parts_ptr, x_strides, grad_strides,
-    height, width, pad_bottom, pad_right, n_patches, n_parts,
-    DIM: tl.constexpr, PIXEL: tl.constexpr, GRAD_PIXEL: tl.constexpr, K: tl.constexpr, HAS_PAD: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr,
+@triton.jit(do_not_specialize=["height", "width", "pad_bottom", "pad_right", "n_strips", "rows", "n_parts"])
+def _gradients_kernel(
+    x_ptr, grad_ptr, weight_ptr, pad_ptr, out_ptr, parts_ptr, x_strides, grad_strides,
+    height, width, pad_bottom, pad_right, n_strips, rows, n_parts,
+    DIM: tl.constexpr, PIXEL: tl.constexpr, GRAD_PIXEL: tl.constexpr, K: tl.constexpr, OF_MAP: tl.constexpr,
+    SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
+    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """One program's sums of `grad * x` at every tap, then of `grad`: (parts, K * K + 1, DIM)."""
+    """The gradient of some strips of the map (OF_MAP), and one program's sums (parts, K * K + 1, DIM).
+
+    The sums are those of `grad * x` at every tap, then of `grad`. Strips are of the padded map.
+    """
     n_blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
+    reach: tl.constexpr = K // 2
+    wide: tl.constexpr = COLUMNS + K - 1
     block = tl.program_id(0) % n_blocks
     part = tl.program_id(0) // n_blocks
-    channels, exists = _channels(block, DIM, PATCHES, CHANNELS)
-    pad = _load_pad(pad_ptr, channels, exists, x_ptr, HAS_PAD)
+    n_chunks = tl.cdiv(height + pad_bottom, rows)
+    channels, known = _channels(block, DIM, STRIPS, CHANNELS)
+    pad = _load_pad(pad_ptr, channels, known, x_ptr, HAS_PAD)
+    zero = tl.zeros((STRIPS, CHANNELS), tl.float32)
+    weights = ()
+    if OF_MAP:
+        weights = _load_filter(weight_ptr, channels, known, DIM, K, True, SKIP, PAIRS)
     sums = ()
     for _ in tl.static_range(K * K + 1):
-        sums = sums + (tl.zeros((PATCHES, CHANNELS), tl.float32),)
-    for tile in range(part, tl.cdiv(n_patches, PATCHES), n_parts):
-        image, out_y, out_x = _places(tile, n_patches, height, width, ROWS, COLUMNS, PATCHES)
-        corner = _corner(grad_ptr, grad_strides[0], grad_strides[1], image, out_y, out_x, channels, GRAD_PIXEL)
-        grads = ()
-        for row in tl.static_range(ROWS):
-            grads = grads + _load_row(
-                corner + row * grad_strides[1], pad, out_y + row, out_x, exists,
-                height, width, pad_bottom, pad_right, COLUMNS, GRAD_PIXEL, False, PAIRS,
-            )  # fmt: skip
-        y = out_y - K // 2
-        x = out_x - K // 2
-        corner = _corner(x_ptr, x_strides[0], x_strides[1], image, y, x, channels, PIXEL)
-        for row in tl.static_range(ROWS + K - 1):
-            tiles = _load_row(
-                corner + row * x_strides[1], pad, y + row, x, exists,
-                height, width, pad_bottom, pad_right, COLUMNS + K - 1, PIXEL, HAS_PAD, PAIRS,
-            )  # fmt: skip
+        sums = sums + (zero,)
+    for tile in range(part, tl.cdiv(n_strips, STRIPS) * n_chunks, n_parts):
+        strip = tile // n_chunks * STRIPS + tl.arange(0, STRIPS)
+        image, x = _columns(strip, width + pad_right, COLUMNS)
+        exists = known & (strip < n_strips)[:, None]
+        first_own = tile % n_chunks * rows
+        end_own = tl.minimum(first_own + rows, height + pad_bottom)
+        end_real = tl.minimum(end_own, height)
+        first = tl.maximum(first_own - reach, 0)
+        last = tl.maximum(tl.minimum(end_own + reach, height), first)
+        grad_bits = _bits(x - reach, width, exists, wide)
+        bits = _bits(x, width, exists, COLUMNS)
+        pad_bits = bits
+        if HAS_PAD:
+            pad_bits = _bits(x, width + pad_right, exists, COLUMNS)
+        grad_corner = _corner(
+            grad_ptr, grad_strides[0], grad_strides[1], image, first + 0 * x, x - reach, channels, GRAD_PIXEL
+        )
+        corner = _corner(x_ptr, x_strides[0], x_strides[1], image, first - reach + 0 * x, x, channels, PIXEL)
+        stride_y = width.to(tl.int64) * DIM
+        out_corner = _corner(out_ptr, height * stride_y, stride_y, image, first - reach + 0 * x, x, channels, DIM)
+        # Rows of x, and of its gradient, that the next row of `grad` meets, but for the last of each.
+        pixels = ()
+        outs = ()
+        for i in tl.static_range(K - 1):
+            row = first - reach + i
+            real = _rows(row, first_own, end_real, bits)
+            padded = _rows(row, first_own, end_own, pad_bits) & ~real
+            pixels = pixels + _converted(_load(corner, real, COLUMNS, PIXEL), pad, padded, HAS_PAD, PAIRS)
+            corner += x_strides[1]
+            for _ in tl.static_range(COLUMNS):
+                outs = outs + (zero,)
+        grad_ahead = _load(grad_corner, _rows(first, first, last, grad_bits), wide, GRAD_PIXEL)
+        ahead = _load(corner, _rows(first + reach, first_own, end_real, bits), COLUMNS, PIXEL)
+        for y in range(first, last):
+            row = y + reach
+            padded = _rows(row, first_own, end_own, pad_bits) & ~_rows(row, first_own, end_real, bits)
+            grads = _converted(grad_ahead, pad, padded, False, PAIRS)
+            pixels = pixels + _converted(ahead, pad, padded, HAS_PAD, PAIRS)
+            grad_corner += grad_strides[1]
+            corner += x_strides[1]
+            grad_ahead = _load(grad_corner, _rows(y + 1, first, last, grad_bits), wide, GRAD_PIXEL)
+            ahead = _load(corner, _rows(row + 1, first_own, end_real, bits), COLUMNS, PIXEL)
             updated = ()
-            for tap in tl.static_range(K * K + 1):
+            for tap in tl.static_range(K * K):
                 total = sums[tap]
-                if tap < K * K and row >= tap // K and row < tap // K + ROWS:
-                    for column in tl.static_range(COLUMNS):
-                        total = tl.fma(tiles[column + tap % K], grads[(row - tap // K) * COLUMNS + column], total)
-                if tap == K * K and row < ROWS:
-                    for column in tl.static_range(COLUMNS):
-                        total += grads[row * COLUMNS + column]
+                for column in tl.static_range(COLUMNS):
+                    total = tl.fma(grads[column + K - 1 - tap % K], pixels[tap // K * COLUMNS + column], total)
                 updated = updated + (total,)
-            sums = updated
+            total = sums[K * K]
+            if HAS_BIAS:
+                own = tl.where((y >= first_own) & (y < end_own), 1.0, 0.0)
+                for column in tl.static_range(COLUMNS):
+                    total = tl.fma(grads[column + reach], own, total)
+            sums = updated + (total,)
+            pixels = pixels[COLUMNS:]
+            if OF_MAP:
+                outs = _convolve_row(grads, weights, outs, zero, K, COLUMNS)
+                _store(out_corner, _rows(y - reach, first_own, end_real, bits), outs[:COLUMNS], (), False, None, DIM)
+                out_corner += stride_y
+                outs = outs[COLUMNS:]
+        if OF_MAP:
+            for y in range(last, end_real + reach):
+                _store(out_corner, _rows(y - reach, first_own, end_real, bits), outs[:COLUMNS], (), False, None, DIM)
+                out_corner += stride_y
+                for _ in tl.static_range(COLUMNS):
+                    outs = outs + (zero,)
+                outs = outs[COLUMNS:]
     outs = block * CHANNELS + tl.arange(0, CHANNELS)
-    for tap in tl.static_range(K * K + 1):
+    for tap in tl.static_range(K * K + HAS_BIAS):
         place = (part * (K * K + 1) + tap) * DIM + outs
         tl.store(parts_ptr + place, tl.sum(sums[tap], 0), mask=outs < DIM)
 
@@ -452,10 +493,6 @@ def _matrix_parts(grad: Tensor, x: Tensor, kernel_size: int, has_bias: bool) -> 
     return parts
 
 
-def _n_patches(shape: Sequence[int], tile: Tile) -> int:
-    return shape[0] * math.ceil(shape[1] / tile.rows) * math.ceil(shape[2] / tile.columns)
-
-
 def _convolve(
     x: Tensor,
     taps: Tensor,
@@ -500,47 +537,51 @@ def _convolve(
     return out
 
 
-def _filter_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pad_value: Tensor | None, pads: Sequence[int]
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    pad_value: Tensor | None,
+    pads: Sequence[int],
+    of_map: bool,
+    skip: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the filter and of the bias (empty if there is none)."""
-    d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    d_bias = empty_gradient(weight) if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
-    if x.numel() == 0:
-        return d_weight.zero_(), d_bias.zero_()
-    x, grad = _as_map(x), _as_map(grad)
-    kernel_size, dim = weight.shape[-1], x.shape[3]
-    if pad_value is None and _takes_matrices(grad, x, kernel_size):
-        parts = _matrix_parts(grad, x, kernel_size, bias is not None)
-        _add_parts(parts, d_weight, d_bias, bias is not None)
-        return d_weight, d_bias
+    """The programs' sums of the filter's gradient, and the gradient of x (empty unless `of_map`)."""
+    batch, height, width, dim = x.shape
+    kernel_size = math.isqrt(len(taps))
     tile = _GRADIENT_TILES[kernel_size]
-    if kernel_size == 7 and x.element_size() == 4:  # 49 sums and float32 pixels for two channels fill the registers
-        tile = tile._replace(channels=tile.channels // 2)
     options = _tile_options(tile, dim)
-    n_patches = _n_patches(x.shape, tile)
-    n_tiles, n_blocks = triton.cdiv(n_patches, options["PATCHES"]), triton.cdiv(dim, options["CHANNELS"])
+    options["STRIPS"] = options.pop("PATCHES")
+    del options["ROWS"]
+    n_strips = batch * triton.cdiv(width + pads[1], tile.columns)
+    rows = triton.cdiv(height + pads[0], triton.cdiv(height + pads[0], tile.rows))
+    n_tiles = triton.cdiv(n_strips, options["STRIPS"]) * triton.cdiv(height + pads[0], rows)
+    n_blocks = triton.cdiv(dim, options["CHANNELS"])
     most_parts = max(1, _MOST_WARPS // (tile.warps * n_blocks))
     n_parts = triton.cdiv(n_tiles, triton.cdiv(n_tiles, most_parts))  # all with as many tiles, but for the last ones
-    taps = kernel_size**2
-    parts = torch.empty((n_parts, taps + 1, dim), dtype=torch.float32, device=x.device)
+    parts = torch.empty((n_parts, kernel_size**2 + 1, dim), dtype=torch.float32, device=x.device)
+    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if of_map else empty_gradient(x)
     launch(
-        _filter_gradient_kernel, (n_parts * n_blocks,),
-        x, grad, x if pad_value is None else pad_value, parts, x.stride()[:2], grad.stride()[:2],
-        x.shape[1], x.shape[2], *pads, n_patches, n_parts,
-        PIXEL=x.stride(2), GRAD_PIXEL=grad.stride(2), K=kernel_size, HAS_PAD=pad_value is not None, **options,
+        _gradients_kernel, (n_parts * n_blocks,),
+        x, grad, taps, x if pad_value is None else pad_value, d_x, parts, x.stride()[:2], grad.stride()[:2],
+        height, width, *pads, n_strips, rows, n_parts,
+        PIXEL=x.stride(2), GRAD_PIXEL=grad.stride(2), K=kernel_size, OF_MAP=of_map, SKIP=skip,
+        HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, **options,
     )  # fmt: skip
-    _add_parts(parts, d_weight, d_bias, bias is not None)
+    return parts, d_x
+
+
+def _add_parts(parts: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of the filter and of the bias (empty if there is none) from the programs' sums (parts, K * K + 1, C)."""
+    d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    d_bias = empty_gradient(weight) if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    n_parts, sums, dim = parts.shape
+    launch(
+        add_parts_kernel, (sums - (bias is None), triton.cdiv(dim, 16)), parts, d_weight, d_bias, n_parts,
+        HAS_BIAS=bias is not None, DIM=dim, TAPS=sums - 1, PARTS=_PARTS, CHANNELS=16, num_warps=4,
+    )  # fmt: skip
     return d_weight, d_bias
-
-
-def _add_parts(parts: Tensor, d_weight: Tensor, d_bias: Tensor, has_bias: bool) -> None:
-    """Adds up the programs' sums (parts, K * K + 1, C)."""
-    n_parts, taps, dim = parts.shape
-    launch(
-        add_parts_kernel, (taps - 1 + has_bias, triton.cdiv(dim, 16)), parts, d_weight, d_bias, n_parts,
-        HAS_BIAS=has_bias, DIM=dim, TAPS=taps - 1, PARTS=_PARTS, CHANNELS=16, num_warps=4,
-    )  # fmt: skip
 
 
 def _pad_gradient(grad: Tensor, taps: Tensor, pads: Sequence[int]) -> Tensor:
@@ -582,10 +623,19 @@ def depthwise_conv_backward(
     skip: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fused gradients of x, weight, bias and pad_value, empty for those that are absent."""
+    if x.numel() == 0:
+        return tuple(empty_gradient(x) if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x, weight, bias, pad_value))
     taps = _taps(weight)
     passed = grad if skip and gelu else None
     if gelu:
         grad = _convolve(x, taps, bias, pad_value, pads, grad, "slope")
-    d_x = _convolve(grad, taps, other=passed, role="add", turned=True, skip=skip and not gelu)
+    x, grad = _as_map(x), _as_map(grad)
+    if pad_value is None and _takes_matrices(grad, x, weight.shape[-1]):
+        parts, d_x = _matrix_parts(grad, x, weight.shape[-1], bias is not None), None
+    else:
+        of_map = weight.shape[-1] < 7 and passed is None
+        parts, d_x = _gradients(grad, x, taps, bias, pad_value, pads, of_map, skip)
+    if d_x is None or not d_x.numel():
+        d_x = _convolve(grad, taps, other=passed, role="add", turned=True, skip=skip and not gelu)
     d_pad = empty_gradient(x) if pad_value is None else _pad_gradient(grad, taps, pads).to(pad_value.dtype)
-    return d_x, *_filter_gradients(grad, x, weight, bias, pad_value, pads), d_pad
+    return d_x, *_add_parts(parts, weight, bias), d_pad

@@ -81,6 +81,7 @@ _GRADIENT_TILES = {3: Tile(28, 4, 2, 1), 5: Tile(28, 4, 2, 1), 7: Tile(28, 2, 2,
 
 
 _MORE: dict[str, Any] = {"UNROLL": 1}
+_GRADIENT_MORE: dict[str, Any] = {}
 _MATRIX_SIZES = (7,)  # filters whose gradient is taken on tensor cores, where the map has 16 bits
 _MATRIX_WARPS = 1056  # that sum it up: eight for each multiprocessor of an H100
 _MATRIX_PROGRAM = 4  # warps of a program
@@ -554,6 +555,7 @@ def _gradients(
     options = _tile_options(tile, dim)
     options["STRIPS"] = options.pop("PATCHES")
     del options["ROWS"]
+    options.update(_GRADIENT_MORE)
     n_strips = batch * triton.cdiv(width + pads[1], tile.columns)
     rows = triton.cdiv(height + pads[0], triton.cdiv(height + pads[0], tile.rows))
     n_tiles = triton.cdiv(n_strips, options["STRIPS"]) * triton.cdiv(height + pads[0], rows)

@@ -231,7 +231,7 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("vitrail.kernels.depthwise_conv.triton")
     if DEVICE == "cpu":
         for table in ("_TILES", "_GRADIENT_TILES"):
-            monkeypatch.setattr(triton, table, {size: triton.Tile(2, 3, 16, 1) for size in (3, 5, 7)})
+            monkeypatch.setattr(triton, table, {size: triton.Tile(3, 2, 16, 1) for size in (3, 5, 7)})
         monkeypatch.setattr(triton, "_PARTS", 1)
         monkeypatch.setattr(triton, "_MATRIX_PROGRAM", 16)
 

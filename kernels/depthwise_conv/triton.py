@@ -81,6 +81,7 @@ _GRADIENT_TILES = {3: Tile(28, 4, 2, 1), 5: Tile(28, 4, 2, 1), 7: Tile(28, 2, 2,
 
 
 _MORE: dict[str, Any] = {"UNROLL": 1}
+_DIRECT: tuple[int, ...] = (3,)
 _GRADIENT_MORE: dict[str, Any] = {}
 _MATRIX_SIZES = (7,)  # filters whose gradient is taken on tensor cores, where the map has 16 bits
 _MATRIX_WARPS = 1056  # that sum it up: eight for each multiprocessor of an H100
@@ -179,13 +180,13 @@ def _columns(strip, width, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _load_filter(
-    weight_ptr, channels, exists, DIM: tl.constexpr, K: tl.constexpr, TURNED: tl.constexpr, SKIP: tl.constexpr,
-    PAIRS: tl.constexpr,
+    weight_ptr, channels, exists, TAP: tl.constexpr, CHANNEL: tl.constexpr, K: tl.constexpr,
+    TURNED: tl.constexpr, SKIP: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """All taps, (STRIPS, CHANNELS) each."""
     weights = ()
     for tap in tl.static_range(K * K):
-        place = weight_ptr + channels + ((K * K - 1 - tap) if TURNED else tap) * DIM
+        place = weight_ptr + channels * CHANNEL + ((K * K - 1 - tap) if TURNED else tap) * TAP
         weight = _float32(tl.load(place, mask=exists, other=0.0), PAIRS)
         if SKIP and tap == K * K // 2:
             weight += 1.0
@@ -258,8 +259,8 @@ def _store(corner, bits, totals, others, GELU: tl.constexpr, OTHER: tl.constexpr
 def _depthwise_conv_kernel(
     x_ptr, weight_ptr, bias_ptr, pad_ptr, other_ptr, out_ptr, x_strides, other_strides,
     height, width, pad_bottom, pad_right, out_height, out_width, origin_y, origin_x, n_strips, rows,
-    DIM: tl.constexpr, PIXEL: tl.constexpr, OTHER_PIXEL: tl.constexpr, K: tl.constexpr, TURNED: tl.constexpr,
-    SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, GELU: tl.constexpr, OTHER: tl.constexpr,
+    DIM: tl.constexpr, PIXEL: tl.constexpr, OTHER_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
+    K: tl.constexpr, TURNED: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, GELU: tl.constexpr, OTHER: tl.constexpr,
     COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Some strips, `rows` high. The output's first pixel is (origin_y, origin_x) of the input.
@@ -278,7 +279,7 @@ def _depthwise_conv_kernel(
     x = out_x + origin_x - reach
 
     pad = _load_pad(pad_ptr, channels, exists, x_ptr, HAS_PAD)
-    weights = _load_filter(weight_ptr, channels, exists, DIM, K, TURNED, SKIP, PAIRS)
+    weights = _load_filter(weight_ptr, channels, exists, TAP, CHANNEL, K, TURNED, SKIP, PAIRS)
     start = tl.zeros((STRIPS, CHANNELS), tl.float32)
     if HAS_BIAS:
         start = _float32(tl.load(bias_ptr + channels, mask=exists, other=0.0), PAIRS)
@@ -340,8 +341,8 @@ def _depthwise_conv_kernel(
 def _gradients_kernel(
     x_ptr, grad_ptr, weight_ptr, pad_ptr, out_ptr, parts_ptr, x_strides, grad_strides,
     height, width, pad_bottom, pad_right, n_strips, rows, n_parts,
-    DIM: tl.constexpr, PIXEL: tl.constexpr, GRAD_PIXEL: tl.constexpr, K: tl.constexpr, OF_MAP: tl.constexpr,
-    SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
+    DIM: tl.constexpr, PIXEL: tl.constexpr, GRAD_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
+    K: tl.constexpr, OF_MAP: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
     COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of some strips of the map (OF_MAP), and one program's sums (parts, K * K + 1, DIM).
@@ -359,7 +360,7 @@ def _gradients_kernel(
     zero = tl.zeros((STRIPS, CHANNELS), tl.float32)
     weights = ()
     if OF_MAP:
-        weights = _load_filter(weight_ptr, channels, known, DIM, K, True, SKIP, PAIRS)
+        weights = _load_filter(weight_ptr, channels, known, TAP, CHANNEL, K, True, SKIP, PAIRS)
     sums = ()
     for _ in tl.static_range(K * K + 1):
         sums = sums + (zero,)
@@ -438,7 +439,8 @@ def _gradients_kernel(
 
 def _taps(weight: Tensor) -> Tensor:
     """(C, 1, K, K) -> (K * K, C): neighbouring channels side by side."""
-    return weight.flatten(1).t().contiguous()
+    taps = weight.flatten(1).t()
+    return taps if weight.shape[-1] in _DIRECT else taps.contiguous()
 
 
 def _as_map(x: Tensor) -> Tensor:
@@ -531,7 +533,7 @@ def _convolve(
         _depthwise_conv_kernel, grid,
         x, taps, taps if bias is None else bias, x if pad_value is None else pad_value, added, out,
         x.stride()[:2], added.stride()[:2], height, width, *pads, out_height, out_width, *origin, n_strips, rows,
-        PIXEL=x.stride(2), OTHER_PIXEL=added.stride(2), K=kernel_size, TURNED=turned, SKIP=skip,
+        PIXEL=x.stride(2), OTHER_PIXEL=added.stride(2), TAP=taps.stride(0), CHANNEL=taps.stride(1), K=kernel_size, TURNED=turned, SKIP=skip,
         HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, GELU=gelu, OTHER=role if other is not None else None,
         **options,
     )  # fmt: skip
@@ -568,7 +570,7 @@ def _gradients(
         _gradients_kernel, (n_parts * n_blocks,),
         x, grad, taps, x if pad_value is None else pad_value, d_x, parts, x.stride()[:2], grad.stride()[:2],
         height, width, *pads, n_strips, rows, n_parts,
-        PIXEL=x.stride(2), GRAD_PIXEL=grad.stride(2), K=kernel_size, OF_MAP=of_map, SKIP=skip,
+        PIXEL=x.stride(2), GRAD_PIXEL=grad.stride(2), TAP=taps.stride(0), CHANNEL=taps.stride(1), K=kernel_size, OF_MAP=of_map, SKIP=skip,
         HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, **options,
     )  # fmt: skip
     return parts, d_x

@@ -80,7 +80,7 @@ _TILES = {3: Tile(28, 4, 2, 4), 5: Tile(28, 4, 2, 4), 7: Tile(28, 4, 2, 4)}
 _GRADIENT_TILES = {3: Tile(28, 4, 2, 1), 5: Tile(28, 4, 2, 1), 7: Tile(28, 2, 2, 1)}
 
 
-_MORE: dict[str, Any] = {"UNROLL": 1}
+_MORE: dict[str, Any] = {"AHEAD": 1}
 _DIRECT: tuple[int, ...] = (3,)
 _GRADIENT_MORE: dict[str, Any] = {}
 _MATRIX_SIZES = (7,)  # filters whose gradient is taken on tensor cores, where the map has 16 bits
@@ -261,7 +261,7 @@ def _depthwise_conv_kernel(
     height, width, pad_bottom, pad_right, out_height, out_width, origin_y, origin_x, n_strips, rows,
     DIM: tl.constexpr, PIXEL: tl.constexpr, OTHER_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
     K: tl.constexpr, TURNED: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, GELU: tl.constexpr, OTHER: tl.constexpr,
-    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, UNROLL: tl.constexpr,
+    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Some strips, `rows` high. The output's first pixel is (origin_y, origin_x) of the input.
 
@@ -307,16 +307,22 @@ def _depthwise_conv_kernel(
         other_corner = _corner(
             other_ptr, other_strides[0], other_strides[1], image, out_y, out_x, channels, OTHER_PIXEL
         )
-    ahead = _load(corner, tl.where(first < height, bits, 0), COLUMNS + K - 1, PIXEL)
-    for y in tl.range(first, last_in, loop_unroll_factor=UNROLL):
+    end_real = tl.minimum(last_in, height)
+    ahead = ()
+    for i in tl.static_range(AHEAD):
+        ahead = ahead + _load(corner, tl.where(first + i < end_real, bits, 0), COLUMNS + K - 1, PIXEL)
+        corner += x_strides[1]
+    for y in range(first, last_in):
         done = tl.where(y - shift >= first_out, out_bits, 0)
         others = ()
         if OTHER is not None:
             others = _load(other_corner, done, COLUMNS, OTHER_PIXEL)
             other_corner += other_strides[1]
-        tiles = _converted(ahead, pad, pad_bits & ~tl.where(y < height, bits, 0), HAS_PAD, PAIRS)
+        padded = pad_bits & ~tl.where(y < height, bits, 0)
+        tiles = _converted(ahead[: COLUMNS + K - 1], pad, padded, HAS_PAD, PAIRS)
+        row = _load(corner, tl.where(y + AHEAD < end_real, bits, 0), COLUMNS + K - 1, PIXEL)
+        ahead = ahead[COLUMNS + K - 1 :] + row
         corner += x_strides[1]
-        ahead = _load(corner, tl.where(y + 1 < tl.minimum(last_in, height), bits, 0), COLUMNS + K - 1, PIXEL)
         sums = _convolve_row(tiles, weights, sums, start, K, COLUMNS)
         if OTHER is not None:
             others = _converted(others, pad, done, False, PAIRS)
@@ -324,7 +330,7 @@ def _depthwise_conv_kernel(
         out_corner += stride_y
         sums = sums[COLUMNS:]
     # Rows of outputs that see the map's last rows.
-    for y in tl.range(last_in, last):
+    for y in range(last_in, last):
         done = tl.where(y - shift >= first_out, out_bits, 0)
         others = ()
         if OTHER is not None:

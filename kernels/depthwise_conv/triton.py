@@ -91,12 +91,12 @@ _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
-def _channels(block, DIM: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr):
-    """Channels of a block and whether they exist, (PATCHES, CHANNELS) each.
+def _channels(block, DIM: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Channels of a block and whether they exist, (STRIPS, CHANNELS) each.
 
     Whole tiles, also of what depends on channels only: loads then have one layout, and nothing is exchanged.
     """
-    channels = tl.zeros((PATCHES, 1), tl.int32) + block * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    channels = tl.zeros((STRIPS, 1), tl.int32) + block * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     return channels, (channels < DIM) | (DIM % CHANNELS == 0)
 
 
@@ -111,15 +111,15 @@ def _float32(tile, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _corner(ptr, stride_b, stride_y, image, y, x, channels, PIXEL: tl.constexpr):
-    """Pointers to the channels of pixel (y, x) of every patch, (PATCHES, CHANNELS)."""
-    base = image.to(tl.int64) * stride_b + y.to(tl.int64) * stride_y + x.to(tl.int64) * PIXEL
+def _corner(ptr, strides, image, y, x, channels, PIXEL: tl.constexpr):
+    """Pointers to the channels of row y and column x, (STRIPS, CHANNELS); x is (STRIPS,), y a number."""
+    base = image.to(tl.int64) * strides[0] + y.to(tl.int64) * strides[1] + x.to(tl.int64) * PIXEL
     return ptr + base[:, None] + channels
 
 
 @triton.jit
 def _load_pad(pad_ptr, channels, exists, x_ptr, HAS_PAD: tl.constexpr):
-    """What the padding holds, (PATCHES, CHANNELS) in x's dtype; nothing of use without it."""
+    """What the padding holds, (STRIPS, CHANNELS) in x's dtype; nothing of use without it."""
     if HAS_PAD:
         return tl.load(pad_ptr + channels, mask=exists, other=0.0).to(x_ptr.dtype.element_ty)
     else:
@@ -298,15 +298,13 @@ def _depthwise_conv_kernel(
     if HAS_PAD:
         pad_bits = _bits(x, width + pad_right, exists, COLUMNS + K - 1)
     out_bits = _bits(out_x, out_width, exists, COLUMNS)
-    corner = _corner(x_ptr, x_strides[0], x_strides[1], image, first + 0 * x, x, channels, PIXEL)
+    corner = _corner(x_ptr, x_strides, image, first, x, channels, PIXEL)
     stride_y = out_width.to(tl.int64) * DIM
-    out_y = first - shift + 0 * x
-    out_corner = _corner(out_ptr, out_height * stride_y, stride_y, image, out_y, out_x, channels, DIM)
+    out_strides = (out_height * stride_y, stride_y)
+    out_corner = _corner(out_ptr, out_strides, image, first - shift, out_x, channels, DIM)
     other_corner = out_corner
     if OTHER is not None:
-        other_corner = _corner(
-            other_ptr, other_strides[0], other_strides[1], image, out_y, out_x, channels, OTHER_PIXEL
-        )
+        other_corner = _corner(other_ptr, other_strides, image, first - shift, out_x, channels, OTHER_PIXEL)
     end_real = tl.minimum(last_in, height)
     ahead = ()
     for i in tl.static_range(AHEAD):
@@ -384,12 +382,10 @@ def _gradients_kernel(
         pad_bits = bits
         if HAS_PAD:
             pad_bits = _bits(x, width + pad_right, exists, COLUMNS)
-        grad_corner = _corner(
-            grad_ptr, grad_strides[0], grad_strides[1], image, first + 0 * x, x - reach, channels, GRAD_PIXEL
-        )
-        corner = _corner(x_ptr, x_strides[0], x_strides[1], image, first - reach + 0 * x, x, channels, PIXEL)
+        grad_corner = _corner(grad_ptr, grad_strides, image, first, x - reach, channels, GRAD_PIXEL)
+        corner = _corner(x_ptr, x_strides, image, first - reach, x, channels, PIXEL)
         stride_y = width.to(tl.int64) * DIM
-        out_corner = _corner(out_ptr, height * stride_y, stride_y, image, first - reach + 0 * x, x, channels, DIM)
+        out_corner = _corner(out_ptr, (height * stride_y, stride_y), image, first - reach, x, channels, DIM)
         # Rows of x, and of its gradient, that the next row of `grad` meets, but for the last of each.
         pixels = ()
         outs = ()
@@ -463,14 +459,20 @@ def _tile_options(tile: Tile, dim: int) -> dict[str, Any]:
     channels = min(channels, 32 * tile.warps * tile.channels)
     return {
         "DIM": dim,
-        "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "CHANNELS": channels,
-        "PATCHES": 32 * tile.warps * tile.channels // channels,
+        "STRIPS": 32 * tile.warps * tile.channels // channels,
         "PAIRS": tile.channels % 2 == 0 and not TRITON_INTERPRETED,
         "num_warps": tile.warps,
         "num_stages": 1,
     }
+
+
+def _strips(batch: int, height: int, width: int, tile: Tile) -> tuple[int, int, int]:
+    """How maps are cut: strips side by side in all images, strips one below the other, and rows of each."""
+    n_chunks = triton.cdiv(height, tile.rows)
+    rows = triton.cdiv(height, n_chunks)
+    return batch * triton.cdiv(width, tile.columns), triton.cdiv(height, rows), rows
 
 
 def _takes_matrices(grad: Tensor, x: Tensor, kernel_size: int) -> bool:
@@ -527,13 +529,9 @@ def _convolve(
     kernel_size = math.isqrt(len(taps))
     tile = _TILES[kernel_size]
     options = _tile_options(tile, dim)
-    options["STRIPS"] = options.pop("PATCHES")
-    del options["ROWS"]
     options.update(_MORE)
-    n_strips = batch * triton.cdiv(out_width, tile.columns)
-    rows = triton.cdiv(out_height, triton.cdiv(out_height, tile.rows))
+    n_strips, n_chunks, rows = _strips(batch, out_height, out_width, tile)
     added = x if other is None else _as_map(other)
-    n_chunks = triton.cdiv(out_height, rows)
     grid = (triton.cdiv(n_strips, options["STRIPS"]) * triton.cdiv(dim, options["CHANNELS"]) * n_chunks,)
     launch(
         _depthwise_conv_kernel, grid,
@@ -561,12 +559,9 @@ def _gradients(
     kernel_size = math.isqrt(len(taps))
     tile = _GRADIENT_TILES[kernel_size]
     options = _tile_options(tile, dim)
-    options["STRIPS"] = options.pop("PATCHES")
-    del options["ROWS"]
     options.update(_GRADIENT_MORE)
-    n_strips = batch * triton.cdiv(width + pads[1], tile.columns)
-    rows = triton.cdiv(height + pads[0], triton.cdiv(height + pads[0], tile.rows))
-    n_tiles = triton.cdiv(n_strips, options["STRIPS"]) * triton.cdiv(height + pads[0], rows)
+    n_strips, n_chunks, rows = _strips(batch, height + pads[0], width + pads[1], tile)
+    n_tiles = triton.cdiv(n_strips, options["STRIPS"]) * n_chunks
     n_blocks = triton.cdiv(dim, options["CHANNELS"])
     most_parts = max(1, _MOST_WARPS // (tile.warps * n_blocks))
     n_parts = triton.cdiv(n_tiles, triton.cdiv(n_tiles, most_parts))  # all with as many tiles, but for the last ones

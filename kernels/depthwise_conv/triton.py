@@ -80,9 +80,9 @@ _TILES = {3: Tile(28, 4, 2, 4), 5: Tile(28, 4, 2, 4), 7: Tile(28, 4, 2, 4)}
 _GRADIENT_TILES = {3: Tile(28, 4, 2, 1), 5: Tile(28, 4, 2, 1), 7: Tile(28, 2, 2, 1)}
 
 
-_MORE: dict[str, Any] = {"AHEAD": 1}
+_MORE: dict[str, Any] = {"STEP": 2}
 _DIRECT: tuple[int, ...] = (3,)
-_GRADIENT_MORE: dict[str, Any] = {}
+_GRADIENT_MORE: dict[str, Any] = {"STEP": 2}
 _MATRIX_SIZES = (7,)  # filters whose gradient is taken on tensor cores, where the map has 16 bits
 _MATRIX_WARPS = 1056  # that sum it up: eight for each multiprocessor of an H100
 _MATRIX_PROGRAM = 4  # warps of a program
@@ -216,6 +216,17 @@ def _load(corner, bits, COUNT: tl.constexpr, PIXEL: tl.constexpr):
 
 
 @triton.jit
+def _load_rows(
+    corner, row, first, end, bits, strides, ROWS: tl.constexpr, COUNT: tl.constexpr, PIXEL: tl.constexpr
+):  # fmt: skip
+    """COUNT pixels of each of ROWS rows; zeros for rows outside [first, end)."""
+    tiles = ()
+    for i in tl.static_range(ROWS):
+        tiles = tiles + _load(corner + i * strides[1], _rows(row + i, first, end, bits), COUNT, PIXEL)
+    return tiles
+
+
+@triton.jit
 def _converted(raw, pad, pad_bits, HAS_PAD: tl.constexpr, PAIRS: tl.constexpr):
     """Loaded pixels in float32, what the padding holds where a bit is set."""
     tiles = ()
@@ -261,7 +272,7 @@ def _depthwise_conv_kernel(
     height, width, pad_bottom, pad_right, out_height, out_width, origin_y, origin_x, n_strips, rows,
     DIM: tl.constexpr, PIXEL: tl.constexpr, OTHER_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
     K: tl.constexpr, TURNED: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, GELU: tl.constexpr, OTHER: tl.constexpr,
-    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, AHEAD: tl.constexpr,
+    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Some strips, `rows` high. The output's first pixel is (origin_y, origin_x) of the input.
 
@@ -269,6 +280,7 @@ def _depthwise_conv_kernel(
     """
     n_blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
     reach: tl.constexpr = K // 2
+    wide: tl.constexpr = COLUMNS + K - 1
     n_chunks = tl.cdiv(out_height, rows)
     block = tl.program_id(0) % n_blocks
     chunk = tl.program_id(0) // n_blocks % n_chunks
@@ -291,12 +303,13 @@ def _depthwise_conv_kernel(
     first_out = chunk * rows
     shift = origin_y + reach  # from a row of outputs to the last row of inputs that it sees
     first = tl.maximum(first_out + origin_y - reach, 0)
-    last = tl.minimum(first_out + rows, out_height) + shift
+    end_out = tl.minimum(first_out + rows, out_height)
+    last = end_out + shift
     last_in = tl.maximum(tl.minimum(last, height + pad_bottom), first)
-    bits = _bits(x, width, exists, COLUMNS + K - 1)
+    bits = _bits(x, width, exists, wide)
     pad_bits = bits
     if HAS_PAD:
-        pad_bits = _bits(x, width + pad_right, exists, COLUMNS + K - 1)
+        pad_bits = _bits(x, width + pad_right, exists, wide)
     out_bits = _bits(out_x, out_width, exists, COLUMNS)
     corner = _corner(x_ptr, x_strides, image, first, x, channels, PIXEL)
     stride_y = out_width.to(tl.int64) * DIM
@@ -306,35 +319,43 @@ def _depthwise_conv_kernel(
     if OTHER is not None:
         other_corner = _corner(other_ptr, other_strides, image, first - shift, out_x, channels, OTHER_PIXEL)
     end_real = tl.minimum(last_in, height)
-    ahead = ()
-    for i in tl.static_range(AHEAD):
-        ahead = ahead + _load(corner, tl.where(first + i < end_real, bits, 0), COLUMNS + K - 1, PIXEL)
-        corner += x_strides[1]
-    for y in range(first, last_in):
-        done = tl.where(y - shift >= first_out, out_bits, 0)
-        others = ()
-        if OTHER is not None:
-            others = _load(other_corner, done, COLUMNS, OTHER_PIXEL)
-            other_corner += other_strides[1]
-        padded = pad_bits & ~tl.where(y < height, bits, 0)
-        tiles = _converted(ahead[: COLUMNS + K - 1], pad, padded, HAS_PAD, PAIRS)
-        row = _load(corner, tl.where(y + AHEAD < end_real, bits, 0), COLUMNS + K - 1, PIXEL)
-        ahead = ahead[COLUMNS + K - 1 :] + row
-        corner += x_strides[1]
-        sums = _convolve_row(tiles, weights, sums, start, K, COLUMNS)
-        if OTHER is not None:
-            others = _converted(others, pad, done, False, PAIRS)
-        _store(out_corner, done, sums[:COLUMNS], others, GELU, OTHER, DIM)
-        out_corner += stride_y
-        sums = sums[COLUMNS:]
+    steps = tl.cdiv(last_in - first, STEP)
+    ahead = _load_rows(corner, first, first, end_real, bits, x_strides, STEP, wide, PIXEL)
+    corner += STEP * x_strides[1]
+    others = ()
+    if OTHER is not None:
+        others = _load_rows(
+            other_corner, first - shift, first_out, end_out, out_bits, other_strides, STEP, COLUMNS, OTHER_PIXEL
+        )
+        other_corner += STEP * other_strides[1]
+    for step in range(steps):
+        for i in tl.static_range(STEP):
+            y = first + step * STEP + i
+            padded = _rows(y, first, last_in, pad_bits) & ~_rows(y, first, end_real, bits)
+            tiles = _converted(ahead[:wide], pad, padded, HAS_PAD, PAIRS)
+            ahead = ahead[wide:] + _load(corner, _rows(y + STEP, first, end_real, bits), wide, PIXEL)
+            corner += x_strides[1]
+            row = ()
+            if OTHER is not None:
+                row = _converted(others[:COLUMNS], pad, out_bits, False, PAIRS)
+                wanted = _rows(y + STEP - shift, first_out, end_out, out_bits)
+                others = others[COLUMNS:] + _load(other_corner, wanted, COLUMNS, OTHER_PIXEL)
+                other_corner += other_strides[1]
+            sums = _convolve_row(tiles, weights, sums, start, K, COLUMNS)
+            done = _rows(y - shift, first_out, end_out, out_bits)
+            _store(out_corner, done, sums[:COLUMNS], row, GELU, OTHER, DIM)
+            out_corner += stride_y
+            sums = sums[COLUMNS:]
     # Rows of outputs that see the map's last rows.
-    for y in range(last_in, last):
-        done = tl.where(y - shift >= first_out, out_bits, 0)
-        others = ()
+    if OTHER is not None:
+        other_corner -= STEP * other_strides[1]
+    for y in range(first + steps * STEP, last):
+        done = _rows(y - shift, first_out, end_out, out_bits)
+        row = ()
         if OTHER is not None:
-            others = _converted(_load(other_corner, done, COLUMNS, OTHER_PIXEL), pad, done, False, PAIRS)
+            row = _converted(_load(other_corner, done, COLUMNS, OTHER_PIXEL), pad, done, False, PAIRS)
             other_corner += other_strides[1]
-        _store(out_corner, done, sums[:COLUMNS], others, GELU, OTHER, DIM)
+        _store(out_corner, done, sums[:COLUMNS], row, GELU, OTHER, DIM)
         out_corner += stride_y
         for _ in tl.static_range(COLUMNS):
             sums = sums + (start,)
@@ -347,7 +368,7 @@ def _gradients_kernel(
     height, width, pad_bottom, pad_right, n_strips, rows, n_parts,
     DIM: tl.constexpr, PIXEL: tl.constexpr, GRAD_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
     K: tl.constexpr, OF_MAP: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
-    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr,
+    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The gradient of some strips of the map (OF_MAP), and one program's sums (parts, K * K + 1, DIM).
 
@@ -397,37 +418,45 @@ def _gradients_kernel(
             corner += x_strides[1]
             for _ in tl.static_range(COLUMNS):
                 outs = outs + (zero,)
-        grad_ahead = _load(grad_corner, _rows(first, first, last, grad_bits), wide, GRAD_PIXEL)
-        ahead = _load(corner, _rows(first + reach, first_own, end_real, bits), COLUMNS, PIXEL)
-        for y in range(first, last):
-            row = y + reach
-            padded = _rows(row, first_own, end_own, pad_bits) & ~_rows(row, first_own, end_real, bits)
-            grads = _converted(grad_ahead, pad, padded, False, PAIRS)
-            pixels = pixels + _converted(ahead, pad, padded, HAS_PAD, PAIRS)
-            grad_corner += grad_strides[1]
-            corner += x_strides[1]
-            grad_ahead = _load(grad_corner, _rows(y + 1, first, last, grad_bits), wide, GRAD_PIXEL)
-            ahead = _load(corner, _rows(row + 1, first_own, end_real, bits), COLUMNS, PIXEL)
-            updated = ()
-            for tap in tl.static_range(K * K):
-                total = sums[tap]
-                for column in tl.static_range(COLUMNS):
-                    total = tl.fma(grads[column + K - 1 - tap % K], pixels[tap // K * COLUMNS + column], total)
-                updated = updated + (total,)
-            total = sums[K * K]
-            if HAS_BIAS:
-                own = tl.where((y >= first_own) & (y < end_own), 1.0, 0.0)
-                for column in tl.static_range(COLUMNS):
-                    total = tl.fma(grads[column + reach], own, total)
-            sums = updated + (total,)
-            pixels = pixels[COLUMNS:]
-            if OF_MAP:
-                outs = _convolve_row(grads, weights, outs, zero, K, COLUMNS)
-                _store(out_corner, _rows(y - reach, first_own, end_real, bits), outs[:COLUMNS], (), False, None, DIM)
-                out_corner += stride_y
-                outs = outs[COLUMNS:]
+        grads_ahead = _load_rows(grad_corner, first, first, last, grad_bits, grad_strides, STEP, wide, GRAD_PIXEL)
+        ahead = _load_rows(corner, first + reach, first_own, end_real, bits, x_strides, STEP, COLUMNS, PIXEL)
+        grad_corner += STEP * grad_strides[1]
+        corner += STEP * x_strides[1]
+        steps = tl.cdiv(last - first, STEP)
+        for step in range(steps):
+            for i in tl.static_range(STEP):
+                y = first + step * STEP + i
+                row = y + reach
+                padded = _rows(row, first_own, end_own, pad_bits) & ~_rows(row, first_own, end_real, bits)
+                grads = _converted(grads_ahead[:wide], pad, padded, False, PAIRS)
+                pixels = pixels + _converted(ahead[:COLUMNS], pad, padded, HAS_PAD, PAIRS)
+                wanted = _rows(y + STEP, first, last, grad_bits)
+                grads_ahead = grads_ahead[wide:] + _load(grad_corner, wanted, wide, GRAD_PIXEL)
+                wanted = _rows(row + STEP, first_own, end_real, bits)
+                ahead = ahead[COLUMNS:] + _load(corner, wanted, COLUMNS, PIXEL)
+                grad_corner += grad_strides[1]
+                corner += x_strides[1]
+                updated = ()
+                for tap in tl.static_range(K * K):
+                    total = sums[tap]
+                    for column in tl.static_range(COLUMNS):
+                        total = tl.fma(grads[column + K - 1 - tap % K], pixels[tap // K * COLUMNS + column], total)
+                    updated = updated + (total,)
+                total = sums[K * K]
+                if HAS_BIAS:
+                    own = tl.where((y >= first_own) & (y < end_own), 1.0, 0.0)
+                    for column in tl.static_range(COLUMNS):
+                        total = tl.fma(grads[column + reach], own, total)
+                sums = updated + (total,)
+                pixels = pixels[COLUMNS:]
+                if OF_MAP:
+                    outs = _convolve_row(grads, weights, outs, zero, K, COLUMNS)
+                    done = _rows(y - reach, first_own, end_real, bits)
+                    _store(out_corner, done, outs[:COLUMNS], (), False, None, DIM)
+                    out_corner += stride_y
+                    outs = outs[COLUMNS:]
         if OF_MAP:
-            for y in range(last, end_real + reach):
+            for y in range(first + steps * STEP, end_real + reach):
                 _store(out_corner, _rows(y - reach, first_own, end_real, bits), outs[:COLUMNS], (), False, None, DIM)
                 out_corner += stride_y
                 for _ in tl.static_range(COLUMNS):

@@ -80,9 +80,9 @@ _TILES = {3: Tile(28, 4, 2, 4), 5: Tile(28, 4, 2, 4), 7: Tile(28, 4, 2, 4)}
 _GRADIENT_TILES = {3: Tile(28, 4, 2, 1), 5: Tile(28, 4, 2, 1), 7: Tile(28, 2, 2, 1)}
 
 
-_MORE: dict[str, Any] = {"STEP": 2}
+_MORE: dict[str, Any] = {"STEP": 2, "FETCH": 0}
 _DIRECT: tuple[int, ...] = (3,)
-_GRADIENT_MORE: dict[str, Any] = {"STEP": 2}
+_GRADIENT_MORE: dict[str, Any] = {"STEP": 2, "FETCH": 0}
 _MATRIX_SIZES = (7,)  # filters whose gradient is taken on tensor cores, where the map has 16 bits
 _MATRIX_WARPS = 1056  # that sum it up: eight for each multiprocessor of an H100
 _MATRIX_PROGRAM = 4  # warps of a program
@@ -216,6 +216,17 @@ def _load(corner, bits, COUNT: tl.constexpr, PIXEL: tl.constexpr):
 
 
 @triton.jit
+def _prefetch(corner, bits, COUNT: tl.constexpr, PIXEL: tl.constexpr, PAIRS: tl.constexpr):
+    """Has the L2 cache fetch COUNT neighbouring pixels."""
+    if PAIRS:
+        for i in tl.static_range(COUNT):
+            tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.ne.b32 p, $4, 0; @p prefetch.global.L2 [$2]; mov.b32 $0, 0; mov.b32 $1, 0; }",
+                "=r,=r,l,l,r,r", [(corner + i * PIXEL).to(tl.int64), bits & (1 << i)], tl.int32, is_pure=False, pack=2,
+            )  # fmt: skip
+
+
+@triton.jit
 def _load_rows(
     corner, row, first, end, bits, strides, ROWS: tl.constexpr, COUNT: tl.constexpr, PIXEL: tl.constexpr
 ):  # fmt: skip
@@ -272,7 +283,7 @@ def _depthwise_conv_kernel(
     height, width, pad_bottom, pad_right, out_height, out_width, origin_y, origin_x, n_strips, rows,
     DIM: tl.constexpr, PIXEL: tl.constexpr, OTHER_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
     K: tl.constexpr, TURNED: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, GELU: tl.constexpr, OTHER: tl.constexpr,
-    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
+    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """Some strips, `rows` high. The output's first pixel is (origin_y, origin_x) of the input.
 
@@ -320,6 +331,9 @@ def _depthwise_conv_kernel(
         other_corner = _corner(other_ptr, other_strides, image, first - shift, out_x, channels, OTHER_PIXEL)
     end_real = tl.minimum(last_in, height)
     steps = tl.cdiv(last_in - first, STEP)
+    own_bits = bits >> reach
+    for i in tl.static_range(FETCH):
+        _prefetch(corner + (STEP + i) * x_strides[1] + reach * PIXEL, _rows(first + STEP + i, first, end_real, own_bits), COLUMNS, PIXEL, PAIRS)
     ahead = _load_rows(corner, first, first, end_real, bits, x_strides, STEP, wide, PIXEL)
     corner += STEP * x_strides[1]
     others = ()
@@ -333,12 +347,16 @@ def _depthwise_conv_kernel(
             y = first + step * STEP + i
             padded = _rows(y, first, last_in, pad_bits) & ~_rows(y, first, end_real, bits)
             tiles = _converted(ahead[:wide], pad, padded, HAS_PAD, PAIRS)
+            if FETCH:
+                _prefetch(corner + FETCH * x_strides[1] + reach * PIXEL, _rows(y + STEP + FETCH, first, end_real, own_bits), COLUMNS, PIXEL, PAIRS)
             ahead = ahead[wide:] + _load(corner, _rows(y + STEP, first, end_real, bits), wide, PIXEL)
             corner += x_strides[1]
             row = ()
             if OTHER is not None:
                 row = _converted(others[:COLUMNS], pad, out_bits, False, PAIRS)
                 wanted = _rows(y + STEP - shift, first_out, end_out, out_bits)
+                if FETCH:
+                    _prefetch(other_corner + FETCH * other_strides[1], _rows(y + STEP + FETCH - shift, first_out, end_out, out_bits), COLUMNS, OTHER_PIXEL, PAIRS)
                 others = others[COLUMNS:] + _load(other_corner, wanted, COLUMNS, OTHER_PIXEL)
                 other_corner += other_strides[1]
             sums = _convolve_row(tiles, weights, sums, start, K, COLUMNS)
@@ -368,7 +386,7 @@ def _gradients_kernel(
     height, width, pad_bottom, pad_right, n_strips, rows, n_parts,
     DIM: tl.constexpr, PIXEL: tl.constexpr, GRAD_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
     K: tl.constexpr, OF_MAP: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
-    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
+    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """The gradient of some strips of the map (OF_MAP), and one program's sums (parts, K * K + 1, DIM).
 
@@ -431,6 +449,9 @@ def _gradients_kernel(
                 grads = _converted(grads_ahead[:wide], pad, padded, False, PAIRS)
                 pixels = pixels + _converted(ahead[:COLUMNS], pad, padded, HAS_PAD, PAIRS)
                 wanted = _rows(y + STEP, first, last, grad_bits)
+                if FETCH:
+                    _prefetch(grad_corner + FETCH * grad_strides[1] + reach * GRAD_PIXEL, _rows(y + STEP + FETCH, first, last, grad_bits >> reach), COLUMNS, GRAD_PIXEL, PAIRS)
+                    _prefetch(corner + FETCH * x_strides[1], _rows(row + STEP + FETCH, first_own, end_real, bits), COLUMNS, PIXEL, PAIRS)
                 grads_ahead = grads_ahead[wide:] + _load(grad_corner, wanted, wide, GRAD_PIXEL)
                 wanted = _rows(row + STEP, first_own, end_real, bits)
                 ahead = ahead[COLUMNS:] + _load(corner, wanted, COLUMNS, PIXEL)

@@ -60,34 +60,28 @@ from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
 from vitrail.kernels._common.gradients import empty_gradient
 from vitrail.kernels._common.launch import launch
 from vitrail.kernels._common.triton import add_parts_kernel
-from vitrail.kernels.depthwise_conv.triton_matrix import matrix_gradient_kernel
 
-_MOST_WARPS = 1584  # that sum up the filter's gradient: twelve for each multiprocessor of an H100
+_JOINT_SIZES = (3, 5)  # filters whose gradient, and the map's, fit into the registers of one thread
+_MOST_WARPS = 1056  # that sum up the filter's gradient: eight for each multiprocessor of an H100
 _PARTS = 64  # sums of programs that are added at once
 
 
 class Tile(NamedTuple):
-    """Outputs (rows, columns) and channels of a thread, warps of a program."""
+    """What a thread owns (rows, columns and channels), warps of a program, and rows of inputs under way.
+
+    Of rows it owns so many at most in the convolution, at least in the gradients.
+    """
 
     rows: int
     columns: int
     channels: int
     warps: int
+    step: int
 
 
-_TILES = {3: Tile(28, 4, 2, 4), 5: Tile(28, 4, 2, 4), 7: Tile(28, 4, 2, 4)}
-# One warp holds one strip: nothing is exchanged when a program ends.
-_GRADIENT_TILES = {3: Tile(28, 4, 2, 1), 5: Tile(28, 4, 2, 1), 7: Tile(28, 2, 2, 1)}
-
-
-_MORE: dict[str, Any] = {"STEP": 2, "FETCH": 0}
-_DIRECT: tuple[int, ...] = (3,)
-_GRADIENT_MORE: dict[str, Any] = {"STEP": 2, "FETCH": 0}
-_MATRIX_SIZES = (7,)  # filters whose gradient is taken on tensor cores, where the map has 16 bits
-_MATRIX_WARPS = 1056  # that sum it up: eight for each multiprocessor of an H100
-_MATRIX_PROGRAM = 4  # warps of a program
-_MATRIX_ROWS = 14  # of a band, at most
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TILES = {3: Tile(28, 4, 2, 4, 4), 5: Tile(28, 4, 2, 4, 1), 7: Tile(28, 4, 2, 4, 2)}
+# One warp owns whole strips: nothing is exchanged when a program ends.
+_GRADIENT_TILES = {3: Tile(4, 4, 2, 1, 4), 5: Tile(4, 4, 2, 1, 1), 7: Tile(4, 4, 2, 1, 1)}
 
 
 @triton.jit
@@ -172,6 +166,15 @@ def _rows(row, first, end, bits):
 
 
 @triton.jit
+def _filled(tile, COUNT: tl.constexpr):
+    """A tuple of COUNT times the same."""
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
 def _columns(strip, width, COLUMNS: tl.constexpr):
     """(image, first column) of strips, which go through all images."""
     per_row = tl.cdiv(width, COLUMNS)
@@ -213,17 +216,6 @@ def _load(corner, bits, COUNT: tl.constexpr, PIXEL: tl.constexpr):
     for i in tl.static_range(COUNT):
         tiles = tiles + (tl.load(corner + i * PIXEL, mask=(bits & (1 << i)) != 0, other=0.0),)
     return tiles
-
-
-@triton.jit
-def _prefetch(corner, bits, COUNT: tl.constexpr, PIXEL: tl.constexpr, PAIRS: tl.constexpr):
-    """Has the L2 cache fetch COUNT neighbouring pixels."""
-    if PAIRS:
-        for i in tl.static_range(COUNT):
-            tl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.ne.b32 p, $4, 0; @p prefetch.global.L2 [$2]; mov.b32 $0, 0; mov.b32 $1, 0; }",
-                "=r,=r,l,l,r,r", [(corner + i * PIXEL).to(tl.int64), bits & (1 << i)], tl.int32, is_pure=False, pack=2,
-            )  # fmt: skip
 
 
 @triton.jit
@@ -283,7 +275,7 @@ def _depthwise_conv_kernel(
     height, width, pad_bottom, pad_right, out_height, out_width, origin_y, origin_x, n_strips, rows,
     DIM: tl.constexpr, PIXEL: tl.constexpr, OTHER_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
     K: tl.constexpr, TURNED: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, GELU: tl.constexpr, OTHER: tl.constexpr,
-    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr, FETCH: tl.constexpr,
+    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Some strips, `rows` high. The output's first pixel is (origin_y, origin_x) of the input.
 
@@ -307,9 +299,7 @@ def _depthwise_conv_kernel(
     if HAS_BIAS:
         start = _float32(tl.load(bias_ptr + channels, mask=exists, other=0.0), PAIRS)
     # Outputs that the next row of inputs meets, but for the last row of them.
-    sums = ()
-    for _ in tl.static_range((K - 1) * COLUMNS):
-        sums = sums + (start,)
+    sums = _filled(start, (K - 1) * COLUMNS)
 
     first_out = chunk * rows
     shift = origin_y + reach  # from a row of outputs to the last row of inputs that it sees
@@ -331,62 +321,45 @@ def _depthwise_conv_kernel(
         other_corner = _corner(other_ptr, other_strides, image, first - shift, out_x, channels, OTHER_PIXEL)
     end_real = tl.minimum(last_in, height)
     steps = tl.cdiv(last_in - first, STEP)
-    own_bits = bits >> reach
-    for i in tl.static_range(FETCH):
-        _prefetch(corner + (STEP + i) * x_strides[1] + reach * PIXEL, _rows(first + STEP + i, first, end_real, own_bits), COLUMNS, PIXEL, PAIRS)
     ahead = _load_rows(corner, first, first, end_real, bits, x_strides, STEP, wide, PIXEL)
     corner += STEP * x_strides[1]
-    others = ()
-    if OTHER is not None:
-        others = _load_rows(
-            other_corner, first - shift, first_out, end_out, out_bits, other_strides, STEP, COLUMNS, OTHER_PIXEL
-        )
-        other_corner += STEP * other_strides[1]
     for step in range(steps):
         for i in tl.static_range(STEP):
             y = first + step * STEP + i
+            done = _rows(y - shift, first_out, end_out, out_bits)
+            others = ()
+            if OTHER is not None:
+                others = _load(other_corner, done, COLUMNS, OTHER_PIXEL)
+                other_corner += other_strides[1]
             padded = _rows(y, first, last_in, pad_bits) & ~_rows(y, first, end_real, bits)
             tiles = _converted(ahead[:wide], pad, padded, HAS_PAD, PAIRS)
-            if FETCH:
-                _prefetch(corner + FETCH * x_strides[1] + reach * PIXEL, _rows(y + STEP + FETCH, first, end_real, own_bits), COLUMNS, PIXEL, PAIRS)
-            ahead = ahead[wide:] + _load(corner, _rows(y + STEP, first, end_real, bits), wide, PIXEL)
+            ahead = ahead[wide:] + _load(corner, tl.where(y + STEP < end_real, bits, 0), wide, PIXEL)
             corner += x_strides[1]
-            row = ()
-            if OTHER is not None:
-                row = _converted(others[:COLUMNS], pad, out_bits, False, PAIRS)
-                wanted = _rows(y + STEP - shift, first_out, end_out, out_bits)
-                if FETCH:
-                    _prefetch(other_corner + FETCH * other_strides[1], _rows(y + STEP + FETCH - shift, first_out, end_out, out_bits), COLUMNS, OTHER_PIXEL, PAIRS)
-                others = others[COLUMNS:] + _load(other_corner, wanted, COLUMNS, OTHER_PIXEL)
-                other_corner += other_strides[1]
             sums = _convolve_row(tiles, weights, sums, start, K, COLUMNS)
-            done = _rows(y - shift, first_out, end_out, out_bits)
-            _store(out_corner, done, sums[:COLUMNS], row, GELU, OTHER, DIM)
+            others = _converted(others, pad, done, False, PAIRS)
+            _store(out_corner, done, sums[:COLUMNS], others, GELU, OTHER, DIM)
             out_corner += stride_y
             sums = sums[COLUMNS:]
     # Rows of outputs that see the map's last rows.
-    if OTHER is not None:
-        other_corner -= STEP * other_strides[1]
     for y in range(first + steps * STEP, last):
         done = _rows(y - shift, first_out, end_out, out_bits)
-        row = ()
+        others = ()
         if OTHER is not None:
-            row = _converted(_load(other_corner, done, COLUMNS, OTHER_PIXEL), pad, done, False, PAIRS)
+            others = _load(other_corner, done, COLUMNS, OTHER_PIXEL)
             other_corner += other_strides[1]
-        _store(out_corner, done, sums[:COLUMNS], row, GELU, OTHER, DIM)
+        others = _converted(others, pad, done, False, PAIRS)
+        _store(out_corner, done, sums[:COLUMNS], others, GELU, OTHER, DIM)
         out_corner += stride_y
-        for _ in tl.static_range(COLUMNS):
-            sums = sums + (start,)
-        sums = sums[COLUMNS:]
+        sums = sums[COLUMNS:] + _filled(start, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["height", "width", "pad_bottom", "pad_right", "n_strips", "rows", "n_parts"])
+@triton.jit(do_not_specialize=["height", "width", "pad_bottom", "pad_right", "n_strips", "rows"])
 def _gradients_kernel(
     x_ptr, grad_ptr, weight_ptr, pad_ptr, out_ptr, parts_ptr, x_strides, grad_strides,
-    height, width, pad_bottom, pad_right, n_strips, rows, n_parts,
+    height, width, pad_bottom, pad_right, n_strips, rows,
     DIM: tl.constexpr, PIXEL: tl.constexpr, GRAD_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
     K: tl.constexpr, OF_MAP: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
-    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr, FETCH: tl.constexpr,
+    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The gradient of some strips of the map (OF_MAP), and one program's sums (parts, K * K + 1, DIM).
 
@@ -397,22 +370,22 @@ def _gradients_kernel(
     wide: tl.constexpr = COLUMNS + K - 1
     block = tl.program_id(0) % n_blocks
     part = tl.program_id(0) // n_blocks
-    n_chunks = tl.cdiv(height + pad_bottom, rows)
+    own_height = height + pad_bottom
     channels, known = _channels(block, DIM, STRIPS, CHANNELS)
     pad = _load_pad(pad_ptr, channels, known, x_ptr, HAS_PAD)
     zero = tl.zeros((STRIPS, CHANNELS), tl.float32)
     weights = ()
     if OF_MAP:
         weights = _load_filter(weight_ptr, channels, known, TAP, CHANNEL, K, True, SKIP, PAIRS)
-    sums = ()
-    for _ in tl.static_range(K * K + 1):
-        sums = sums + (zero,)
-    for tile in range(part, tl.cdiv(n_strips, STRIPS) * n_chunks, n_parts):
-        strip = tile // n_chunks * STRIPS + tl.arange(0, STRIPS)
+    sums = _filled(zero, K * K + 1)
+    begin = part * rows
+    end = tl.minimum(begin + rows, tl.cdiv(n_strips, STRIPS) * own_height)
+    for group in range(begin // own_height, tl.cdiv(end, own_height)):
+        strip = group * STRIPS + tl.arange(0, STRIPS)
         image, x = _columns(strip, width + pad_right, COLUMNS)
         exists = known & (strip < n_strips)[:, None]
-        first_own = tile % n_chunks * rows
-        end_own = tl.minimum(first_own + rows, height + pad_bottom)
+        first_own = tl.maximum(begin - group * own_height, 0)
+        end_own = tl.minimum(end - group * own_height, own_height)
         end_real = tl.minimum(end_own, height)
         first = tl.maximum(first_own - reach, 0)
         last = tl.maximum(tl.minimum(end_own + reach, height), first)
@@ -427,15 +400,13 @@ def _gradients_kernel(
         out_corner = _corner(out_ptr, (height * stride_y, stride_y), image, first - reach, x, channels, DIM)
         # Rows of x, and of its gradient, that the next row of `grad` meets, but for the last of each.
         pixels = ()
-        outs = ()
+        outs = _filled(zero, (K - 1) * COLUMNS)
         for i in tl.static_range(K - 1):
             row = first - reach + i
             real = _rows(row, first_own, end_real, bits)
             padded = _rows(row, first_own, end_own, pad_bits) & ~real
             pixels = pixels + _converted(_load(corner, real, COLUMNS, PIXEL), pad, padded, HAS_PAD, PAIRS)
             corner += x_strides[1]
-            for _ in tl.static_range(COLUMNS):
-                outs = outs + (zero,)
         grads_ahead = _load_rows(grad_corner, first, first, last, grad_bits, grad_strides, STEP, wide, GRAD_PIXEL)
         ahead = _load_rows(corner, first + reach, first_own, end_real, bits, x_strides, STEP, COLUMNS, PIXEL)
         grad_corner += STEP * grad_strides[1]
@@ -448,10 +419,7 @@ def _gradients_kernel(
                 padded = _rows(row, first_own, end_own, pad_bits) & ~_rows(row, first_own, end_real, bits)
                 grads = _converted(grads_ahead[:wide], pad, padded, False, PAIRS)
                 pixels = pixels + _converted(ahead[:COLUMNS], pad, padded, HAS_PAD, PAIRS)
-                wanted = _rows(y + STEP, first, last, grad_bits)
-                if FETCH:
-                    _prefetch(grad_corner + FETCH * grad_strides[1] + reach * GRAD_PIXEL, _rows(y + STEP + FETCH, first, last, grad_bits >> reach), COLUMNS, GRAD_PIXEL, PAIRS)
-                    _prefetch(corner + FETCH * x_strides[1], _rows(row + STEP + FETCH, first_own, end_real, bits), COLUMNS, PIXEL, PAIRS)
+                wanted = tl.where(y + STEP < last, grad_bits, 0)
                 grads_ahead = grads_ahead[wide:] + _load(grad_corner, wanted, wide, GRAD_PIXEL)
                 wanted = _rows(row + STEP, first_own, end_real, bits)
                 ahead = ahead[COLUMNS:] + _load(corner, wanted, COLUMNS, PIXEL)
@@ -480,9 +448,7 @@ def _gradients_kernel(
             for y in range(first + steps * STEP, end_real + reach):
                 _store(out_corner, _rows(y - reach, first_own, end_real, bits), outs[:COLUMNS], (), False, None, DIM)
                 out_corner += stride_y
-                for _ in tl.static_range(COLUMNS):
-                    outs = outs + (zero,)
-                outs = outs[COLUMNS:]
+                outs = outs[COLUMNS:] + _filled(zero, COLUMNS)
     outs = block * CHANNELS + tl.arange(0, CHANNELS)
     for tap in tl.static_range(K * K + HAS_BIAS):
         place = (part * (K * K + 1) + tap) * DIM + outs
@@ -492,7 +458,7 @@ def _gradients_kernel(
 def _taps(weight: Tensor) -> Tensor:
     """(C, 1, K, K) -> (K * K, C): neighbouring channels side by side."""
     taps = weight.flatten(1).t()
-    return taps if weight.shape[-1] in _DIRECT else taps.contiguous()
+    return taps if weight.shape[-1] == 3 else taps.contiguous()
 
 
 def _as_map(x: Tensor) -> Tensor:
@@ -510,48 +476,13 @@ def _tile_options(tile: Tile, dim: int) -> dict[str, Any]:
     return {
         "DIM": dim,
         "COLUMNS": tile.columns,
+        "STEP": tile.step,
         "CHANNELS": channels,
         "STRIPS": 32 * tile.warps * tile.channels // channels,
         "PAIRS": tile.channels % 2 == 0 and not TRITON_INTERPRETED,
         "num_warps": tile.warps,
         "num_stages": 1,
     }
-
-
-def _strips(batch: int, height: int, width: int, tile: Tile) -> tuple[int, int, int]:
-    """How maps are cut: strips side by side in all images, strips one below the other, and rows of each."""
-    n_chunks = triton.cdiv(height, tile.rows)
-    rows = triton.cdiv(height, n_chunks)
-    return batch * triton.cdiv(width, tile.columns), triton.cdiv(height, rows), rows
-
-
-def _takes_matrices(grad: Tensor, x: Tensor, kernel_size: int) -> bool:
-    """Whether the filter's gradient is taken on tensor cores: 16 bits, and four channels in one aligned word."""
-    if kernel_size not in _MATRIX_SIZES or x.dtype not in _TYPES or x.shape[3] % 4:
-        return False
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return False
-    return all(t.data_ptr() % 8 == 0 and all(stride % 4 == 0 for stride in t.stride()[:3]) for t in (grad, x))
-
-
-def _matrix_parts(grad: Tensor, x: Tensor, kernel_size: int, has_bias: bool) -> Tensor:
-    """The programs' sums of the filter's gradient, taken on tensor cores."""
-    batch, height, width, dim = x.shape
-    channels, warps = 4, _MATRIX_PROGRAM
-    rows = triton.cdiv(height, triton.cdiv(height, _MATRIX_ROWS))
-    n_bands = batch * triton.cdiv(height, rows)
-    n_tiles, n_blocks = triton.cdiv(n_bands, 8) * triton.cdiv(width, 16), triton.cdiv(dim, channels * warps)
-    most_parts = max(1, _MATRIX_WARPS // (warps * n_blocks))
-    n_parts = triton.cdiv(n_tiles, triton.cdiv(n_tiles, most_parts))
-    parts = torch.empty((n_parts, kernel_size**2 + 1, dim), dtype=torch.float32, device=x.device)
-    x_strides, grad_strides = (tuple(stride // channels for stride in t.stride()[:3]) for t in (x, grad))
-    launch(
-        matrix_gradient_kernel, (n_parts * n_blocks,),
-        x, grad, parts, x_strides[:2], grad_strides[:2], height, width, n_bands, n_parts, rows,
-        DIM=dim, PIXEL=x_strides[2], GRAD_PIXEL=grad_strides[2], K=kernel_size, TYPE=_TYPES[x.dtype],
-        HAS_BIAS=has_bias, CHANNELS=channels, WARPS=warps, num_warps=warps, num_stages=1,
-    )  # fmt: skip
-    return parts
 
 
 def _convolve(
@@ -579,8 +510,10 @@ def _convolve(
     kernel_size = math.isqrt(len(taps))
     tile = _TILES[kernel_size]
     options = _tile_options(tile, dim)
-    options.update(_MORE)
-    n_strips, n_chunks, rows = _strips(batch, out_height, out_width, tile)
+    n_strips = batch * triton.cdiv(out_width, tile.columns)
+    n_chunks = triton.cdiv(out_height, tile.rows)
+    rows = triton.cdiv(out_height, n_chunks)
+    n_chunks = triton.cdiv(out_height, rows)
     added = x if other is None else _as_map(other)
     grid = (triton.cdiv(n_strips, options["STRIPS"]) * triton.cdiv(dim, options["CHANNELS"]) * n_chunks,)
     launch(
@@ -609,18 +542,17 @@ def _gradients(
     kernel_size = math.isqrt(len(taps))
     tile = _GRADIENT_TILES[kernel_size]
     options = _tile_options(tile, dim)
-    options.update(_GRADIENT_MORE)
-    n_strips, n_chunks, rows = _strips(batch, height + pads[0], width + pads[1], tile)
-    n_tiles = triton.cdiv(n_strips, options["STRIPS"]) * n_chunks
+    n_strips = batch * triton.cdiv(width + pads[1], tile.columns)
+    n_rows = triton.cdiv(n_strips, options["STRIPS"]) * (height + pads[0])
     n_blocks = triton.cdiv(dim, options["CHANNELS"])
-    most_parts = max(1, _MOST_WARPS // (tile.warps * n_blocks))
-    n_parts = triton.cdiv(n_tiles, triton.cdiv(n_tiles, most_parts))  # all with as many tiles, but for the last ones
+    rows = max(tile.rows, triton.cdiv(n_rows * n_blocks, _MOST_WARPS))
+    n_parts = triton.cdiv(n_rows, rows)
     parts = torch.empty((n_parts, kernel_size**2 + 1, dim), dtype=torch.float32, device=x.device)
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if of_map else empty_gradient(x)
     launch(
         _gradients_kernel, (n_parts * n_blocks,),
         x, grad, taps, x if pad_value is None else pad_value, d_x, parts, x.stride()[:2], grad.stride()[:2],
-        height, width, *pads, n_strips, rows, n_parts,
+        height, width, *pads, n_strips, rows,
         PIXEL=x.stride(2), GRAD_PIXEL=grad.stride(2), TAP=taps.stride(0), CHANNEL=taps.stride(1), K=kernel_size, OF_MAP=of_map, SKIP=skip,
         HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, **options,
     )  # fmt: skip
@@ -679,18 +611,18 @@ def depthwise_conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fused gradients of x, weight, bias and pad_value, empty for those that are absent."""
     if x.numel() == 0:
-        return tuple(empty_gradient(x) if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x, weight, bias, pad_value))
+        return tuple(
+            empty_gradient(x) if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format)
+            for t in (x, weight, bias, pad_value)
+        )
     taps = _taps(weight)
     passed = grad if skip and gelu else None
     if gelu:
         grad = _convolve(x, taps, bias, pad_value, pads, grad, "slope")
     x, grad = _as_map(x), _as_map(grad)
-    if pad_value is None and _takes_matrices(grad, x, weight.shape[-1]):
-        parts, d_x = _matrix_parts(grad, x, weight.shape[-1], bias is not None), None
-    else:
-        of_map = weight.shape[-1] < 7 and passed is None
-        parts, d_x = _gradients(grad, x, taps, bias, pad_value, pads, of_map, skip)
-    if d_x is None or not d_x.numel():
+    is_joint = weight.shape[-1] in _JOINT_SIZES and passed is None
+    parts, d_x = _gradients(grad, x, taps, bias, pad_value, pads, is_joint, skip)
+    if not is_joint:
         d_x = _convolve(grad, taps, other=passed, role="add", turned=True, skip=skip and not gelu)
     d_pad = empty_gradient(x) if pad_value is None else _pad_gradient(grad, taps, pads).to(pad_value.dtype)
     return d_x, *_add_parts(parts, weight, bias), d_pad

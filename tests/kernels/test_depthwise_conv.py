@@ -231,9 +231,8 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("vitrail.kernels.depthwise_conv.triton")
     if DEVICE == "cpu":
         for table in ("_TILES", "_GRADIENT_TILES"):
-            monkeypatch.setattr(triton, table, {size: triton.Tile(3, 2, 16, 1) for size in (3, 5, 7)})
+            monkeypatch.setattr(triton, table, {size: triton.Tile(3, 2, 16, 1, 1 + size // 5) for size in (3, 5, 7)})
         monkeypatch.setattr(triton, "_PARTS", 1)
-        monkeypatch.setattr(triton, "_MATRIX_PROGRAM", 16)
 
 
 _DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -254,8 +253,8 @@ def test_gradient_of_the_filter_is_summed_over_programs(
 ) -> None:
     from vitrail.kernels.depthwise_conv import triton
 
-    monkeypatch.setattr(triton, "_GRADIENT_TILES", {3: triton.Tile(2, 2, 2, 1)})  # 15 patches are four tiles
-    monkeypatch.setattr(triton, "_MOST_WARPS", 3)
+    monkeypatch.setattr(triton, "_GRADIENT_TILES", {3: triton.Tile(2, 2, 2, 1, 2)})  # two groups of strips
+    monkeypatch.setattr(triton, "_MOST_WARPS", 3)  # of four rows each, the second has some of both
     _random_call(0, torch.float32, (1, 5, 9, 16), 3).check_fused(torch.float32)
 
 

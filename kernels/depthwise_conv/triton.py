@@ -62,14 +62,13 @@ from vitrail.kernels._common.launch import launch
 from vitrail.kernels._common.triton import add_parts_kernel
 
 _JOINT_SIZES = (3, 5)  # filters whose gradient, and the map's, fit into the registers of one thread
-_MOST_WARPS = 1056  # that sum up the filter's gradient: eight for each multiprocessor of an H100
 _PARTS = 64  # sums of programs that are added at once
 
 
 class Tile(NamedTuple):
-    """What a thread owns (rows, columns and channels), warps of a program, and rows of inputs under way.
+    """Columns and channels of a thread, warps of a program, and rows of inputs that are under way.
 
-    Of rows it owns so many at most in the convolution, at least in the gradients.
+    The rows of all strips are shared out among programs: `rows` to each at least, to `most_warps` warps at most.
     """
 
     rows: int
@@ -77,11 +76,12 @@ class Tile(NamedTuple):
     channels: int
     warps: int
     step: int
+    most_warps: int
 
 
-_TILES = {3: Tile(28, 4, 2, 4, 4), 5: Tile(28, 4, 2, 4, 1), 7: Tile(28, 4, 2, 4, 2)}
+_TILES = {3: Tile(28, 4, 2, 4, 4, 1 << 30), 5: Tile(28, 4, 2, 4, 1, 1 << 30), 7: Tile(28, 4, 2, 4, 2, 1 << 30)}
 # One warp owns whole strips: nothing is exchanged when a program ends.
-_GRADIENT_TILES = {3: Tile(4, 4, 2, 1, 4), 5: Tile(4, 4, 2, 1, 1), 7: Tile(4, 4, 2, 1, 1)}
+_GRADIENT_TILES = {3: Tile(4, 4, 2, 1, 4, 1056), 5: Tile(4, 4, 2, 1, 1, 1056), 7: Tile(4, 4, 2, 1, 1, 1056)}
 
 
 @triton.jit
@@ -284,73 +284,72 @@ def _depthwise_conv_kernel(
     n_blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
     reach: tl.constexpr = K // 2
     wide: tl.constexpr = COLUMNS + K - 1
-    n_chunks = tl.cdiv(out_height, rows)
     block = tl.program_id(0) % n_blocks
-    chunk = tl.program_id(0) // n_blocks % n_chunks
-    strip = tl.program_id(0) // n_blocks // n_chunks * STRIPS + tl.arange(0, STRIPS)
-    channels, exists = _channels(block, DIM, STRIPS, CHANNELS)
-    exists &= (strip < n_strips)[:, None]
-    image, out_x = _columns(strip, out_width, COLUMNS)
-    x = out_x + origin_x - reach
-
-    pad = _load_pad(pad_ptr, channels, exists, x_ptr, HAS_PAD)
-    weights = _load_filter(weight_ptr, channels, exists, TAP, CHANNEL, K, TURNED, SKIP, PAIRS)
+    channels, known = _channels(block, DIM, STRIPS, CHANNELS)
+    pad = _load_pad(pad_ptr, channels, known, x_ptr, HAS_PAD)
+    weights = _load_filter(weight_ptr, channels, known, TAP, CHANNEL, K, TURNED, SKIP, PAIRS)
     start = tl.zeros((STRIPS, CHANNELS), tl.float32)
     if HAS_BIAS:
-        start = _float32(tl.load(bias_ptr + channels, mask=exists, other=0.0), PAIRS)
-    # Outputs that the next row of inputs meets, but for the last row of them.
-    sums = _filled(start, (K - 1) * COLUMNS)
-
-    first_out = chunk * rows
+        start = _float32(tl.load(bias_ptr + channels, mask=known, other=0.0), PAIRS)
     shift = origin_y + reach  # from a row of outputs to the last row of inputs that it sees
-    first = tl.maximum(first_out + origin_y - reach, 0)
-    end_out = tl.minimum(first_out + rows, out_height)
-    last = end_out + shift
-    last_in = tl.maximum(tl.minimum(last, height + pad_bottom), first)
-    bits = _bits(x, width, exists, wide)
-    pad_bits = bits
-    if HAS_PAD:
-        pad_bits = _bits(x, width + pad_right, exists, wide)
-    out_bits = _bits(out_x, out_width, exists, COLUMNS)
-    corner = _corner(x_ptr, x_strides, image, first, x, channels, PIXEL)
-    stride_y = out_width.to(tl.int64) * DIM
-    out_strides = (out_height * stride_y, stride_y)
-    out_corner = _corner(out_ptr, out_strides, image, first - shift, out_x, channels, DIM)
-    other_corner = out_corner
-    if OTHER is not None:
-        other_corner = _corner(other_ptr, other_strides, image, first - shift, out_x, channels, OTHER_PIXEL)
-    end_real = tl.minimum(last_in, height)
-    steps = tl.cdiv(last_in - first, STEP)
-    ahead = _load_rows(corner, first, first, end_real, bits, x_strides, STEP, wide, PIXEL)
-    corner += STEP * x_strides[1]
-    for step in range(steps):
-        for i in tl.static_range(STEP):
-            y = first + step * STEP + i
+    begin = tl.program_id(0) // n_blocks * rows
+    end = tl.minimum(begin + rows, tl.cdiv(n_strips, STRIPS) * out_height)
+    for group in range(begin // out_height, tl.cdiv(end, out_height)):
+        strip = group * STRIPS + tl.arange(0, STRIPS)
+        image, out_x = _columns(strip, out_width, COLUMNS)
+        x = out_x + origin_x - reach
+        exists = known & (strip < n_strips)[:, None]
+        first_out = tl.maximum(begin - group * out_height, 0)
+        end_out = tl.minimum(end - group * out_height, out_height)
+        first = tl.maximum(first_out + origin_y - reach, 0)
+        last = end_out + shift
+        last_in = tl.maximum(tl.minimum(last, height + pad_bottom), first)
+        end_real = tl.minimum(last_in, height)
+        bits = _bits(x, width, exists, wide)
+        pad_bits = bits
+        if HAS_PAD:
+            pad_bits = _bits(x, width + pad_right, exists, wide)
+        out_bits = _bits(out_x, out_width, exists, COLUMNS)
+        corner = _corner(x_ptr, x_strides, image, first, x, channels, PIXEL)
+        stride_y = out_width.to(tl.int64) * DIM
+        out_strides = (out_height * stride_y, stride_y)
+        out_corner = _corner(out_ptr, out_strides, image, first - shift, out_x, channels, DIM)
+        other_corner = out_corner
+        if OTHER is not None:
+            other_corner = _corner(other_ptr, other_strides, image, first - shift, out_x, channels, OTHER_PIXEL)
+        # Rows of outputs that the next row of inputs meets, but for the last of them.
+        sums = _filled(start, (K - 1) * COLUMNS)
+        steps = tl.cdiv(last_in - first, STEP)
+        ahead = _load_rows(corner, first, first, end_real, bits, x_strides, STEP, wide, PIXEL)
+        corner += STEP * x_strides[1]
+        for step in range(steps):
+            for i in tl.static_range(STEP):
+                y = first + step * STEP + i
+                done = _rows(y - shift, first_out, end_out, out_bits)
+                others = ()
+                if OTHER is not None:
+                    others = _load(other_corner, done, COLUMNS, OTHER_PIXEL)
+                    other_corner += other_strides[1]
+                padded = _rows(y, first, last_in, pad_bits) & ~_rows(y, first, end_real, bits)
+                tiles = _converted(ahead[:wide], pad, padded, HAS_PAD, PAIRS)
+                ahead = ahead[wide:] + _load(corner, tl.where(y + STEP < end_real, bits, 0), wide, PIXEL)
+                corner += x_strides[1]
+                sums = _convolve_row(tiles, weights, sums, start, K, COLUMNS)
+                others = _converted(others, pad, done, False, PAIRS)
+                _store(out_corner, done, sums[:COLUMNS], others, GELU, OTHER, DIM)
+                out_corner += stride_y
+                sums = sums[COLUMNS:]
+        # Rows of outputs that see the map's last rows.
+        for y in range(first + steps * STEP, last):
             done = _rows(y - shift, first_out, end_out, out_bits)
             others = ()
             if OTHER is not None:
                 others = _load(other_corner, done, COLUMNS, OTHER_PIXEL)
                 other_corner += other_strides[1]
-            padded = _rows(y, first, last_in, pad_bits) & ~_rows(y, first, end_real, bits)
-            tiles = _converted(ahead[:wide], pad, padded, HAS_PAD, PAIRS)
-            ahead = ahead[wide:] + _load(corner, tl.where(y + STEP < end_real, bits, 0), wide, PIXEL)
-            corner += x_strides[1]
-            sums = _convolve_row(tiles, weights, sums, start, K, COLUMNS)
             others = _converted(others, pad, done, False, PAIRS)
             _store(out_corner, done, sums[:COLUMNS], others, GELU, OTHER, DIM)
             out_corner += stride_y
-            sums = sums[COLUMNS:]
-    # Rows of outputs that see the map's last rows.
-    for y in range(first + steps * STEP, last):
-        done = _rows(y - shift, first_out, end_out, out_bits)
-        others = ()
-        if OTHER is not None:
-            others = _load(other_corner, done, COLUMNS, OTHER_PIXEL)
-            other_corner += other_strides[1]
-        others = _converted(others, pad, done, False, PAIRS)
-        _store(out_corner, done, sums[:COLUMNS], others, GELU, OTHER, DIM)
-        out_corner += stride_y
-        sums = sums[COLUMNS:] + _filled(start, COLUMNS)
+            sums = sums[COLUMNS:] + _filled(start, COLUMNS)
 
 
 @triton.jit(do_not_specialize=["height", "width", "pad_bottom", "pad_right", "n_strips", "rows"])
@@ -485,6 +484,14 @@ def _tile_options(tile: Tile, dim: int) -> dict[str, Any]:
     }
 
 
+def _shares(n_strips: int, height: int, tile: Tile, options: dict[str, Any]) -> tuple[int, int]:
+    """How the rows of all strips are shared out: rows of a program, and programs."""
+    n_rows = triton.cdiv(n_strips, options["STRIPS"]) * height
+    n_blocks = triton.cdiv(options["DIM"], options["CHANNELS"])
+    rows = max(tile.rows, triton.cdiv(n_rows * n_blocks * tile.warps, tile.most_warps))
+    return rows, triton.cdiv(n_rows, rows) * n_blocks
+
+
 def _convolve(
     x: Tensor,
     taps: Tensor,
@@ -511,13 +518,10 @@ def _convolve(
     tile = _TILES[kernel_size]
     options = _tile_options(tile, dim)
     n_strips = batch * triton.cdiv(out_width, tile.columns)
-    n_chunks = triton.cdiv(out_height, tile.rows)
-    rows = triton.cdiv(out_height, n_chunks)
-    n_chunks = triton.cdiv(out_height, rows)
+    rows, n_programs = _shares(n_strips, out_height, tile, options)
     added = x if other is None else _as_map(other)
-    grid = (triton.cdiv(n_strips, options["STRIPS"]) * triton.cdiv(dim, options["CHANNELS"]) * n_chunks,)
     launch(
-        _depthwise_conv_kernel, grid,
+        _depthwise_conv_kernel, (n_programs,),
         x, taps, taps if bias is None else bias, x if pad_value is None else pad_value, added, out,
         x.stride()[:2], added.stride()[:2], height, width, *pads, out_height, out_width, *origin, n_strips, rows,
         PIXEL=x.stride(2), OTHER_PIXEL=added.stride(2), TAP=taps.stride(0), CHANNEL=taps.stride(1), K=kernel_size, TURNED=turned, SKIP=skip,
@@ -543,14 +547,12 @@ def _gradients(
     tile = _GRADIENT_TILES[kernel_size]
     options = _tile_options(tile, dim)
     n_strips = batch * triton.cdiv(width + pads[1], tile.columns)
-    n_rows = triton.cdiv(n_strips, options["STRIPS"]) * (height + pads[0])
-    n_blocks = triton.cdiv(dim, options["CHANNELS"])
-    rows = max(tile.rows, triton.cdiv(n_rows * n_blocks, _MOST_WARPS))
-    n_parts = triton.cdiv(n_rows, rows)
+    rows, n_programs = _shares(n_strips, height + pads[0], tile, options)
+    n_parts = n_programs // triton.cdiv(dim, options["CHANNELS"])
     parts = torch.empty((n_parts, kernel_size**2 + 1, dim), dtype=torch.float32, device=x.device)
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if of_map else empty_gradient(x)
     launch(
-        _gradients_kernel, (n_parts * n_blocks,),
+        _gradients_kernel, (n_programs,),
         x, grad, taps, x if pad_value is None else pad_value, d_x, parts, x.stride()[:2], grad.stride()[:2],
         height, width, *pads, n_strips, rows,
         PIXEL=x.stride(2), GRAD_PIXEL=grad.stride(2), TAP=taps.stride(0), CHANNEL=taps.stride(1), K=kernel_size, OF_MAP=of_map, SKIP=skip,

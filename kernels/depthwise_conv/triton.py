@@ -5,40 +5,37 @@ not copied. Positions outside the map are masked; at the bottom and right `pad_v
 of the map is the same kernel with the filter turned by 180 degrees. Adding the input (`skip`) is a one added to the
 filter's centre, so that it costs nothing, forward and backward.
 
-Tiling. A thread owns two channels and a patch of `ROWS` x `COLUMNS` outputs; a tile's first axis are patches, which lie
-anywhere in the batch. Triton cannot index into registers, so that a patch is a tuple of tiles, one for each pixel, and
-all loops over pixels and taps are unrolled. Every input pixel of the patch and its halo is loaded and converted once,
-then multiplied by all taps that meet it: for a 5x5 filter and patches of 4 x 4, 4 loads an output in place of 25. The
-filter stays in registers, which two channels a thread allow for 7x7 (98 numbers), more do not. Halos are read again by
-neighbouring patches, which run at about the same time, from the caches. The distance of pixels is a constant of the
-kernel (it is the model's width), so that it becomes an immediate offset of the loads.
+Tiling. A thread owns two channels and walks down strips of the map, `COLUMNS` outputs wide; a tile's first axis are
+strips side by side, which go through all images. Triton cannot index into registers, so that what a thread holds are
+tuples of tiles, one for each pixel, and loops over columns and taps are unrolled; the loop over rows is not, which keeps
+the code small (950 instructions for 5x5 where patches of 4 x 4 took 1600) and its compilation short. Every input pixel
+of a row and its halo is loaded and converted once, then multiplied by all taps that meet it: K rows of outputs are begun
+at once, the first of them is done and leaves. The filter stays in registers, which two channels a thread allow for 7x7
+(98 numbers), more do not. `STEP` rows of inputs are under way. Which columns lie in the map is a word of bits, so that a
+mask is one instruction. All programs get the same number of rows, which may begin and end inside a strip. The distance
+of pixels is a constant of the kernel (it is the model's width), so that it becomes an immediate offset of the loads.
 
-The gradients of the filter and the bias are sums over all pixels: a program takes every n-th tile of patches, keeps all
-taps' sums in registers and leaves them in a workspace, and a second kernel adds the workspace up in a fixed order. That
-of 7x7 filters is taken on tensor cores for maps of 16 bits, see `triton_matrix`.
+Gradients. The same walk over `grad` and its halo meets K rows of x, without halo, and takes the filter's gradient; for
+3x3 and 5x5 it takes the map's gradient from the same loads. A program keeps all taps' sums in registers and leaves them
+in a workspace, and a second kernel adds the workspace up in a fixed order.
 
 Numerics. Everything is accumulated in float32. GELU is the exact one, for results of 16 bits to 3e-7; its backward
 recomputes the convolution. No atomics.
 
-Roofline (counted in code for sm_90). Of the instructions for bfloat16, multiply-adds are 38% with 3x3, 50%
-with 5x5 (25, and 25 others, a pixel and channel) and 62% with 7x7; the others load, mask and convert. On an
-H100 (132 x 128 lanes) 3x3 and 5x5 issue in about the time that their bytes take at 3 TB/s, 7x7 in twice that time: its
-49 multiply-adds alone take more than the bytes. `triton_matrix` says why the convolution is not on tensor cores.
+Roofline. For 56x56x96 and batch 64 in bfloat16 the bytes of a forward take 25.7 microseconds at 3 TB/s on an H100, 38.5
+with residual; 132 x 128 lanes issue the multiply-adds of 3x3, 5x5 and 7x7 in 6, 16 and 32, and all instructions of the
+loop (19, 40 and 75 an output) in 13, 26 and 49.
 
-Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, batch 64, 56x56x64, CUDA-graph replay), microseconds
-forward / forward and backward: 3x3 with `skip` 22.6 / 79.9 (bytes alone 17.1 forward; torch.compile 51.4 / 173, cuDNN
-channels-last 85.5 / 248); 5x5 of a slice with residual 46.8 / 120 (25.7; 108 / 296, 142 / 384). Patches of 4 x 7,
-4 x 8 or 2 x 4 were no faster.
+Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, batch 64, CUDA-graph replay), microseconds at 56x56x96 /
+28x28x192 / 14x14x384, the filter's copy included. Forward: 5x5 with residual 66.3 / 38.0 / 19.4, 7x7 with GELU 68.8 /
+42.6 / 26.3, 3x3 with `skip` 36.2 / - / 10.3. Both gradients: 3x3 56.9 / - / -, 5x5 96.5 / 55.3 / 35.6; the filter's
+alone, 7x7: 79.8 / 55.5 / 35.3. Slope of GELU, 7x7: 102.5 / 60.4 / 35.7. (- was not measured in this form.)
 
-GELU by a polynomial, counted for 7x7 with bias in bfloat16 (triton 3.8, without pairs): 3064 instructions a thread and
-143 registers, with `tl.erf` 3696 and 230; its slope 3472 and 154, 4112 and 255.
-
-Tried and rejected, by the same count: Triton's own conversion from bfloat16, three instructions a pair of channels in
-place of two (5x5: 1808 instructions a thread in place of 1600); programs of four warps for the filter's gradient, whose
-sums meet at 155 barriers. One load per output and tap, without patches, would be 25 loads and conversions for 5x5.
-
-Compilation. Unrolled code takes seconds to compile, most of all 7x7 in patches of 4 x 4 (13 seconds of one core; most
-of it goes to Triton's pass that chooses the layout of loads). Products are `tl.fma` to keep the code small.
+Tried and rejected, at the same sizes: patches of 4 x 4 with all rows unrolled, forward at 56x56x96 33 (3x3), 70 (5x5)
+and 105 (7x7, GELU by `tl.erf`); two columns a thread, 5 to 35% slower than four, seven as fast as four; fetching rows
+into the L2 cache ahead of the loads, no faster; reading 5x5 and 7x7 filters without the copy, 2 to 70% slower; fewer
+registers by force (7x7, 168), 80% slower. On tensor cores (bands of Toeplitz matrices) the convolution took 108, 164 and
+116 for 3x3, 5x5 and 7x7, the gradient of 7x7 filters 65.6 / 52.1 / 25.7: not worth a second form.
 """
 
 # Kernels build tuples by adding to them: they cannot unpack.
@@ -79,9 +76,9 @@ class Tile(NamedTuple):
     most_warps: int
 
 
-_TILES = {3: Tile(28, 4, 2, 4, 4, 1 << 30), 5: Tile(28, 4, 2, 4, 1, 1 << 30), 7: Tile(28, 4, 2, 4, 2, 1 << 30)}
+_TILES = {3: Tile(4, 4, 2, 4, 4, 1584), 5: Tile(4, 4, 2, 4, 1, 1584), 7: Tile(4, 4, 2, 4, 2, 1056)}
 # One warp owns whole strips: nothing is exchanged when a program ends.
-_GRADIENT_TILES = {3: Tile(4, 4, 2, 1, 4, 1056), 5: Tile(4, 4, 2, 1, 1, 1056), 7: Tile(4, 4, 2, 1, 1, 1056)}
+_GRADIENT_TILES = {3: Tile(4, 4, 2, 1, 4, 1056), 5: Tile(4, 4, 2, 1, 2, 1056), 7: Tile(4, 4, 2, 1, 1, 1056)}
 
 
 @triton.jit
@@ -274,8 +271,8 @@ def _depthwise_conv_kernel(
     x_ptr, weight_ptr, bias_ptr, pad_ptr, other_ptr, out_ptr, x_strides, other_strides,
     height, width, pad_bottom, pad_right, out_height, out_width, origin_y, origin_x, n_strips, rows,
     DIM: tl.constexpr, PIXEL: tl.constexpr, OTHER_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
-    K: tl.constexpr, TURNED: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, GELU: tl.constexpr, OTHER: tl.constexpr,
-    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
+    K: tl.constexpr, TURNED: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
+    GELU: tl.constexpr, OTHER: tl.constexpr, COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Some strips, `rows` high. The output's first pixel is (origin_y, origin_x) of the input.
 
@@ -455,7 +452,7 @@ def _gradients_kernel(
 
 
 def _taps(weight: Tensor) -> Tensor:
-    """(C, 1, K, K) -> (K * K, C): neighbouring channels side by side."""
+    """(C, 1, K, K) -> (K * K, C), channels side by side: a copy that pays from 5x5 on."""
     taps = weight.flatten(1).t()
     return taps if weight.shape[-1] == 3 else taps.contiguous()
 
@@ -524,9 +521,9 @@ def _convolve(
         _depthwise_conv_kernel, (n_programs,),
         x, taps, taps if bias is None else bias, x if pad_value is None else pad_value, added, out,
         x.stride()[:2], added.stride()[:2], height, width, *pads, out_height, out_width, *origin, n_strips, rows,
-        PIXEL=x.stride(2), OTHER_PIXEL=added.stride(2), TAP=taps.stride(0), CHANNEL=taps.stride(1), K=kernel_size, TURNED=turned, SKIP=skip,
-        HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, GELU=gelu, OTHER=role if other is not None else None,
-        **options,
+        PIXEL=x.stride(2), OTHER_PIXEL=added.stride(2), TAP=taps.stride(0), CHANNEL=taps.stride(1),
+        K=kernel_size, TURNED=turned, SKIP=skip, HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, GELU=gelu,
+        OTHER=role if other is not None else None, **options,
     )  # fmt: skip
     return out
 
@@ -545,6 +542,8 @@ def _gradients(
     batch, height, width, dim = x.shape
     kernel_size = math.isqrt(len(taps))
     tile = _GRADIENT_TILES[kernel_size]
+    if x.element_size() == 4:  # rows under way would take twice the registers
+        tile = tile._replace(step=1)
     options = _tile_options(tile, dim)
     n_strips = batch * triton.cdiv(width + pads[1], tile.columns)
     rows, n_programs = _shares(n_strips, height + pads[0], tile, options)
@@ -555,14 +554,14 @@ def _gradients(
         _gradients_kernel, (n_programs,),
         x, grad, taps, x if pad_value is None else pad_value, d_x, parts, x.stride()[:2], grad.stride()[:2],
         height, width, *pads, n_strips, rows,
-        PIXEL=x.stride(2), GRAD_PIXEL=grad.stride(2), TAP=taps.stride(0), CHANNEL=taps.stride(1), K=kernel_size, OF_MAP=of_map, SKIP=skip,
-        HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, **options,
+        PIXEL=x.stride(2), GRAD_PIXEL=grad.stride(2), TAP=taps.stride(0), CHANNEL=taps.stride(1),
+        K=kernel_size, OF_MAP=of_map, SKIP=skip, HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, **options,
     )  # fmt: skip
     return parts, d_x
 
 
 def _add_parts(parts: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients of the filter and of the bias (empty if there is none) from the programs' sums (parts, K * K + 1, C)."""
+    """Gradients of the filter and of the bias (empty if there is none) from sums (parts, K * K + 1, C)."""
     d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     d_bias = empty_gradient(weight) if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     n_parts, sums, dim = parts.shape

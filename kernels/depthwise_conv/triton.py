@@ -1,41 +1,43 @@
 """Triton kernels of depth-wise convolution: index map, tiling and numerics.
 
-Index map. Maps are read where they lie, with any stride over images and rows: the values inside a packed projection are
-not copied. Positions outside the map are masked; at the bottom and right `pad_value` may take their place. The gradient
-of the map is the same kernel with the filter turned by 180 degrees. Adding the input (`skip`) is a one added to the
-filter's centre, so that it costs nothing, forward and backward.
+Index map. Maps are read where they lie, with any stride over images and rows: the values inside a packed projection
+are not copied. Positions outside the map are masked; at the bottom and right `pad_value` may take their place. The
+gradient of the map is the same kernel with the filter turned by 180 degrees. Adding the input (`skip`) is a one added
+to the filter's centre, so that it costs nothing, forward and backward.
 
 Tiling. A thread owns two channels and walks down strips of the map, `COLUMNS` outputs wide; a tile's first axis are
-strips side by side, which go through all images. Triton cannot index into registers, so that what a thread holds are
-tuples of tiles, one for each pixel, and loops over columns and taps are unrolled; the loop over rows is not, which keeps
-the code small (950 instructions for 5x5 where patches of 4 x 4 took 1600) and its compilation short. Every input pixel
-of a row and its halo is loaded and converted once, then multiplied by all taps that meet it: K rows of outputs are begun
+strips side by side, which go through all images. Triton cannot index into registers, so that a thread holds tuples of
+tiles, one for each pixel, and loops over columns and taps are unrolled; the loop over rows is not, which keeps the
+code small (950 instructions for 5x5 where patches of 4 x 4 took 1600) and its compilation short. Every input pixel of
+a row and its halo is loaded and converted once, then multiplied by all taps that meet it: K rows of outputs are begun
 at once, the first of them is done and leaves. The filter stays in registers, which two channels a thread allow for 7x7
-(98 numbers), more do not. `STEP` rows of inputs are under way. Which columns lie in the map is a word of bits, so that a
-mask is one instruction. All programs get the same number of rows, which may begin and end inside a strip. The distance
-of pixels is a constant of the kernel (it is the model's width), so that it becomes an immediate offset of the loads.
+(98 numbers), more do not. `STEP` rows of inputs are under way. Which columns lie in the map is a word of bits, so that
+a mask is one instruction. All programs get the same number of rows, which may begin and end inside a strip. The
+distance of pixels is a constant of the kernel (it is the model's width), so that it becomes an immediate offset of the
+loads.
 
 Gradients. The same walk over `grad` and its halo meets K rows of x, without halo, and takes the filter's gradient; for
-3x3 and 5x5 it takes the map's gradient from the same loads. A program keeps all taps' sums in registers and leaves them
-in a workspace, and a second kernel adds the workspace up in a fixed order.
+3x3 and 5x5 it takes the map's gradient from the same loads. A program keeps all taps' sums in registers and leaves
+them in a workspace, and a second kernel adds the workspace up in a fixed order.
 
 Numerics. Everything is accumulated in float32. GELU is the exact one, for results of 16 bits to 3e-7; its backward
 recomputes the convolution. No atomics.
 
-Roofline. For 56x56x96 and batch 64 in bfloat16 the bytes of a forward take 25.7 microseconds at 3 TB/s on an H100, 38.5
-with residual; 132 x 128 lanes issue the multiply-adds of 3x3, 5x5 and 7x7 in 6, 16 and 32, and all instructions of the
-loop (19, 40 and 75 an output) in 13, 26 and 49.
+Roofline. For 56x56x96 and batch 64 in bfloat16 the bytes of a forward take 25.7 microseconds at 3 TB/s on an H100,
+38.5 with residual; 132 x 128 lanes issue the multiply-adds of 3x3, 5x5 and 7x7 in 6, 16 and 32, and all instructions
+of the loop (19, 40 and 75 an output) in 13, 26 and 49.
 
 Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, batch 64, CUDA-graph replay), microseconds at 56x56x96 /
 28x28x192 / 14x14x384, the filter's copy included. Forward: 5x5 with residual 66.3 / 38.0 / 19.4, 7x7 with GELU 68.8 /
-42.6 / 26.3, 3x3 with `skip` 36.2 / - / 10.3. Both gradients: 3x3 56.9 / - / -, 5x5 96.5 / 55.3 / 35.6; the filter's
-alone, 7x7: 79.8 / 55.5 / 35.3. Slope of GELU, 7x7: 102.5 / 60.4 / 35.7. (- was not measured in this form.)
+42.6 / 26.3, 3x3 with `skip` 36.2 at 56x56x96 (18.0 / 10.3 with programs of one strip each, at the smaller maps). Both
+gradients: 3x3 56.9 at 56x56x96, 5x5 96.5 / 55.3 / 35.6; the filter's alone, 7x7: 79.8 / 55.5 / 35.3. Slope of GELU,
+7x7: 102.5 / 60.4 / 35.7.
 
 Tried and rejected, at the same sizes: patches of 4 x 4 with all rows unrolled, forward at 56x56x96 33 (3x3), 70 (5x5)
-and 105 (7x7, GELU by `tl.erf`); two columns a thread, 5 to 35% slower than four, seven as fast as four; fetching rows
+and 105 (7x7, GELU by `tl.erf`); two columns a thread, mostly 15 to 35% slower than four, seven 3 to 9%; fetching rows
 into the L2 cache ahead of the loads, no faster; reading 5x5 and 7x7 filters without the copy, 2 to 70% slower; fewer
-registers by force (7x7, 168), 80% slower. On tensor cores (bands of Toeplitz matrices) the convolution took 108, 164 and
-116 for 3x3, 5x5 and 7x7, the gradient of 7x7 filters 65.6 / 52.1 / 25.7: not worth a second form.
+registers by force (7x7, 168), 80% slower. On tensor cores (bands of Toeplitz matrices) the convolution took 108, 164
+and 116 for 3x3, 5x5 and 7x7, the gradient of 7x7 filters 65.6 / 52.1 / 25.7: not worth a second form.
 """
 
 # Kernels build tuples by adding to them: they cannot unpack.
@@ -54,7 +56,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
-from vitrail.kernels._common.gradients import empty_gradient
+from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
 from vitrail.kernels._common.launch import launch
 from vitrail.kernels._common.triton import add_parts_kernel
 
@@ -272,9 +274,10 @@ def _depthwise_conv_kernel(
     height, width, pad_bottom, pad_right, out_height, out_width, origin_y, origin_x, n_strips, rows,
     DIM: tl.constexpr, PIXEL: tl.constexpr, OTHER_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
     K: tl.constexpr, TURNED: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
-    GELU: tl.constexpr, OTHER: tl.constexpr, COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
+    GELU: tl.constexpr, OTHER: tl.constexpr,
+    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Some strips, `rows` high. The output's first pixel is (origin_y, origin_x) of the input.
+    """One program's rows of strips. The output's first pixel is (origin_y, origin_x) of the input.
 
     OTHER: None, "add" to add a second map, or "slope" to multiply it by the slope of GELU at the convolution.
     """
@@ -357,7 +360,7 @@ def _gradients_kernel(
     K: tl.constexpr, OF_MAP: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
     COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of some strips of the map (OF_MAP), and one program's sums (parts, K * K + 1, DIM).
+    """The map's gradient in one program's rows of strips (OF_MAP), and its sums (parts, K * K + 1, DIM).
 
     The sums are those of `grad * x` at every tap, then of `grad`. Strips are of the padded map.
     """
@@ -612,10 +615,8 @@ def depthwise_conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fused gradients of x, weight, bias and pad_value, empty for those that are absent."""
     if x.numel() == 0:
-        return tuple(
-            empty_gradient(x) if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format)
-            for t in (x, weight, bias, pad_value)
-        )
+        zeros = [zeros_or_empty(x, tensor) for tensor in (x, weight, bias, pad_value)]
+        return zeros[0], zeros[1], zeros[2], zeros[3]
     taps = _taps(weight)
     passed = grad if skip and gelu else None
     if gelu:

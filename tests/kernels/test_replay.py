@@ -111,6 +111,20 @@ def test_operators_in_place_and_of_constants_are_repeated(add: Callable[..., Non
     _compare(function, lambda: torch.randn(2, 3), lambda: None, replays=2)
 
 
+def test_operators_that_copy_only_some_layouts_are_repeated_below_autograd(add: Callable[..., None]) -> None:
+    """As the dispatcher calls an implementation: `contiguous` and its like are then not told apart beforehand."""
+
+    def function(x: Tensor, plain: Tensor) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out = torch.empty_like(plain)
+            add(x.flatten(1).t().contiguous(), out, 1.0)
+            other = torch.empty_like(out)
+            add(plain.contiguous().reshape(-1), other.view(-1), 1.0)
+            return out, other + x.t().reshape(-1).view(plain.shape)
+
+    _compare(function, lambda: torch.randn(3, 2), lambda: torch.randn(2, 3), replays=4)
+
+
 def test_other_kinds_have_other_steps(add: Callable[..., None]) -> None:
     def function(x: Tensor, numbers: list[float], twice: bool) -> Tensor:
         out = torch.empty_like(x)

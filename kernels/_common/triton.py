@@ -36,13 +36,69 @@ def finite(maximum):
 def online_softmax(logits, maximum, total, factor):
     """Takes a tile of keys into the rows' maximum and sum: (weights, factor on earlier sums, maximum, total).
 
-    Times the positive `factor` the logits and the maximum are in units of log2.
+    Times the positive `factor` the logits are in units of log2, as the maximum is. Were that multiplied here as well,
+    a fused multiply-add would leave its rounding in the factor, which has to be 1 while the maximum stays.
     """
-    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-    shift = finite(new_maximum) * factor
-    decay = tl.exp2(maximum * factor - shift)
+    new_maximum = tl.maximum(maximum, tl.max(logits, 1) * factor)
+    shift = finite(new_maximum)
+    decay = tl.exp2(maximum - shift)
     weights = tl.exp2(logits * factor - shift[:, None])
     return weights, decay, new_maximum, total * decay + tl.sum(weights, 1)
+
+
+@triton.jit
+def softmax_statistics(maximum, total, correction, grad):
+    """What finds rows' weights again: (shift, correction, 1 / total or unused, output's gradient).
+
+    With these, exp2(logits - shift) times `grad` adds up to the values' gradient, and times (grad v - correction) it is
+    the logits' gradient. The shift is the log-sum-exp in half precision. In float32 it is the maximum, and gradient and
+    correction take the total: the log-sum-exp would be rounded at the size of the logits, which is one and the same
+    error of all weights of a row.
+
+    Args:
+        maximum: Of each row, finite, in units of log2.
+        total: Of its weights, not zero.
+        correction: Of its softmax, the sum of P dP.
+        grad: (rows, D).
+    """
+    if grad.dtype == tl.float32:
+        inverse = 1.0 / total
+        return maximum, correction * inverse, inverse, grad * inverse[:, None]
+    else:
+        return maximum + tl.log2(total), correction, total, grad
+
+
+@triton.jit
+def statistics_of(ptr, row, size, dtype: tl.constexpr):
+    """Where the statistics of the `row`-th `size` queries lie, see `empty_statistics`; `dtype` is the inputs'."""
+    n_statistics: tl.constexpr = 3 if dtype == tl.float32 else 2
+    return ptr + row.to(tl.int64) * (n_statistics * size)
+
+
+@triton.jit
+def store_statistics(ptr, size, shift, correction, inverse, mask, dtype: tl.constexpr):
+    """Leaves rows' statistics for the kernels of the keys."""
+    tl.store(ptr, shift, mask=mask)
+    tl.store(ptr + size, correction, mask=mask)
+    if dtype == tl.float32:
+        tl.store(ptr + 2 * size, inverse, mask=mask)
+
+
+@triton.jit
+def load_statistics(ptr, size, grad, mask):
+    """(output's gradient, shift, correction) of rows, see `softmax_statistics`; no weights where there is no row."""
+    shift = tl.load(ptr, mask=mask, other=None if mask is None else float("inf"))
+    zero = None if mask is None else 0.0
+    correction = tl.load(ptr + size, mask=mask, other=zero)
+    if grad.dtype == tl.float32:
+        grad = grad * tl.load(ptr + 2 * size, mask=mask, other=zero)[:, None]
+    return grad, shift, correction
+
+
+def empty_statistics(rows: int, size: int, q: Tensor) -> Tensor:
+    """Uninitialised statistics of rows of `size` queries: shift, correction and, in float32, 1 / total."""
+    n_statistics = 3 if q.dtype == torch.float32 else 2
+    return torch.empty((rows, n_statistics, size), dtype=torch.float32, device=q.device)
 
 
 @triton.jit

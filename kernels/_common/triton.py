@@ -47,25 +47,17 @@ def online_softmax(logits, maximum, total, factor):
 
 
 @triton.jit
-def softmax_statistics(maximum, total, correction, grad):
-    """What finds rows' weights again: (shift, correction, 1 / total or unused, output's gradient).
+def softmax_statistics(maximum, total, dtype: tl.constexpr):
+    """(shift, factor) of rows: their weights are exp2(logits - shift) times the factor.
 
-    With these, exp2(logits - shift) times `grad` adds up to the values' gradient, and times (grad v - correction) it is
-    the logits' gradient. The shift is the log-sum-exp in half precision. In float32 it is the maximum, and gradient and
-    correction take the total: the log-sum-exp would be rounded at the size of the logits, which is one and the same
-    error of all weights of a row.
-
-    Args:
-        maximum: Of each row, finite, in units of log2.
-        total: Of its weights, not zero.
-        correction: Of its softmax, the sum of P dP.
-        grad: (rows, D).
+    In half precision the shift is the log-sum-exp, and the factor 1. In `dtype` float32 they are the maximum and
+    1 / total: the log-sum-exp would be rounded at the size of the logits, one and the same error of all weights of a
+    row, which sums over them do not average. `maximum` is finite and in units of log2, `total` is not zero.
     """
-    if grad.dtype == tl.float32:
-        inverse = 1.0 / total
-        return maximum, correction * inverse, inverse, grad * inverse[:, None]
+    if dtype == tl.float32:
+        return maximum, 1.0 / total
     else:
-        return maximum + tl.log2(total), correction, total, grad
+        return maximum + tl.log2(total), tl.full(total.shape, 1.0, tl.float32)
 
 
 @triton.jit
@@ -76,17 +68,21 @@ def statistics_of(ptr, row, size, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_statistics(ptr, size, shift, correction, inverse, mask, dtype: tl.constexpr):
-    """Leaves rows' statistics for the kernels of the keys."""
+def store_statistics(ptr, size, shift, factor, correction, mask, dtype: tl.constexpr):
+    """Leaves rows' statistics for other kernels: of the softmax, and its correction, the sum of P dP."""
     tl.store(ptr, shift, mask=mask)
-    tl.store(ptr + size, correction, mask=mask)
+    tl.store(ptr + size, correction * factor, mask=mask)
     if dtype == tl.float32:
-        tl.store(ptr + 2 * size, inverse, mask=mask)
+        tl.store(ptr + 2 * size, factor, mask=mask)
 
 
 @triton.jit
 def load_statistics(ptr, size, grad, mask):
-    """(output's gradient, shift, correction) of rows, see `softmax_statistics`; no weights where there is no row."""
+    """(output's gradient, shift, correction) of rows, the first and the last times the rows' factors.
+
+    So exp2(logits - shift) times the gradient adds up to the values' gradient, and exp2(logits - shift) times
+    (gradient v - correction) is the logits'. Where there is no row, there are no weights.
+    """
     shift = tl.load(ptr, mask=mask, other=None if mask is None else float("inf"))
     zero = None if mask is None else 0.0
     correction = tl.load(ptr + size, mask=mask, other=zero)
@@ -96,7 +92,7 @@ def load_statistics(ptr, size, grad, mask):
 
 
 def empty_statistics(rows: int, size: int, q: Tensor) -> Tensor:
-    """Uninitialised statistics of rows of `size` queries: shift, correction and, in float32, 1 / total."""
+    """Uninitialised statistics of rows of `size` queries: shift, correction and, in float32, factor."""
     n_statistics = 3 if q.dtype == torch.float32 else 2
     return torch.empty((rows, n_statistics, size), dtype=torch.float32, device=q.device)
 

@@ -254,7 +254,8 @@ def _context_bwd_dq_kernel(
         d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
         weights, decay, maximum, total = online_softmax(logits, maximum, total, 1.0)
         correction = correction * decay + tl.sum(weights * d_weights, 1)
-    shift, correction, inverse, grad = softmax_statistics(maximum, total, correction / total, grad)
+    correction = correction / total
+    shift, factor = softmax_statistics(maximum, total, q.dtype)
     d_q = tl.zeros((OWN, HEAD_DIM), tl.float32)
     for start in range(0, n_tokens, OTHERS):
         k, v, exists = _key_tile(
@@ -265,9 +266,9 @@ def _context_bwd_dq_kernel(
         d_scores = weights * (d_weights - correction[:, None]) * scale
         d_q = tl.dot(d_scores.to(k.dtype), k, acc=d_q, input_precision="ieee")
     d_q_offsets = _offsets(image, head, y, x, q_tokens, window_w, d_q_strides, HEAD_DIM)
-    tl.store(d_q_ptr + d_q_offsets, d_q.to(q.dtype), mask=real[:, None])
+    tl.store(d_q_ptr + d_q_offsets, (d_q * factor[:, None]).to(q.dtype), mask=real[:, None])
     stats = statistics_of(stats_ptr, window * n_heads + head, n_tokens, q.dtype) + q_tokens
-    store_statistics(stats, n_tokens, shift, correction, inverse, q_tokens < n_tokens, q.dtype)
+    store_statistics(stats, n_tokens, shift, factor, correction, q_tokens < n_tokens, q.dtype)
 
 
 @triton.jit(do_not_specialize=_SIZES)

@@ -263,7 +263,7 @@ def _routing_bwd_dq_kernel(
         correction = tl.sum(weights * d_weights, 1)
         d_scores = weights * (d_weights - correction[:, None]) * scale
         d_q = tl.dot(d_scores.to(k.dtype), k, input_precision="ieee")
-        shift, correction, inverse, _grad = softmax_statistics(maximum, total, correction, grad)
+        shift, factor = softmax_statistics(maximum, total, q.dtype)
     else:
         maximum = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_Q,), tl.float32)
@@ -277,7 +277,8 @@ def _routing_bwd_dq_kernel(
             weights, decay, maximum, total = online_softmax(logits, maximum, total, 1.0)
             correction = correction * decay + tl.sum(weights * d_weights, 1)
         total = tl.where(total == 0.0, 1.0, total)
-        shift, correction, inverse, grad = softmax_statistics(finite(maximum), total, correction / total, grad)
+        correction = correction / total
+        shift, factor = softmax_statistics(finite(maximum), total, q.dtype)
         d_q = tl.zeros((BLOCK_Q, HEAD_DIM), tl.float32)
         for start in range(0, n_keys, BLOCK_K):
             k, v, logits = _key_tile(
@@ -288,10 +289,11 @@ def _routing_bwd_dq_kernel(
             weights = tl.exp2(logits - shift[:, None])
             d_scores = weights * (d_weights - correction[:, None]) * scale
             d_q = tl.dot(d_scores.to(k.dtype), k, acc=d_q, input_precision="ieee")
+        d_q *= factor[:, None]
     tl.store(d_q_ptr + _offsets(image, y, x, head, d_q_strides, HEAD_DIM), d_q.to(q.dtype), mask=real[:, None])
     n_ranks = n_regions * region_h * region_w
     stats = statistics_of(stats_ptr, image * n_heads + head, n_ranks, q.dtype) + rank
-    store_statistics(stats, n_ranks, shift, correction, inverse, real, q.dtype)
+    store_statistics(stats, n_ranks, shift, factor, correction, real, q.dtype)
 
 
 @triton.jit(

@@ -36,9 +36,9 @@ def _sums_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     for start in range(0, KEYS, TILE):
         _weights, _decay, maximum, total = online_softmax(tl.load(logits_ptr + start + at), maximum, total, factor)
-    shift, correction, inverse, _grad = softmax_statistics(finite(maximum), total, total, grad)
+    shift, inverse = softmax_statistics(finite(maximum), total, grad.dtype)
     stats = statistics_of(stats_ptr, tl.program_id(0), ROWS, grad.dtype) + rows
-    store_statistics(stats, ROWS, shift, correction, inverse, rows < ROWS, grad.dtype)
+    store_statistics(stats, ROWS, shift, inverse, total, rows < ROWS, grad.dtype)
     grad, shift, _correction = load_statistics(stats, ROWS, grad, rows < ROWS)
     sums = tl.zeros((ROWS, 16), tl.float32)
     for start in range(0, KEYS, TILE):

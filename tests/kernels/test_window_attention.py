@@ -158,6 +158,18 @@ def test_values_far_from_zero() -> None:
     _compare([x.to(DEVICE) for x in inputs], options, grad.to(DEVICE), torch.float16)
 
 
+@needs_triton
+def test_float16_holds_gradients_as_large_as_eager_does() -> None:
+    """Products of values and gradients, just below the largest float16 and of either sign."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(1, 9, 9, 3, 1, 16, generator=generator, dtype=torch.float64)
+    signs = torch.where(torch.arange(81) < 64, 1, -1).view(9, 9)  # the last tile of keys has the other
+    qkv[:, :, :, 2] = 63 * signs[:, :, None, None]
+    grad = torch.full((1, 9, 9, 1, 16), 63.0, dtype=torch.float64)
+    options = {"window_size": (9, 9), "shift_size": (0, 0), "roll_first": False, "packed": True, "names": []}
+    _compare([qkv.to(DEVICE)], options, grad.to(DEVICE), torch.float16)
+
+
 @pytest.mark.parametrize("shift", [(0, 0), (1, 2)])
 @pytest.mark.parametrize("pads", [False, True])
 @pytest.mark.parametrize("roll_first", [False, True])

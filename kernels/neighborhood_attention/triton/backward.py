@@ -49,7 +49,7 @@ def _add_correction(weights, decay, correction, grad, v):
 
 @triton.jit
 def _add_d_q(d_q, logits, shift, correction, grad, k, v, scale):
-    """Adds a tile's part of the queries' gradient, still without the scale."""
+    """Adds a tile's part of the queries' gradient, still without scale and factor of the softmax."""
     weights = tl.exp2(logits * (scale * LOG2E) - shift[:, None])
     d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
     d_logits = weights * (d_weights - correction[:, None])
@@ -89,7 +89,7 @@ def neighborhood_bwd_dq_kernel(
         correction = tl.sum(weights * d_weights, 1) / total
         d_logits = weights * (d_weights - correction[:, None])
         d_q = tl.dot(d_logits.to(k.dtype), k, input_precision="ieee") / total[:, None]
-        shift, correction, inverse, _grad = softmax_statistics(finite(maximum), total, correction, grad)
+        shift, factor = softmax_statistics(finite(maximum), total, q.dtype)
     else:
         maximum = tl.full((QUERY_H * QUERY_W,), float("-inf"), tl.float32)
         total = tl.zeros((QUERY_H * QUERY_W,), tl.float32)
@@ -111,7 +111,8 @@ def neighborhood_bwd_dq_kernel(
                 weights, decay, maximum, total = online_softmax(logits, maximum, total, scale * LOG2E)
                 correction = _add_correction(weights, decay, correction, grad, v)
         total = tl.where(total == 0.0, 1.0, total)
-        shift, correction, inverse, grad = softmax_statistics(finite(maximum), total, correction / total, grad)
+        correction = correction / total
+        shift, factor = softmax_statistics(finite(maximum), total, q.dtype)
         d_q = tl.zeros((QUERY_H * QUERY_W, HEAD_DIM), tl.float32)
         for step in range(steps):
             k, v, logits = key_tile(
@@ -126,6 +127,7 @@ def neighborhood_bwd_dq_kernel(
                     KEY_H * KEY_W, HEAD_DIM,
                 )  # fmt: skip
                 d_q = _add_d_q(d_q, logits, shift, correction, grad, k, v, scale)
+        d_q *= factor[:, None]
     store_own(
         d_q_ptr, d_q * (scale * SIGN), image, head, axes, dilations, d_q_strides, QUERY_H, QUERY_W, HEAD_DIM, OFFSET
     )  # fmt: skip
@@ -135,7 +137,7 @@ def neighborhood_bwd_dq_kernel(
     real = have_tokens(places, axes, QUERY_H, QUERY_W)
     n_tokens = length_z.to(tl.int64) * length_y * length_x
     stats = statistics_of(stats_ptr, image * n_heads + head, n_tokens, q.dtype) + numbers
-    store_statistics(stats, n_tokens, shift, correction, inverse, real, q.dtype)
+    store_statistics(stats, n_tokens, shift, factor, correction, real, q.dtype)
 
 
 @triton.jit
@@ -143,7 +145,7 @@ def _load_queries_at(
     grad_ptr, q_ptr, stats_ptr, image, head, axes, places, spans, lengths, dilations, grad_strides, q_strides, n_heads,
     SIGN: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries: (output's gradient, signed queries, shift, correction), see `softmax_statistics`."""
+    """A tile of queries: (output's gradient, signed queries, shift, correction), see `load_statistics`."""
     q = load_tile(q_ptr, image, head, axes, places, spans, dilations, q_strides, HEIGHT, WIDTH, HEAD_DIM, OFFSET)
     grad = load_tile(
         grad_ptr, image, head, axes, places, spans, dilations, grad_strides, HEIGHT, WIDTH, HEAD_DIM, OFFSET

@@ -125,7 +125,7 @@ def _stats_step(grad, v, logits, maximum, total, correction):
 
 @triton.jit
 def _dq_step(grad, k, v, logits, shift, correction, scale, d_q):
-    """One more block of keys in the queries' gradient."""
+    """One more block of keys in the queries' gradient, still without the factor of the softmax."""
     d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
     weights = tl.exp2(logits - shift[:, None])
     d_scores = weights * (d_weights - correction[:, None]) * scale
@@ -170,7 +170,8 @@ def _window_bwd_dq_kernel(
         )  # fmt: skip
         maximum, total, correction = _stats_step(grad, rest_v, rest_logits, maximum, total, correction)
     total = tl.where(total == 0.0, 1.0, total)
-    shift, correction, inverse, grad = softmax_statistics(finite(maximum), total, correction / total, grad)
+    correction = correction / total
+    shift, factor = softmax_statistics(finite(maximum), total, q.dtype)
     if REST:
         d_q = _dq_step(grad, rest_k, rest_v, rest_logits, shift, correction, scale, d_q)
     for start in range(0, WHOLE, BLOCK):
@@ -181,9 +182,9 @@ def _window_bwd_dq_kernel(
         )  # fmt: skip
         d_q = _dq_step(grad, k, v, logits, shift, correction, scale, d_q)
     at = offsets(batch, y, x, head, d_q_strides, HEAD_DIM)
-    tl.store(d_q_ptr + at, d_q.to(q.dtype), mask=real[:, None])
+    tl.store(d_q_ptr + at, (d_q * factor[:, None]).to(q.dtype), mask=real[:, None])
     stats = statistics_of(stats_ptr, window * n_heads + head, WHOLE + REST, q.dtype) + q_tokens
-    store_statistics(stats, WHOLE + REST, shift, correction, inverse, None, q.dtype)
+    store_statistics(stats, WHOLE + REST, shift, factor, correction, None, q.dtype)
 
 
 @triton.jit

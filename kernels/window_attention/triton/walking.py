@@ -20,6 +20,9 @@ from vitrail.kernels.window_attention.triton.index import locate, mask_class, of
 from vitrail.kernels.window_attention.triton.tiles import store_pad_gradients
 
 _LOG2E = tl.constexpr(math.log2(math.e))
+# Of the gradients of weights in the kernel of the queries: there they are counted from a base, not yet divided by the
+# total, and reach twice what float16 holds before one of them alone does.
+_UNIT = tl.constexpr(0.25)
 
 
 @triton.jit(do_not_specialize=["height", "width"])
@@ -163,12 +166,13 @@ def _dq_step(grad, k, v, logits, maximum, total, base, correction, weighted, mea
     """One more tile of keys in the queries' gradients and in the statistics of the softmax.
 
     The first tile's correction is the base from which all count: sums of large numbers that cancel would round off.
+    Base, correction and `weighted` are times `_UNIT`.
     """
     d_weights = tl.dot(grad, tl.trans(v))
     weights, decay, maximum, total = online_softmax(logits, maximum, total, _LOG2E)
     if IS_FIRST:
-        base = tl.sum(weights * d_weights, 1) / tl.where(total == 0.0, 1.0, total)
-    d_weights = weights * (d_weights - base[:, None])
+        base = tl.sum(weights * d_weights, 1) * _UNIT / tl.where(total == 0.0, 1.0, total)
+    d_weights = weights * (d_weights * _UNIT - base[:, None])
     correction = correction * decay + tl.sum(d_weights, 1)
     mean_key = tl.dot(weights.to(k.dtype), k, acc=mean_key * decay[:, None])
     weighted = tl.dot(d_weights.to(k.dtype), k, acc=weighted * decay[:, None])
@@ -215,12 +219,12 @@ def _window_bwd_dq_walking_kernel(
             )
         total = tl.where(total == 0.0, 1.0, total)
         correction = correction / total
-        d_q = (weighted - correction[:, None] * mean_key) * (scale / total)[:, None]
+        d_q = (weighted - correction[:, None] * mean_key) * (scale / (total * _UNIT))[:, None]
         at = offsets(batch, y, x, head, d_q_strides, HEAD_DIM)
         tl.store(d_q_ptr + at, d_q.to(q.dtype), mask=real[:, None])
-        shift, correction, inverse, _grad = softmax_statistics(finite(maximum), total, base + correction, grad)
+        shift, factor = softmax_statistics(finite(maximum), total, q.dtype)
         stats = statistics_of(stats_ptr, window * n_heads + head, N_STATS, q.dtype) + q_tokens
-        store_statistics(stats, N_STATS, shift, correction, inverse, q_tokens < N_STATS, q.dtype)
+        store_statistics(stats, N_STATS, shift, factor, (base + correction) / _UNIT, q_tokens < N_STATS, q.dtype)
 
 
 @triton.jit

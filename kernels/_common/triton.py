@@ -145,6 +145,11 @@ def square_offsets(HEAD_DIM: tl.constexpr):
     return tl.arange(0, HEAD_DIM)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
 
 
+def shares(most: int, programs: int, slots: int) -> int:
+    """In how many shares work is cut, each of which takes so many programs, to fill a device's slots."""
+    return min(most, max(1, slots // programs))
+
+
 class Chunks:
     """How a call's tokens are cut into chunks, and the launch parameters that its kernels share.
 

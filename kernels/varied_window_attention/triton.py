@@ -82,6 +82,7 @@ from torch import Tensor
 
 from vitrail.kernels._common.gradients import empty_gradient
 from vitrail.kernels._common.launch import Config, launch, map_strides, multiprocessors, unit_stride
+from vitrail.kernels._common.triton import shares
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -588,7 +589,7 @@ class _Problem:
 
     def walkers(self, per_multiprocessor: int) -> int:
         """How many programs share the windows of one head, for so many programs of all heads on a multiprocessor."""
-        return min(self.n_windows, max(1, per_multiprocessor * self.multiprocessors // self.heads))
+        return shares(self.n_windows, self.heads, per_multiprocessor * self.multiprocessors)
 
 
 def varied_window_attention_forward(

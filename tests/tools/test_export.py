@@ -180,6 +180,7 @@ def test_the_command_notes_its_figures(tmp_path: Path, capsys: pytest.CaptureFix
     command = ["l2vit_n", "--format", "torchscript", "-o", str(tmp_path / "out.pt"), "--json", str(notes)]
     assert main(command) == main([*command, "--img-size", "32", "40"]) == 0
     (row,) = export_table.read_rows(notes)  # the second in place of the first
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["out.pt", notes.name])  # no lock is left
     assert (row["model"], row["format"], row["dynamic"], row["weights"]) == ("l2vit_n", "torchscript", False, "random")
     assert [check["shape"] for check in row["checks"]] == [[1, 3, 32, 40]]
     assert row["bytes"] == (tmp_path / "out.pt").stat().st_size

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,11 +48,14 @@ def make_row(model: str, export_format: str, dynamic: bool, checks: Sequence[Che
 def add_row(path: Path, row: Row) -> None:
     """Adds a row to a file of rows, in place of the one of the same model and kind of file; processes take turns.
 
+    Their lock lies in the folder for temporary files: beside the rows, in the package, it would stay behind.
+
     Raises:
         ValueError: The file holds something else.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    with FileLock(Path(tempfile.gettempdir()) / f"vitrail-{name}.lock"):
         others = [other for other in (read_rows(path) if path.exists() else []) if _key(other) != _key(row)]
         write_json(path, sorted([*others, row], key=_key))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
 from vitrail.kernels._common.launch import contiguous, launch, multiprocessors, unit_stride
-from vitrail.kernels._common.triton import empty_statistics
+from vitrail.kernels._common.triton import empty_statistics, shares
 from vitrail.kernels.neighborhood_attention.triton.backward import (
     neighborhood_bwd_dextra_kernel,
     neighborhood_bwd_dkdv_kernel,
@@ -208,7 +208,7 @@ class Problem:
 
     def splits(self, kernel: str, programs: int, most: int) -> int:
         """In how many shares a kernel's queries are summed, of which each takes so many programs."""
-        return min(most, max(1, WALKERS[kernel] * self.multiprocessors // programs))
+        return shares(most, programs, WALKERS[kernel] * self.multiprocessors)
 
 
 _cached_problem = functools.lru_cache(maxsize=1024)(Problem)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
 from vitrail.kernels._common.launch import Config, contiguous, launch, map_strides, multiprocessors, unit_stride
-from vitrail.kernels._common.triton import empty_statistics
+from vitrail.kernels._common.triton import empty_statistics, shares
 from vitrail.kernels.window_attention.triton.one_tile import _window_bwd_kernel, _window_fwd_kernel
 from vitrail.kernels.window_attention.triton.tiled import (
     _window_bwd_dbias_kernel,
@@ -184,7 +184,7 @@ class _Problem:
 
     def walkers(self, per_multiprocessor: int, n_blocks: int = 1) -> int:
         """How many programs share the windows of a block of one head, if all have so many on a multiprocessor."""
-        return min(self.n_windows, max(1, per_multiprocessor * self.multiprocessors // (self.heads * n_blocks)))
+        return shares(self.n_windows, self.heads * n_blocks, per_multiprocessor * self.multiprocessors)
 
     def one_tile_constants(self) -> dict[str, Any]:
         """Compile-time parameters of kernels for windows of one tile."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from _golden import load_case
+from _seeds import seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -532,7 +533,7 @@ def test_fused_of_nothing() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, HALF, FULL], ids=str)
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", seeds(100))
 def test_fused_on_a_gpu(seed: int, dtype: torch.dtype, poison: None) -> None:
     draw = random.Random(seed)
     n_axes = draw.choice([1, 2, 2, 2, 3])

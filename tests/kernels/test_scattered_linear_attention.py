@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from _seeds import seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -250,7 +251,7 @@ def sizes_of_terms(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, windows: Windo
     ids=str,
 )
 @pytest.mark.parametrize("kind", ["one", "each", "mixed"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", seeds(4))
 def test_fused_is_as_exact_as_eager(seed: int, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("vitrail.kernels.scattered_linear_attention.triton")
     shrink(monkeypatch)

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from _seeds import seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -224,7 +225,7 @@ def test_flops_of_the_operator_are_those_of_the_reference() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("kind", ["full", "depthwise", "mixed"])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", seeds(5))
 def test_fused_is_as_exact_as_eager(seed: int, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("vitrail.kernels.sparse_conv.triton")
     monkeypatch.setattr(triton, "_ROWS", 16)  # several tiles and parts

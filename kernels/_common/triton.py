@@ -71,24 +71,25 @@ def statistics_of(ptr, row, size, dtype: tl.constexpr):
 def store_statistics(ptr, size, shift, factor, correction, mask, dtype: tl.constexpr):
     """Leaves rows' statistics for other kernels: of the softmax, and its correction, the sum of P dP."""
     tl.store(ptr, shift, mask=mask)
-    tl.store(ptr + size, correction * factor, mask=mask)
+    tl.store(ptr + size, correction, mask=mask)
     if dtype == tl.float32:
         tl.store(ptr + 2 * size, factor, mask=mask)
 
 
 @triton.jit
-def load_statistics(ptr, size, grad, mask):
-    """(output's gradient, shift, correction) of rows, the first and the last times the rows' factors.
+def load_statistics(ptr, size, mask, dtype: tl.constexpr):
+    """(shift, factor, correction) of rows; no weights where there is no row.
 
-    So exp2(logits - shift) times the gradient adds up to the values' gradient, and exp2(logits - shift) times
-    (gradient v - correction) is the logits'. Where there is no row, there are no weights.
+    The factor belongs to the weights. Taken by the output's gradient, which is smaller, it would round the products
+    with values otherwise than in the correction, from which much of them cancels.
     """
-    shift = tl.load(ptr, mask=mask, other=None if mask is None else float("inf"))
     zero = None if mask is None else 0.0
+    shift = tl.load(ptr, mask=mask, other=None if mask is None else float("inf"))
     correction = tl.load(ptr + size, mask=mask, other=zero)
-    if grad.dtype == tl.float32:
-        grad = grad * tl.load(ptr + 2 * size, mask=mask, other=zero)[:, None]
-    return grad, shift, correction
+    if dtype == tl.float32:
+        return shift, tl.load(ptr + 2 * size, mask=mask, other=zero), correction
+    else:
+        return shift, tl.full(shift.shape, 1.0, tl.float32), correction
 
 
 def empty_statistics(rows: int, size: int, q: Tensor) -> Tensor:

@@ -296,9 +296,9 @@ def _context_bwd_dkdv_kernel(
         real = _is_query(y, x, q_tokens, geometry)
         q = _load(q_ptr, _offsets(image, head, y, x, q_tokens, window_w, q_strides, HEAD_DIM), real)
         grad = _load(grad_ptr, _offsets(image, head, y, x, q_tokens, window_w, grad_strides, HEAD_DIM), real)
-        grad, shift, correction = load_statistics(stats + q_tokens, n_tokens, grad, real)
+        shift, factor, correction = load_statistics(stats + q_tokens, n_tokens, real, q.dtype)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
-        weights = tl.exp2(logits - shift[:, None])
+        weights = tl.exp2(logits - shift[:, None]) * factor[:, None]
         d_v = tl.dot(tl.trans(weights.to(grad.dtype)), grad, acc=d_v, input_precision="ieee")
         d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
         d_scores = weights * (d_weights - correction[:, None]) * scale

@@ -332,9 +332,9 @@ def _routing_bwd_dkdv_kernel(
         q = tl.load(q_ptr + q_offsets, mask=q_real[:, None], other=0.0)
         grad_offsets = _offsets(image, q_y, q_x, head, grad_strides, HEAD_DIM)
         grad = tl.load(grad_ptr + grad_offsets, mask=q_real[:, None], other=0.0)
-        grad, shift, correction = load_statistics(stats + rank, n_ranks, grad, q_real)  # padded queries have none
+        shift, factor, correction = load_statistics(stats + rank, n_ranks, q_real, q.dtype)  # padded queries have none
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
-        weights = tl.exp2(logits - shift[:, None])
+        weights = tl.exp2(logits - shift[:, None]) * factor[:, None]
         if DENSE:
             masks = _load_masks(list_ptr, image, q_region, q_real, geometry, DENSE)
             weights = tl.where(_sees(masks[:, None], region[None, :], exists[None, :]), weights, 0.0)

@@ -145,7 +145,7 @@ def _load_queries_at(
     grad_ptr, q_ptr, stats_ptr, image, head, axes, places, spans, lengths, dilations, grad_strides, q_strides, n_heads,
     SIGN: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries: (output's gradient, signed queries, shift, correction), see `load_statistics`."""
+    """A tile of queries: (output's gradient, signed queries, shift, factor, correction of the softmax)."""
     q = load_tile(q_ptr, image, head, axes, places, spans, dilations, q_strides, HEIGHT, WIDTH, HEAD_DIM, OFFSET)
     grad = load_tile(
         grad_ptr, image, head, axes, places, spans, dilations, grad_strides, HEIGHT, WIDTH, HEAD_DIM, OFFSET
@@ -154,8 +154,8 @@ def _load_queries_at(
     n_tokens = lengths[0].to(tl.int64) * lengths[1] * lengths[2]
     stats = statistics_of(stats_ptr, image * n_heads + head, n_tokens, q.dtype)
     stats += token_numbers(places, axes, plane, row, column, lengths, dilations)
-    grad, shift, correction = load_statistics(stats, n_tokens, grad, None)
-    return grad, signed(q, SIGN), shift, correction
+    shift, factor, correction = load_statistics(stats, n_tokens, None, q.dtype)
+    return grad, signed(q, SIGN), shift, factor, correction
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -189,14 +189,14 @@ def neighborhood_bwd_dkdv_kernel(
     d_v = tl.zeros((KEY_H * KEY_W, HEAD_DIM), tl.float32)
     for step in range(n_steps(spans, AXES, ONE_COLUMN, QUERY_H, QUERY_W)):
         places = step_places(step, spans, AXES, ONE_COLUMN, QUERY_H, QUERY_W)
-        grad, q, shift, correction = _load_queries_at(
+        grad, q, shift, factor, correction = _load_queries_at(
             grad_ptr, q_ptr, stats_ptr, image, head, axes, places, spans, lengths, dilations, grad_strides, q_strides,
             n_heads, SIGN, QUERY_H, QUERY_W, HEAD_DIM, OFFSET,
         )  # fmt: skip
         logits = logits_by_key(
             q, k, places, axes, rpb_ptr, head, scale, AXES, HAS_RPB, QUERY_H, QUERY_W, KEY_H, KEY_W
         )  # fmt: skip
-        weights = tl.exp2(logits * (scale * LOG2E) - shift[None, :])
+        weights = tl.exp2(logits * (scale * LOG2E) - shift[None, :]) * factor[None, :]
         d_v = tl.dot(weights.to(grad.dtype), grad, acc=d_v, input_precision="ieee")
         d_weights = tl.dot(v, tl.trans(grad), input_precision="ieee")
         d_logits = weights * (d_weights - correction[None, :])
@@ -244,13 +244,13 @@ def neighborhood_bwd_dextra_kernel(
             AXES, False, QUERY_H, QUERY_W,
         )  # fmt: skip
         places = own_places(axes)
-        grad, q, shift, correction = _load_queries_at(
+        grad, q, shift, factor, correction = _load_queries_at(
             grad_ptr, q_ptr, stats_ptr, image, head, axes, places, real_spans(axes), lengths, dilations,
             grad_strides, q_strides, n_heads, SIGN, QUERY_H, QUERY_W, HEAD_DIM, OFFSET,
         )  # fmt: skip
         logits = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
         real = have_tokens(places, axes, QUERY_H, QUERY_W)
-        weights = tl.where(real[None, :], tl.exp2(logits - shift[None, :]), 0.0)
+        weights = tl.where(real[None, :], tl.exp2(logits - shift[None, :]) * factor[None, :], 0.0)
         d_v = tl.dot(weights.to(grad.dtype), grad, acc=d_v, input_precision="ieee")
         d_weights = tl.dot(v, tl.trans(grad), input_precision="ieee")
         d_logits = weights * (d_weights - correction[None, :])
@@ -306,14 +306,14 @@ def neighborhood_bwd_drpb_kernel(
                 v_ptr, pad_v_ptr, image, head, axes, (z, y, x), spans, dilations, v_strides,
                 HAS_PAD, KEY_H, KEY_W, HEAD_DIM, OFFSET,
             )  # fmt: skip
-            grad, q, shift, correction = _load_queries_at(
+            grad, q, shift, factor, correction = _load_queries_at(
                 grad_ptr, q_ptr, stats_ptr, image, head, axes, own, real_spans(axes), lengths, dilations,
                 grad_strides, q_strides, n_heads, SIGN, QUERY_H, QUERY_W, HEAD_DIM, OFFSET,
             )  # fmt: skip
             logits = logits_by_query(
                 q, k, (z, y, x), axes, rpb_ptr, head, scale, AXES, True, QUERY_H, QUERY_W, KEY_H, KEY_W
             )  # fmt: skip
-            weights = tl.exp2(logits * (scale * LOG2E) - shift[:, None])
+            weights = tl.exp2(logits * (scale * LOG2E) - shift[:, None]) * factor[:, None]
             d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
             sums += weights * (d_weights - correction[:, None])
     queries = tl.arange(0, QUERY_H * QUERY_W)

@@ -202,7 +202,7 @@ def _dkdv_step(
     )
     q = tl.load(q_ptr + offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
     grad = tl.load(grad_ptr + offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
-    grad, shift, correction = load_statistics(stats + q_tokens, ROWS, grad, None)
+    shift, factor, correction = load_statistics(stats + q_tokens, ROWS, None, q.dtype)
     b_bias = 0.0
     if HAS_BIAS:
         b_bias = _load_padded_bias(bias_ptr, head, q_tokens, tokens, ROWS)
@@ -210,7 +210,7 @@ def _dkdv_step(
         q, k, b_bias, scale, q_real, real, q_region, region, tokens < WINDOW_H * WINDOW_W,
         HAS_BIAS, SHIFT_Y + SHIFT_X > 0, HIDES_PADS, not HAS_BIAS,
     )  # fmt: skip
-    weights = tl.exp2(logits - shift[:, None])
+    weights = tl.exp2(logits - shift[:, None]) * factor[:, None]
     d_v = tl.dot(tl.trans(weights.to(v.dtype)), grad, acc=d_v, input_precision="ieee")
     d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
     d_scores = weights * (d_weights - correction[:, None]) * scale
@@ -299,8 +299,8 @@ def _window_bwd_dbias_kernel(
             q, k, b_bias, scale, q_real, real, q_region, region, tokens < N_TOKENS, HAS_BIAS, SHIFTED, HIDES_PADS, False
         )
         stats = statistics_of(stats_ptr, window * n_heads + head, ROWS, q.dtype) + q_tokens
-        grad, shift, correction = load_statistics(stats, ROWS, grad, q_tokens < ROWS)
-        weights = tl.exp2(logits - shift[:, None])
+        shift, factor, correction = load_statistics(stats, ROWS, q_tokens < ROWS, q.dtype)
+        weights = tl.exp2(logits - shift[:, None]) * factor[:, None]
         d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
         d_bias += weights * (d_weights - correction[:, None])
     at = ((split * n_heads + head) * N_TOKENS + q_tokens[:, None]) * N_TOKENS + tokens[None, :]

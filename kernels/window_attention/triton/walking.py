@@ -240,10 +240,10 @@ def _dkdv_step(
     batch, y, x, real, _region = locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST)
     q = tl.load(q_ptr + offsets(batch, y, x, head, strides, HEAD_DIM), mask=real[:, None], other=0.0)
     grad = tl.load(grad_ptr + offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=real[:, None], other=0.0)
-    grad, shift, correction = load_statistics(stats + tokens, N_STATS, grad, None)
+    shift, factor, correction = load_statistics(stats + tokens, N_STATS, None, q.dtype)
     logits = tl.dot(k, tl.trans(q)) * scale
     logits += _mask_tile(mask_ptr, number, row, START, always, N_ROWS, N_STATS, STAGED, OWN, BLOCK)
-    weights = tl.exp2(logits * _LOG2E - shift[None, :])
+    weights = tl.exp2(logits * _LOG2E - shift[None, :]) * factor[None, :]
     d_v = tl.dot(weights.to(v.dtype), grad, acc=d_v)
     d_weights = tl.dot(v, tl.trans(grad))
     d_logits = weights * (d_weights - correction[None, :])

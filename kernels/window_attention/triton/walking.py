@@ -44,16 +44,18 @@ def _window_mask_kernel(
     window = window_of_class(number, height, width, WINDOW_H, WINDOW_W, N_CLASSES)
     index = tl.arange(0, 256)
     row = row_fragment * 16 + (index // 2) % 2 * 8 + index // 32
+    _, _, _, row_real, row_region = locate(
+        row, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
+    )
     for column_fragment in range(N_COLUMNS // 16):
         column = column_fragment * 16 + (index // 4) % 2 * 8 + (index // 8) % 4 * 2 + index % 2
         queries, keys = (column, row) if KEYS_FIRST else (row, column)
-        _, _, _, _, q_region = locate(queries, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST)
-        _, _, _, k_real, k_region = locate(
-            keys, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
+        _, _, _, column_real, column_region = locate(
+            column, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
         )
-        visible = (queries < N_TOKENS) & (keys < N_TOKENS) & (q_region == k_region)
+        visible = (row < N_TOKENS) & (column < N_TOKENS) & (row_region == column_region)
         if HIDES_PADS:
-            visible = visible & k_real
+            visible = visible & (row_real if KEYS_FIRST else column_real)
         tile = tl.where(visible, 0.0, float("-inf"))
         if HAS_BIAS:
             at = (head * N_TOKENS + queries) * N_TOKENS + keys

@@ -44,9 +44,7 @@ def _window_mask_kernel(
     window = window_of_class(number, height, width, WINDOW_H, WINDOW_W, N_CLASSES)
     index = tl.arange(0, 256)
     row = row_fragment * 16 + (index // 2) % 2 * 8 + index // 32
-    _, _, _, row_real, row_region = locate(
-        row, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST
-    )
+    _, _, _, row_real, row_region = locate(row, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST)
     for column_fragment in range(N_COLUMNS // 16):
         column = column_fragment * 16 + (index // 4) % 2 * 8 + (index // 8) % 4 * 2 + index % 2
         queries, keys = (column, row) if KEYS_FIRST else (row, column)

@@ -29,6 +29,10 @@ def at_least(size: int, minimum: int) -> int:
     """The larger of a size and a constant, also for what stands for a size while a graph is recorded."""
     if isinstance(size, torch.Tensor):
         return size.clamp(min=minimum)
+    if (
+        torch.compiler.is_dynamo_compiling()
+    ):  # which knows the built-in function, and not the other if it gives a number
+        return max(size, minimum)
     larger: int = torch.sym_max(size, minimum)  # type: ignore[assignment]
     return larger
 
@@ -37,6 +41,8 @@ def at_most(size: int, maximum: int) -> int:
     """The smaller of a size and a constant; see `at_least`."""
     if isinstance(size, torch.Tensor):
         return size.clamp(max=maximum)
+    if torch.compiler.is_dynamo_compiling():
+        return min(size, maximum)
     smaller: int = torch.sym_min(size, maximum)  # type: ignore[assignment]
     return smaller
 

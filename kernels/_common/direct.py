@@ -38,8 +38,21 @@ except ImportError:
     _KNOWS_WATCHERS = False
 
 
-def is_watched(tensors: Iterable[object]) -> bool:
+def is_watched(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a call on `tensors`, some of which may be None, must go through the dispatcher."""
+    if someone_watches():
+        return True
+    for tensor in tensors:
+        if tensor is not None:
+            kind = type(tensor)
+            # A subclass may do anything, and a view may only note that its numbers are negated.
+            if not (kind is Tensor or kind is Parameter) or tensor.is_neg():
+                return True
+    return False
+
+
+def someone_watches() -> bool:
+    """Whether anything may want to see a call, whatever its tensors are."""
     if torch.compiler.is_compiling() or not _KNOWS_WATCHERS:
         return True
     return bool(
@@ -49,12 +62,4 @@ def is_watched(tensors: Iterable[object]) -> bool:
         or _profiler_enabled()
         or forward_ad._current_level >= 0
         or _get_tracing_state() is not None
-        or not all(_is_plain(tensor) for tensor in tensors)
     )
-
-
-def _is_plain(tensor: object) -> bool:
-    """Whether a tensor is what it seems: no subclass, and no view that only notes that its numbers are negated."""
-    if tensor is None:
-        return True
-    return (type(tensor) is Tensor or type(tensor) is Parameter) and not tensor.is_neg()

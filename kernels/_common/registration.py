@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vitrail.kernels._common.direct import is_watched
 from vitrail.kernels._common.gradients import fake_gradients, requested_gradients
-from vitrail.kernels._common.replay import replayed
+from vitrail.kernels._common.replay import Replayed
+from vitrail.kernels._common.shortcut import ReplayingOverload, need_gradients
 
 Operator = Callable[..., Tensor]
 
@@ -95,16 +96,17 @@ def register_choice(name: str, arguments: str, forward: Operator, fake_forward: 
     return _operator(getattr(torch.ops.vitrail, name), n_tensors, fast, fast)
 
 
-def _implement(name: str, arguments: str, results: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+def _implement(name: str, arguments: str, results: str, implementation: Callable[..., Any]) -> Replayed:
     """Defines an operator and implements it on all devices; returns what a call that nothing watches runs."""
-    fast = replayed(implementation)
+    fast = Replayed(implementation)
     torch.library.define(f"vitrail::{name}", f"({arguments}) -> {results}")
 
     def run(*inputs: Any) -> Any:
-        return (implementation if is_watched(t for t in inputs if isinstance(t, Tensor)) else fast)(*inputs)
+        return (implementation if is_watched([t for t in inputs if isinstance(t, Tensor)]) else fast)(*inputs)
 
     for device in ("CPU", "CUDA"):
         torch.library.impl(f"vitrail::{name}", device)(run)
+    ReplayingOverload.of(getattr(torch.ops.vitrail, name).default, fast)
     return fast
 
 
@@ -130,7 +132,7 @@ def _operator(dispatched: Operator, n_tensors: int, forward: Operator, different
         tensors = arguments[:n_tensors]
         if is_watched(tensors):
             return dispatched(*arguments)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        if need_gradients(tensors):
             return differentiable(*arguments)
         return forward(*arguments)
 

@@ -18,7 +18,7 @@ replayed in Triton's interpreter, nor are calls without a launch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,64 +36,60 @@ _ALLOCATES = {
 }
 
 
-def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, an operator's implementation, whose calls are recorded and replayed.
+class Replayed:
+    """An operator's implementation, whose calls are recorded and replayed.
 
     Its tensors must be plain ones, and no mode may be active; see `is_watched`.
     """
-    plans = Memory(MOST_REMEMBERED)  # of `_Plan`, or True: to be recorded, or False: not to be replayed
 
-    def call(*arguments: Any) -> Any:
-        if not REPLAYS:
-            return function(*arguments)
-        key = _replayed_kind(arguments)
-        plan = plans.get(key)
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self._plans = Memory(MOST_REMEMBERED)  # True: to be recorded; False: not to be replayed
+
+    def __call__(self, *arguments: Any) -> Any:
+        tensors: list[Tensor] = []
+        kind = kind_of(arguments, tensors) if REPLAYS else None
+        if kind is None:
+            return self.function(*arguments)
+        plan = self._plans.get(kind)
         if plan is None:
-            plans[key] = True
-        elif plan is True and _are_distinct(arguments):
-            result, recorded = _record(function, arguments)
-            plans[key] = recorded or False
+            self._plans[kind] = True
+        elif plan is True and _are_distinct(tensors):
+            result, recorded = _record(self.function, arguments, tensors)
+            self._plans[kind] = recorded or False
             return result
-        elif isinstance(plan, _Plan):
-            return plan.run(arguments)
-        return function(*arguments)
+        elif isinstance(plan, Plan):
+            return plan.run(tensors)
+        return self.function(*arguments)
 
-    return call
-
-
-def _replayed_kind(arguments: Sequence[Any]) -> Hashable:
-    """The kind of a call, with what else changes its steps: autocast, and which tensors start at multiples of 16 bytes.
-
-    The former may change what operators of PyTorch compute, the latter how a kernel is compiled.
-    """
-    starts = [argument.data_ptr() & 15 for argument in arguments if isinstance(argument, Tensor)]
-    autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    return (kind_of(arguments), *starts, autocast)
+    def plan_of(self, arguments: Sequence[Any], tensors: list[Tensor]) -> Plan | None:
+        """How a call is replayed, if that is known; `tensors` receives what the plan takes."""
+        plan = self._plans.get(kind_of(arguments, tensors)) if REPLAYS else None
+        return plan if isinstance(plan, Plan) else None
 
 
-def _are_distinct(arguments: Sequence[Any]) -> bool:
-    """Whether no tensor is given twice: the recorder could not tell which of the two arguments a step takes."""
-    tensors = [id(argument) for argument in arguments if isinstance(argument, Tensor)]
-    return len(set(tensors)) == len(tensors)
+def _are_distinct(tensors: Sequence[Tensor]) -> bool:
+    """Whether no tensor is given twice: the recorder could not tell which of the two a step takes."""
+    return len(set(map(id, tensors))) == len(tensors)
 
 
-def _record(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, _Plan | None]:
+def _record(function: Callable[..., Any], arguments: Sequence[Any], tensors: Sequence[Tensor]) -> tuple[Any, Plan | None]:
     """The result of a call, and how to repeat it, if that is possible."""
-    recorder = _Recorder(arguments)
+    recorder = _Recorder(tensors)
     with recorder, tells_of_launches(recorder.add_launch):
         result = function(*arguments)
     return result, recorder.plan(result)
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down the steps of one call. Its values are the call's arguments and, behind them, the steps' results."""
+    """Writes down the steps of one call. Its values are the call's tensors and, behind them, the steps' results."""
 
-    def __init__(self, arguments: Sequence[Any]) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()
-        self.n_arguments = len(arguments)
-        self.values: list[Any] = list(arguments)
+        self.n_given = len(tensors)
+        self.values = list(tensors)
         self.held: list[Tensor] = []  # with the values, so that no identity or address is used twice
-        self.places = {id(value): place for place, value in enumerate(arguments) if isinstance(value, Tensor)}
+        self.places = {id(tensor): place for place, tensor in enumerate(tensors)}
         self.roots: dict[int, int] = {}  # of views: the place of the tensor whose memory they show
         self.steps: list[_Allocation | _View | _Operation | _Launch] = []
         self.repeatable = True
@@ -148,7 +144,7 @@ class _Recorder(TorchDispatchMode):
         numbers = [0 if isinstance(parameter, Tensor) else parameter for parameter in parameters]
         self.steps.append(_Launch(start, numbers, addresses))
 
-    def plan(self, result: Any) -> _Plan | None:
+    def plan(self, result: Any) -> Plan | None:
         """The steps that the result takes, unless they cannot be repeated."""
         several = isinstance(result, tuple)
         places = [self.places.get(id(one), -1) for one in (result if several else (result,))]
@@ -156,8 +152,8 @@ class _Recorder(TorchDispatchMode):
             return None
         read = {place for step in self.steps if isinstance(step, _Operation) for place in step.given.values()}
         steps = [step for step in self.steps if not isinstance(step, _View) or step.place in read.union(places)]
-        device = next(value.device for value in self.values if isinstance(value, Tensor))
-        return _Plan(steps, len(self.values) - self.n_arguments, places if several else places[0], device)
+        room = len(self.values) - self.n_given
+        return Plan(steps, room, places if several else places[0], self.values[0].device)
 
 
 def _depends_on_contents(func: Any, given: dict[int, int], values: list[Any], results: Sequence[Any]) -> bool:
@@ -241,7 +237,7 @@ class _Launch:
         self.start(arguments)
 
 
-class _Plan:
+class Plan:
     """The steps of a call."""
 
     def __init__(self, steps: list[Any], n_results: int, result: int | list[int], device: torch.device) -> None:
@@ -250,15 +246,15 @@ class _Plan:
         self.result = result
         self.device = device
 
-    def run(self, arguments: Sequence[Any]) -> Any:
+    def run(self, tensors: Sequence[Tensor]) -> Any:
         """Repeats the call with other tensors of the same kind."""
         if self.device.index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
-                return self._run(arguments)
-        return self._run(arguments)
+                return self._run(tensors)
+        return self._run(tensors)
 
-    def _run(self, arguments: Sequence[Any]) -> Any:
-        values = [*arguments, *self.room]
+    def _run(self, tensors: Sequence[Tensor]) -> Any:
+        values = [*tensors, *self.room]
         for run in self.steps:
             run(values)
         if isinstance(self.result, int):

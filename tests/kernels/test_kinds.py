@@ -32,9 +32,45 @@ _USUAL = (torch.zeros(2, 3), None, 1, (1, 2), "a", 0.5)
     ],
 )
 def test_tells_apart_all_but_contents(other: tuple[Any, ...]) -> None:
-    assert kinds.kind_of(_USUAL) == kinds.kind_of((torch.ones(2, 3), *_USUAL[1:]))
-    assert kinds.kind_of(_USUAL) == kinds.kind_of((*_USUAL[:3], [1, 2], *_USUAL[4:]))
-    assert kinds.kind_of(_USUAL) != kinds.kind_of(other)
+    assert _kind(*_USUAL) == _kind(torch.ones(2, 3), *_USUAL[1:])
+    assert _kind(*_USUAL) == _kind(*_USUAL[:3], [1, 2], *_USUAL[4:])
+    assert _kind(*_USUAL) != _kind(*other)
+
+
+def test_autocast_and_alignment_count() -> None:
+    memory = torch.zeros(20)
+    kinds_found = [_kind(memory[start : start + 8]) for start in (0, 1, 4)]
+    assert kinds_found[0] == kinds_found[2] != kinds_found[1]
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            kinds_found.append(_kind(memory[:8]))
+    assert len(set(kinds_found)) == 4
+
+
+def test_sequences_of_tensors_are_looked_into() -> None:
+    x, y, z = torch.zeros(2), torch.zeros(3), torch.zeros(4)
+    tensors: list[Tensor] = []
+    kind = kinds.kind_of(((x, y), [z, None], 1), tensors)
+    assert [id(t) for t in tensors] == [id(x), id(y), id(z)]
+    assert kind == _kind([torch.ones(2), torch.ones(3)], (torch.ones(4), None), 1)
+    others = (((x,), [y, z, None], 1), ((x, y, z), [None], 1), (x, y, [z, None], 1), ((x, y), [z], None, 1))
+    assert len({kind, *(_kind(*other) for other in others)}) == 5
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [object(), {1: 2}, torch.zeros(2).as_subclass(type("Other", (Tensor,), {})), torch.zeros(2).char, 1j, [object()]],
+)
+def test_what_may_be_anything_has_no_kind(unknown: Any) -> None:
+    assert _kind(torch.zeros(2), unknown) is None
+
+
+def test_negated_views_have_no_kind() -> None:
+    assert _kind(torch.zeros(2, dtype=torch.complex64).conj().imag) is None
+
+
+def _kind(*arguments: Any) -> Any:
+    return kinds.kind_of(arguments, [])
 
 
 def test_runs_once_for_a_kind_unless_it_raises(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def add(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def _compare(function: Callable[..., Any], *makers: Callable[[], Any], replays: int) -> None:
     """Calls an implementation with new arguments time and again; counts the launches that were replayed."""
-    fast = replay.replayed(function)
+    fast = replay.Replayed(function)
     for _ in range(4):
         arguments = [make() for make in makers]
         wanted, found = function(*arguments), fast(*arguments)
@@ -119,7 +119,7 @@ def test_other_kinds_have_other_steps(add: Callable[..., None]) -> None:
             add(out, out, float(x.shape[0]))
         return out
 
-    fast = replay.replayed(function)
+    fast = replay.Replayed(function)
     for size in (3, 4, 3, 4, 3, 4):
         for numbers in ([1.0], [2.0], [2.0, 3.0]):
             for twice in (True, False):
@@ -164,7 +164,7 @@ def test_calls_without_a_launch_are_not_replayed(add: Callable[..., None]) -> No
         ran.append(x)
         return x.sin()
 
-    fast = replay.replayed(function)
+    fast = replay.Replayed(function)
     for _ in range(4):
         fast(torch.randn(3))
     assert len(ran) == 4
@@ -177,19 +177,11 @@ def test_one_tensor_in_two_places_is_not_recorded(add: Callable[..., None]) -> N
         add(y, out, 2.0)
         return out + x
 
-    fast = replay.replayed(function)
+    fast = replay.Replayed(function)
     for same in (True, True, True, False, False, True, False):
         x = torch.randn(3)
         y = x if same else torch.randn(3)
         torch.testing.assert_close(fast(x, y), function(x, y), rtol=0, atol=0)
-
-
-def test_autocast_and_alignment_are_kinds_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = torch.zeros(20)
-    kinds = [replay._replayed_kind((memory[start : start + 8],)) for start in (0, 1, 4)]
-    assert kinds[0] == kinds[2] != kinds[1]
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
-    assert replay._replayed_kind((memory[:8],)) != kinds[0]
 
 
 def test_launch_hooks_are_called(add: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,8 +210,8 @@ def test_empty_chains_are_no_hooks() -> None:
 def test_every_operator_replays_what_it_did(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three steps on other numbers, forward and backward, to the last bit; the third is replayed."""
     device, plans = torch.device("cuda"), []
-    run_plan = replay._Plan.run
-    monkeypatch.setattr(replay._Plan, "run", lambda plan, given: plans.append(plan) or run_plan(plan, given))
+    run_plan = replay.Plan.run
+    monkeypatch.setattr(replay.Plan, "run", lambda plan, given: plans.append(plan) or run_plan(plan, given))
     for case in OPERATORS[operator]("host"):
         for name, implementation in case.implementations.items():
             if not name.startswith("vitrail"):

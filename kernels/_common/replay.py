@@ -18,7 +18,7 @@ replayed in Triton's interpreter, nor are calls without a launch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
-from vitrail.kernels._common.kinds import MOST_REMEMBERED, Memory, kind_of
+from vitrail.kernels._common.kinds import MOST_REMEMBERED, Memory
 from vitrail.kernels._common.launch import starter, tells_of_launches
 
 REPLAYS = not TRITON_INTERPRETED
@@ -37,43 +37,42 @@ _ALLOCATES = {
 
 
 class Replayed:
-    """An operator's implementation, whose calls are recorded and replayed.
+    """An operator's implementation, whose calls are recorded and replayed where their kind is known.
 
-    Its tensors must be plain ones, and no mode may be active; see `is_watched`.
+    No mode may be active; see `direct_kind`.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self._plans = Memory(MOST_REMEMBERED)  # True: to be recorded; False: not to be replayed
 
-    def __call__(self, *arguments: Any) -> Any:
-        tensors: list[Tensor] = []
-        kind = kind_of(arguments, tensors) if REPLAYS else None
-        if kind is None:
-            return self.function(*arguments)
-        plan = self._plans.get(kind)
+    def plan_of(self, kind: Hashable) -> Plan | None:
+        """How calls of a kind are replayed, if that is known."""
+        plan = self._plans.get(kind) if REPLAYS else None
+        return plan if isinstance(plan, Plan) else None
+
+    def run(self, kind: Hashable, tensors: Sequence[Tensor], arguments: Sequence[Any]) -> Any:
+        """The result of a call; its kind and its tensors are those that `kind_of` finds."""
+        plan = self._plans.get(kind) if REPLAYS else False
+        if isinstance(plan, Plan):
+            return plan.run(tensors)
         if plan is None:
             self._plans[kind] = True
-        elif plan is True and _are_distinct(tensors):
+        elif plan is True and are_distinct(tensors):
             result, recorded = _record(self.function, arguments, tensors)
             self._plans[kind] = recorded or False
             return result
-        elif isinstance(plan, Plan):
-            return plan.run(tensors)
         return self.function(*arguments)
 
-    def plan_of(self, arguments: Sequence[Any], tensors: list[Tensor]) -> Plan | None:
-        """How a call is replayed, if that is known; `tensors` receives what the plan takes."""
-        plan = self._plans.get(kind_of(arguments, tensors)) if REPLAYS else None
-        return plan if isinstance(plan, Plan) else None
 
-
-def _are_distinct(tensors: Sequence[Tensor]) -> bool:
+def are_distinct(tensors: Sequence[Tensor]) -> bool:
     """Whether no tensor is given twice: the recorder could not tell which of the two a step takes."""
     return len(set(map(id, tensors))) == len(tensors)
 
 
-def _record(function: Callable[..., Any], arguments: Sequence[Any], tensors: Sequence[Tensor]) -> tuple[Any, Plan | None]:
+def _record(
+    function: Callable[..., Any], arguments: Sequence[Any], tensors: Sequence[Tensor]
+) -> tuple[Any, Plan | None]:
     """The result of a call, and how to repeat it, if that is possible."""
     recorder = _Recorder(tensors)
     with recorder, tells_of_launches(recorder.add_launch):

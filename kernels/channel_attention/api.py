@@ -11,12 +11,14 @@ from vitrail.kernels._common.checks import (
 )
 from vitrail.kernels._common.dispatch import choose_backend
 from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.channel_attention.op import fused_support, run_channel_attention, run_channel_attention_packed
 from vitrail.kernels.channel_attention.reference import channel_attention_reference, packed_reference
 
 _NAME = "channel_attention"
 
 
+@shortened
 def channel_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
     r"""Mixes the channels of each group by a map computed from all positions.
 
@@ -48,6 +50,7 @@ def channel_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = 
     return channel_attention_reference(q, k, v, scale)
 
 
+@shortened
 def channel_attention_packed(qkv: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
     """`channel_attention` of q, k and v that one projection produced: (B, H, W, 3, groups, D).
 

@@ -17,12 +17,14 @@ from vitrail.kernels._common.checks import (
 )
 from vitrail.kernels._common.dispatch import choose_backend
 from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.context_window_attention.op import fused_support, run_context_window_attention
 from vitrail.kernels.context_window_attention.reference import context_window_attention_reference
 
 _NAME = "context_window_attention"
 
 
+@shortened
 def context_window_attention(
     q: Tensor,
     k: Tensor,

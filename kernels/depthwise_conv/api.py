@@ -17,12 +17,14 @@ from vitrail.kernels._common.checks import (
 from vitrail.kernels._common.dispatch import choose_backend
 from vitrail.kernels._common.kinds import once_per_kind
 from vitrail.kernels._common.recording import is_padded
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.depthwise_conv.op import fused_support, run_depthwise_conv
 from vitrail.kernels.depthwise_conv.reference import depthwise_conv_reference
 
 _NAME = "depthwise_conv"
 
 
+@shortened
 def depthwise_conv(
     x: Tensor,
     weight: Tensor,

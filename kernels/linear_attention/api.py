@@ -13,12 +13,14 @@ from vitrail.kernels._common.checks import (
 )
 from vitrail.kernels._common.dispatch import choose_backend
 from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.linear_attention.op import fused_support, run_linear_attention, run_linear_attention_packed
 from vitrail.kernels.linear_attention.reference import linear_attention_reference
 
 _NAME = "linear_attention"
 
 
+@shortened
 def linear_attention(
     q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *, floor: float = 100.0, backend: str = "auto"
 ) -> Tensor:
@@ -54,6 +56,7 @@ def linear_attention(
     return linear_attention_reference(q, k, v, temperature, float(floor))
 
 
+@shortened
 def linear_attention_packed(qkv: Tensor, temperature: Tensor, *, floor: float = 100.0, backend: str = "auto") -> Tensor:
     """`linear_attention` of q, k and v that one projection produced: (B, H, W, 3, heads, D).
 

@@ -16,12 +16,14 @@ from vitrail.kernels._common.checks import (
 )
 from vitrail.kernels._common.dispatch import choose_backend
 from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.retention.op import fused_support, run_retention
 from vitrail.kernels.retention.reference import ACTIVATIONS, retention_reference
 
 _NAME = "retention"
 
 
+@shortened
 def retention(
     q: Tensor,
     k: Tensor,

@@ -17,12 +17,14 @@ from vitrail.kernels._common.checks import (
 )
 from vitrail.kernels._common.dispatch import choose_backend
 from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.routing_attention.op import fused_support, run_region_routes, run_routing_attention
 from vitrail.kernels.routing_attention.reference import region_routes_reference, routing_attention_reference
 
 _NAME = "routing_attention"
 
 
+@shortened
 def region_routes(
     q: Tensor,
     k: Tensor,
@@ -62,6 +64,7 @@ def region_routes(
     return region_routes_reference(*arguments)
 
 
+@shortened
 def routing_attention(
     q: Tensor,
     k: Tensor,

@@ -15,6 +15,7 @@ from vitrail.kernels._common.checks import (
 )
 from vitrail.kernels._common.dispatch import choose_backend
 from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.scattered_linear_attention.op import (
     fused_support,
     run_scattered_linear_attention,
@@ -26,6 +27,7 @@ from vitrail.kernels.scattered_linear_attention.windows import Windows, most_par
 _NAME = "scattered_linear_attention"
 
 
+@shortened
 def scattered_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, windows: Windows, *, eps: float = 1e-6, backend: str = "auto"
 ) -> Tensor:
@@ -61,6 +63,7 @@ def scattered_linear_attention(
     return scattered_linear_attention_reference(q, k, v, *windows, float(eps))
 
 
+@shortened
 def scattered_linear_attention_packed(
     qkv: Tensor, windows: Windows, *, eps: float = 1e-6, backend: str = "auto"
 ) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from vitrail.kernels._common.checks import autocast_together, check_dims, check_floating, check_shape
 from vitrail.kernels._common.dispatch import choose_backend
 from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.sparse_conv.op import (
     fused_support,
     run_depthwise_sparse_conv,
@@ -20,6 +21,7 @@ from vitrail.kernels.sparse_conv.reference import depthwise_reference, mix_refer
 from vitrail.kernels.sparse_conv.sites import NeighbourTable
 
 
+@shortened
 def sparse_conv(features: Tensor, weight: Tensor, table: NeighbourTable, *, backend: str = "auto") -> Tensor:
     r"""Convolves voxels: :math:`y_n = \sum_k W_k\, x_{T(k, n)}`, where an absent neighbour contributes nothing.
 
@@ -50,6 +52,7 @@ def sparse_conv(features: Tensor, weight: Tensor, table: NeighbourTable, *, back
     return sparse_conv_reference(features, weight, *table)
 
 
+@shortened
 def depthwise_sparse_conv(features: Tensor, weight: Tensor, table: NeighbourTable, *, backend: str = "auto") -> Tensor:
     r"""Convolves every channel of voxels by itself: :math:`y_{n,c} = \sum_k w_{k,c}\, x_{T(k, n), c}`.
 
@@ -76,6 +79,7 @@ def depthwise_sparse_conv(features: Tensor, weight: Tensor, table: NeighbourTabl
     return depthwise_reference(features, weight, *table)
 
 
+@shortened
 def mixed_depthwise_conv(
     features: Tensor, weights: Sequence[Tensor], tables: Sequence[NeighbourTable], *, backend: str = "auto"
 ) -> Tensor:

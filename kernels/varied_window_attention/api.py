@@ -18,6 +18,7 @@ from vitrail.kernels._common.checks import (
 )
 from vitrail.kernels._common.dispatch import choose_backend
 from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.varied_window_attention.op import (
     fused_support,
     run_varied_window_attention,
@@ -28,6 +29,7 @@ from vitrail.kernels.varied_window_attention.reference import varied_window_atte
 _NAME = "varied_window_attention"
 
 
+@shortened
 def varied_window_attention(
     q: Tensor,
     k: Tensor,
@@ -80,6 +82,7 @@ def varied_window_attention(
     return varied_window_attention_reference(q, k, v, *arguments)
 
 
+@shortened
 def varied_window_attention_packed(
     qkv: Tensor,
     offsets: Tensor,

@@ -18,12 +18,14 @@ from vitrail.kernels._common.checks import (
 )
 from vitrail.kernels._common.dispatch import choose_backend
 from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.window_attention.op import fused_support, run_window_attention, run_window_attention_packed
 from vitrail.kernels.window_attention.reference import window_attention_reference
 
 _NAME = "window_attention"
 
 
+@shortened
 def window_attention(
     q: Tensor,
     k: Tensor,
@@ -75,6 +77,7 @@ def window_attention(
     return window_attention_reference(q, k, v, *arguments)
 
 
+@shortened
 def window_attention_packed(
     qkv: Tensor,
     *,

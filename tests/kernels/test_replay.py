@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vitrail.kernels._common import launch as launching
 from vitrail.kernels._common import replay
+from vitrail.kernels._common.kinds import kind_of
 from vitrail.tools._common.kernel_cases import OPERATORS
 
 pytest.importorskip("triton")
@@ -76,9 +77,19 @@ def add(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return launch
 
 
+def _replayed(function: Callable[..., Any]) -> Callable[..., Any]:
+    implementation = replay.Replayed(function)
+
+    def call(*arguments: Any) -> Any:
+        tensors: list[Tensor] = []
+        return implementation.run(kind_of(arguments, tensors), tensors, arguments)
+
+    return call
+
+
 def _compare(function: Callable[..., Any], *makers: Callable[[], Any], replays: int) -> None:
     """Calls an implementation with new arguments time and again; counts the launches that were replayed."""
-    fast = replay.Replayed(function)
+    fast = _replayed(function)
     for _ in range(4):
         arguments = [make() for make in makers]
         wanted, found = function(*arguments), fast(*arguments)
@@ -119,7 +130,7 @@ def test_other_kinds_have_other_steps(add: Callable[..., None]) -> None:
             add(out, out, float(x.shape[0]))
         return out
 
-    fast = replay.Replayed(function)
+    fast = _replayed(function)
     for size in (3, 4, 3, 4, 3, 4):
         for numbers in ([1.0], [2.0], [2.0, 3.0]):
             for twice in (True, False):
@@ -164,7 +175,7 @@ def test_calls_without_a_launch_are_not_replayed(add: Callable[..., None]) -> No
         ran.append(x)
         return x.sin()
 
-    fast = replay.Replayed(function)
+    fast = _replayed(function)
     for _ in range(4):
         fast(torch.randn(3))
     assert len(ran) == 4
@@ -177,7 +188,7 @@ def test_one_tensor_in_two_places_is_not_recorded(add: Callable[..., None]) -> N
         add(y, out, 2.0)
         return out + x
 
-    fast = replay.Replayed(function)
+    fast = _replayed(function)
     for same in (True, True, True, False, False, True, False):
         x = torch.randn(3)
         y = x if same else torch.randn(3)

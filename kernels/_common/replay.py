@@ -18,7 +18,7 @@ replayed in Triton's interpreter, nor are calls without a launch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -107,19 +107,29 @@ class _Recorder(TorchDispatchMode):
             self.places[id(result)] = given[0]
             self.held.append(result)
             return result
+        shown = None if func._schema.is_mutable else self._shown(given.values(), results)
         places = [self._place(one) for one in results]
-        is_view = all(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if is_view:
-            root = self.roots.get(given[0], given[0])  # whose address tells theirs
+        if shown is not None:
+            root = self.roots.get(shown, shown)  # whose address tells theirs
             if any(one.dtype != self.values[root].dtype for one in results):
                 self.repeatable = False
-            self.roots.update((place, root) for place in places)
-            self.steps.extend(_View(self.values[root], root, one, at) for one, at in zip(results, places, strict=True))
+            new = [(one, place) for one, place in zip(results, places, strict=True) if place not in given.values()]
+            self.roots.update((place, root) for _, place in new)
+            self.steps.extend(_View(self.values[root], root, one, place) for one, place in new)
         elif func.overloadpacket in _ALLOCATES and result.is_contiguous():
             self.steps.append(_Allocation(result, places[0]))
         else:
             self.steps.append(_Operation(func, args, kwargs, given, places, isinstance(result, (tuple, list))))
         return result
+
+    def _shown(self, places: Iterable[int], results: Sequence[Tensor]) -> int | None:
+        """The place of the tensor that the results are views of, if they are; they may also be that tensor itself.
+
+        A schema does not tell: below autograd (`torch.inference_mode`, compiled graphs) the recorder meets operators
+        such as `aten.contiguous` and `aten.to`, which by their schemas return a view, but may copy.
+        """
+        memories = {one.untyped_storage().data_ptr() for one in results}
+        return next((place for place in places if memories == {self.values[place].untyped_storage().data_ptr()}), None)
 
     def _place(self, tensor: Tensor) -> int:
         """Where a value stands; an operator that works in place returns one that is there already."""

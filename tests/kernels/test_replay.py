@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,6 +111,28 @@ def test_launches_read_views_of_other_tensors(add: Callable[..., None]) -> None:
         return out, out[1, 1:].sum(0)
 
     _compare(function, lambda: torch.randn(2, 3, 5), lambda: 0.5, replays=6)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [nullcontext, torch.no_grad, torch.inference_mode, torch._C._AutoDispatchBelowAutograd],
+    ids=["autograd", "no_grad", "inference_mode", "compiled graph"],
+)
+def test_copies_are_not_taken_for_views(add: Callable[..., None], context: Callable[[], Any]) -> None:
+    """Below autograd the recorder sees other operators, whose schemas do not tell."""
+
+    def function(x: Tensor) -> Tensor:
+        transposed = x.flatten(1).t()
+        copied, wide = transposed.contiguous(), x.to(torch.float64)
+        same, flat = copied.contiguous().to(x.dtype).view(-1), transposed.reshape(-1)
+        out, other = torch.empty_like(same), torch.empty_like(flat)
+        add(same, out, 1.0)
+        add(flat, other, 2.0)
+        add(out[1:], out[1:], 1.0)
+        return (out * other + wide.to(torch.float32).flatten(1).sum()).view(10, 3)
+
+    with context():
+        _compare(function, lambda: torch.randn(3, 2, 5), replays=6)
 
 
 def test_operators_in_place_and_of_constants_are_repeated(add: Callable[..., None]) -> None:

@@ -107,15 +107,16 @@ class _Recorder(TorchDispatchMode):
             self.places[id(result)] = given[0]
             self.held.append(result)
             return result
-        shown = None if func._schema.is_mutable else self._shown(given.values(), results)
         places = [self._place(one) for one in results]
+        if all(place in given.values() for place in places) and not func._schema.is_mutable:
+            return result  # such as the `contiguous` of what is contiguous
+        shown = None if func._schema.is_mutable else self._shown(given.values(), results)
         if shown is not None:
             root = self.roots.get(shown, shown)  # whose address tells theirs
             if any(one.dtype != self.values[root].dtype for one in results):
                 self.repeatable = False
-            new = [(one, place) for one, place in zip(results, places, strict=True) if place not in given.values()]
-            self.roots.update((place, root) for _, place in new)
-            self.steps.extend(_View(self.values[root], root, one, place) for one, place in new)
+            self.roots.update((place, root) for place in places)
+            self.steps.extend(_View(self.values[root], root, one, at) for one, at in zip(results, places, strict=True))
         elif func.overloadpacket in _ALLOCATES and result.is_contiguous():
             self.steps.append(_Allocation(result, places[0]))
         else:
@@ -123,7 +124,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _shown(self, places: Iterable[int], results: Sequence[Tensor]) -> int | None:
-        """The place of the tensor that the results are views of, if they are; they may also be that tensor itself.
+        """The place of the tensor that the results are views of, if they are.
 
         A schema does not tell: below autograd (`torch.inference_mode`, compiled graphs) the recorder meets operators
         such as `aten.contiguous` and `aten.to`, which by their schemas return a view, but may copy.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch.nn import Parameter
 MOST_REMEMBERED = 1024  # kinds of one operator's calls
 _NO_TENSORS = frozenset((type(None), bool, int, float, str))
 _any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-_Found = TypeVar("_Found")
 
 
 class Memory(dict[Any, Any]):
@@ -71,27 +70,3 @@ def _describe(arguments: Iterable[Any], tensors: list[Tensor], found: list[Any])
         else:
             return False
     return True
-
-
-def once_per_kind(check: Callable[..., _Found]) -> Callable[..., _Found]:
-    """`check`, which is not run again for a kind of calls that it has let pass: its result is remembered.
-
-    What it raises and returns may depend on nothing but the kind; it is called with positional arguments. While a
-    graph is recorded sizes are more than numbers, and it runs each time.
-    """
-    passed = Memory(MOST_REMEMBERED)
-
-    def checked(*arguments: Any) -> _Found:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return check(*arguments)
-        kind = kind_of(arguments, [])
-        if kind is None:
-            return check(*arguments)
-        try:
-            return passed[kind]
-        except KeyError:
-            pass
-        found = passed[kind] = check(*arguments)
-        return found
-
-    return checked

@@ -70,7 +70,8 @@ def register_operator(
         ctx.constants = inputs[n_tensors:]
 
     def run_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, tensors = (grad, *ctx.saved_tensors, *ctx.constants), []
+        tensors: list[Tensor] = []
+        inputs = (grad, *ctx.saved_tensors, *ctx.constants)
         kind = None if torch.is_grad_enabled() else direct_kind(inputs, tensors)
         if kind is None:
             found = getattr(torch.ops.vitrail, f"{name}_backward")(*inputs)

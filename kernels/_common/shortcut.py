@@ -10,7 +10,7 @@ that something else watches are not shortened, nor are those that come to no ope
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
@@ -90,17 +90,23 @@ class _Recorder(TorchFunctionMode):
         """The way to the result, if it is an operator's and all of the way is known."""
         if not self.repeatable or self.operator is None or self.result is not result:
             return None
-        places = {n: self._place(one) for n, one in enumerate(self.arguments) if isinstance(one, Tensor)}
-        needed = set(places.values())
-        if None in needed:
-            return None
-        steps = []
+        places: dict[int, int] = {}
+        for position, argument in enumerate(self.arguments):
+            if isinstance(argument, Tensor):
+                place = self._place(argument)
+                if place is None:
+                    return None
+                places[position] = place
+        return _Shortcut(self.operator, self.arguments, places, self._steps_to(places.values()), len(self.steps))
+
+    def _steps_to(self, places: Iterable[int]) -> list[_Step]:
+        """The steps that are needed for the values at `places`: not those that were for checks alone."""
+        needed, steps = set(places), []
         for step in reversed(self.steps):
             if step.place in needed:
                 needed.add(step.source)
                 steps.append(step)
-        n_made = len(self.steps)
-        return _Shortcut(self.operator, self.arguments, places, steps[::-1], n_made)
+        return steps[::-1]
 
 
 def _operator(func: Any) -> Operator | None:

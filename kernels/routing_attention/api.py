@@ -16,7 +16,6 @@ from vitrail.kernels._common.checks import (
     to_pair,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels._common.kinds import once_per_kind
 from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.routing_attention.op import fused_support, run_region_routes, run_routing_attention
 from vitrail.kernels.routing_attention.reference import region_routes_reference, routing_attention_reference
@@ -107,7 +106,6 @@ def routing_attention(
     return routing_attention_reference(*arguments)
 
 
-@once_per_kind
 def _check_routes(
     q: Tensor, k: Tensor, pad_q: Tensor | None, pad_k: Tensor | None, n_regions: int | Sequence[int], topk: int
 ) -> tuple[int, int]:
@@ -120,7 +118,6 @@ def _check_routes(
     return regions
 
 
-@once_per_kind
 def _check_attention(
     q: Tensor,
     k: Tensor,

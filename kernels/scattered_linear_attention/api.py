@@ -14,7 +14,6 @@ from vitrail.kernels._common.checks import (
     check_shape,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels._common.kinds import once_per_kind
 from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.scattered_linear_attention.op import (
     fused_support,
@@ -80,13 +79,11 @@ def scattered_linear_attention_packed(
     return scattered_linear_attention_reference(q, k, v, *windows, float(eps))
 
 
-@once_per_kind
 def _check_separate(q: Tensor, k: Tensor, v: Tensor, *windows_and_eps: Any) -> None:
     check_projections(_NAME, "(N, heads, D)", q=q, k=k, v=v)
     _check_windows(q, *windows_and_eps)
 
 
-@once_per_kind
 def _check_packed(qkv: Tensor, *windows_and_eps: Any) -> None:
     check_packed(_NAME, "(N, 3, heads, D)", qkv)
     _check_windows(qkv, *windows_and_eps)

@@ -1,4 +1,4 @@
-"""Checks that run once for a kind of calls: what is told apart, and that errors come each time."""
+"""Kinds of calls: what is told apart, and what has none."""
 
 from __future__ import annotations
 
@@ -71,31 +71,6 @@ def test_negated_views_have_no_kind() -> None:
 
 def _kind(*arguments: Any) -> Any:
     return kinds.kind_of(arguments, [])
-
-
-def test_runs_once_for_a_kind_unless_it_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kinds, "MOST_REMEMBERED", 2)
-    ran: list[Any] = []
-
-    @kinds.once_per_kind
-    def check(x: Tensor, least: int) -> int:
-        ran.append(tuple(x.shape))
-        if len(x) < least:
-            raise ValueError("too few")
-        return least
-
-    for _ in range(3):
-        assert check(torch.randn(4), 2) == 2
-        with pytest.raises(ValueError, match="too few"):
-            check(torch.randn(1), 2)
-    assert ran == [(4,), (1,), (1,), (1,)]
-    for size in (5, 6, 4):  # more than is remembered
-        check(torch.randn(size), 2)
-    assert ran[4:] == [(5,), (6,), (4,)]
-    seen = len(ran)
-    torch.jit.trace(lambda x: x + check(x, 2), (torch.ones(4),), check_trace=False)
-    torch.compile(lambda x: x + check(x, 2), backend="eager", fullgraph=True)(torch.ones(4))
-    assert len(ran) > seen
 
 
 def test_what_equals_something_allowed_is_still_refused() -> None:

@@ -162,8 +162,16 @@ class _Recorder(TorchDispatchMode):
             return None
         read = {place for step in self.steps if isinstance(step, _Operation) for place in step.given.values()}
         steps = [step for step in self.steps if not isinstance(step, _View) or step.place in read.union(places)]
-        room = len(self.values) - self.n_given
+        room: list[Tensor | None] = [None] * (len(self.values) - self.n_given)
+        for step in self.steps:
+            if isinstance(step, _Allocation) and self._is_kept(step.place, places):
+                room[step.place - self.n_given] = self.values[step.place]
+                steps.remove(step)
         return Plan(steps, room, places if several else places[0], self.values[0].device)
+
+    def _is_kept(self, place: int, results: Sequence[int]) -> bool:
+        """Whether a value need not be made anew: it holds nothing, and is the gradient of nothing if it is a result."""
+        return self.values[place].numel() == 0 and (place not in results or self.values[place].dim() == 1)
 
 
 def _depends_on_contents(func: Any, given: dict[int, int], values: list[Any], results: Sequence[Any]) -> bool:
@@ -250,9 +258,11 @@ class _Launch:
 class Plan:
     """The steps of a call."""
 
-    def __init__(self, steps: list[Any], n_results: int, result: int | list[int], device: torch.device) -> None:
+    def __init__(
+        self, steps: list[Any], room: Sequence[Tensor | None], result: int | list[int], device: torch.device
+    ) -> None:
         self.steps = [step.run for step in steps]
-        self.room = [None] * n_results
+        self.room = room
         self.result = result
         self.device = device
 

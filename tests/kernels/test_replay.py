@@ -138,6 +138,21 @@ def test_operators_that_copy_only_some_layouts_are_repeated(add: Callable[..., N
         _compare(function, lambda: torch.randn(3, 2), lambda: torch.randn(2, 3), replays=4)
 
 
+def test_what_holds_nothing_is_made_once(add: Callable[..., None]) -> None:
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        out, workspace, nothing = torch.empty_like(x), x.new_empty(0, 3, 2), x.new_empty(0)
+        add(x, out, 1.0)
+        add(workspace, workspace, 1.0)
+        return out, nothing, x.new_empty(2, 0)
+
+    fast = _replayed(function)
+    _, _, (out, nothing, other), (out2, nothing2, other2) = (fast(torch.ones(5)) for _ in range(4))
+    assert nothing is nothing2
+    assert other is not other2  # may become part of a graph
+    assert torch.equal(out2, torch.full((5,), 2.0))
+    assert out is not out2
+
+
 def test_other_kinds_have_other_steps(add: Callable[..., None]) -> None:
     def function(x: Tensor, numbers: list[float], twice: bool) -> Tensor:
         out = torch.empty_like(x)
@@ -211,25 +226,29 @@ def test_one_tensor_in_two_places_is_not_recorded(add: Callable[..., None]) -> N
         torch.testing.assert_close(fast(x, y), function(x, y), rtol=0, atol=0)
 
 
-def test_launch_hooks_are_called(add: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+@pytest.mark.parametrize("hook", [print, SimpleNamespace(calls=[print]), SimpleNamespace(calls=[]), None])
+def test_launch_hooks_are_called(
+    add: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str, hook: Any
+) -> None:
+    """Functions and chains of them are, chains that are empty are not."""
     from triton import knobs
 
     seen: list[Any] = []
 
-    class Hooked(_Code):
+    class Hooked:
+        function = packed_metadata = None
+
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return lambda *parameters: seen.append((grid, parameters))
 
-    monkeypatch.setattr(launching, "_is_hook", lambda hook: hook is knobs.runtime.launch_enter_hook)
+        def run(self, *everything: Any) -> None:
+            seen.append("past the hooks")
+
+    monkeypatch.setattr(knobs.runtime, name, hook)
     launching.starter(Hooked(), (3, 2), torch.device("cpu"))((1, 2))
-    assert seen == [((3, 2, 1), (1, 2))]
-
-
-def test_empty_chains_are_no_hooks() -> None:
-    chain = SimpleNamespace(calls=[])
-    assert not any(map(launching._is_hook, (chain, None)))
-    chain.calls.append(print)
-    assert all(map(launching._is_hook, (chain, print)))
+    has_some = hook is not None and (hook is print or hook.calls)
+    assert seen == ([((3, 2, 1), (1, 2))] if has_some else ["past the hooks"])
 
 
 @pytest.mark.gpu

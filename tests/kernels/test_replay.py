@@ -6,7 +6,7 @@ Where there is no GPU a stand-in for compiled code works on the addresses that i
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +14,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.kernels._common import launch as launching
 from vitrail.kernels._common import replay
 from vitrail.kernels._common.kinds import kind_of
+from vitrail.kernels._common.registration import register_operator
 from vitrail.tools._common.kernel_cases import OPERATORS
 
 pytest.importorskip("triton")
@@ -251,13 +255,100 @@ def test_launch_hooks_are_called(
     assert seen == ([((3, 2, 1), (1, 2))] if has_some else ["past the hooks"])
 
 
+@pytest.fixture
+def overload(add: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
+    """An operator as graphs call it, which is known well enough to be replayed; counts in `_DISPATCHED`."""
+
+    def forward(x: Tensor, y: Tensor | None, number: float, sizes: Any) -> Tensor:
+        out = torch.empty_like(x)
+        _LAUNCH[0](x, out, number + sum(sizes))
+        return out
+
+    def backward(grad: Tensor, x: Tensor, y: Tensor | None, number: float, sizes: Any) -> tuple[Tensor, Tensor]:
+        d_x = torch.empty_like(x)
+        _LAUNCH[0](grad, d_x, 0.0)
+        return d_x, grad.new_empty(0)
+
+    if not hasattr(torch.ops.vitrail, _OVERLOAD):
+        register_operator(
+            _OVERLOAD, "Tensor x, Tensor? y, float number, int[] sizes", ("d_x", "d_y"), forward, backward
+        )
+    _LAUNCH[:] = [add]
+    found = getattr(torch.ops.vitrail, _OVERLOAD).default
+    monkeypatch.setattr(found.replayed, "_plans", {})
+    for _ in range(3):
+        found(torch.randn(2, 3), None, 0.5, [1, 2])
+    dispatch = OpOverload.__call__
+    monkeypatch.setattr(
+        OpOverload, "__call__", lambda self, *given, **more: _DISPATCHED.append(self) or dispatch(self, *given, **more)
+    )
+    _DISPATCHED.clear()
+    yield found
+    _LAUNCH.clear()
+
+
+_OVERLOAD = "test_replaying_overload"
+_DISPATCHED: list[Any] = []
+_LAUNCH: list[Callable[..., None]] = []
+
+
+def test_graphs_calls_are_replayed_past_the_dispatcher(overload: Callable[..., Tensor]) -> None:
+    for sizes in ([1, 2], (1, 2)):
+        x = torch.randn(2, 3)
+        assert torch.equal(overload(x, None, 0.5, sizes), x + 3.5)
+    with torch.no_grad():
+        overload(torch.nn.Parameter(torch.randn(2, 3)), None, 0.5, [1, 2])
+    assert not _DISPATCHED
+    overload(torch.randn(3, 2), None, 0.5, [1, 2])
+    assert _DISPATCHED
+
+
+@pytest.mark.parametrize(
+    "context",
+    [FlopCounterMode(display=False), FakeTensorMode(allow_non_fake_inputs=True), torch.profiler.profile()],
+    ids=lambda context: type(context).__name__,
+)
+def test_graphs_calls_that_are_watched_are_dispatched(overload: Callable[..., Tensor], context: Any) -> None:
+    with context:
+        overload(torch.randn(2, 3), None, 0.5, [1, 2])
+    assert _DISPATCHED
+
+
+def test_graphs_calls_that_are_differentiated_are_dispatched(overload: Callable[..., Tensor]) -> None:
+    x = torch.randn(2, 3, requires_grad=True)
+    overload(x, None, 0.5, [1, 2]).sum().backward()
+    assert _DISPATCHED
+    assert torch.equal(x.grad, torch.ones(2, 3))
+
+
+def test_graphs_calls_are_checked_by_the_dispatcher(overload: Callable[..., Tensor]) -> None:
+    x = torch.randn(2, 3)
+    assert torch.equal(overload(x, y=None, number=0.5, sizes=[1, 2]), x + 3.5)
+    for wrong in ((x, None, 0.5), (x, None, "0.5", [1, 2]), (x, None, 0.5, [1.0, 2]), (None, None, 0.5, [1, 2])):
+        with pytest.raises((RuntimeError, TypeError)):
+            overload(*wrong)
+
+
+def test_compiled_graphs_call_past_the_dispatcher(overload: Callable[..., Tensor]) -> None:
+    """Forward and backward; from the third step on all is known."""
+    run = torch.compile(lambda x: overload(x * 2, None, 0.5, [1, 2]) * 3, backend="aot_eager", fullgraph=True)
+    for step in range(4):
+        x = torch.randn(2, 3, requires_grad=True)
+        _DISPATCHED.clear()
+        out = run(x)
+        torch.testing.assert_close(out, 3 * (2 * x + 3.5))
+        out.sum().backward()
+        assert torch.equal(x.grad, torch.full((2, 3), 6.0))
+        assert step < 3 or not [one for one in _DISPATCHED if one.namespace == "vitrail"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True], ids=["direct", "compiled"])
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "routing_layer"])
 def test_every_operator_replays_what_it_did(operator: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three steps on other numbers, forward and backward, to the last bit; the third is replayed.
 
-    In compiled code operators are called by the dispatcher, below autograd.
+    In compiled code the first ones are called by the dispatcher, below autograd.
     """
     torch._dynamo.reset()
     device, plans = torch.device("cuda"), []

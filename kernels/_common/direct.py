@@ -12,7 +12,9 @@ are translated each time. Small maps then wait for the host. So a call goes
   tensors, checkpointing, changes in place of what was saved, CUDA graphs and autocast are as they are for any function.
 
 A backward that is itself to be differentiated goes through the dispatcher too, which knows what to say about that.
-Where PyTorch lacks one of the functions that tell who watches, all calls go through the dispatcher.
+Public functions come here by way of a `shortcut` if their kind of call is known, and what graphs call instead
+(`torch.ops.vitrail.NAME.default`) goes directly if it can be replayed; see `overload`. Where PyTorch lacks one
+of the functions that tell who watches, all calls go through the dispatcher.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from vitrail.kernels._common import launch as launching
 from vitrail.kernels._common import replay
 from vitrail.kernels._common.kinds import kind_of
 from vitrail.kernels._common.registration import register_operator
+from vitrail.kernels._common.shortcut import _Shortcut
 from vitrail.tools._common.kernel_cases import OPERATORS
 
 pytest.importorskip("triton")
@@ -351,7 +352,9 @@ def test_every_operator_replays_what_it_did(operator: str, compiled: bool, monke
     In compiled code the first ones are called by the dispatcher, below autograd.
     """
     torch._dynamo.reset()
-    device, plans = torch.device("cuda"), []
+    device, plans, shortcuts = torch.device("cuda"), [], []
+    run_shortcut = _Shortcut.run
+    monkeypatch.setattr(_Shortcut, "run", lambda one, given: shortcuts.append(one) or run_shortcut(one, given))
     run_plan = replay.Plan.run
     monkeypatch.setattr(replay.Plan, "run", lambda plan, given: plans.append(plan) or run_plan(plan, given))
     for case in OPERATORS[operator]("host"):
@@ -359,6 +362,7 @@ def test_every_operator_replays_what_it_did(operator: str, compiled: bool, monke
             if not name.startswith("vitrail"):
                 continue
             plans.clear()
+            shortcuts.clear()
             run = implementation.run
             if compiled:
                 run = torch.compile(run, backend="aot_eager", dynamic=False)
@@ -371,6 +375,7 @@ def test_every_operator_replays_what_it_did(operator: str, compiled: bool, monke
                 found = _step(run, given)
                 assert all(map(torch.equal, found, wanted)), name
             assert len(set(plans)) >= 2, name
+            assert bool(shortcuts) != compiled, name
 
 
 def _other(given: Tensor) -> Tensor:

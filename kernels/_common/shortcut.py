@@ -10,7 +10,7 @@ that something else watches are not shortened, nor are those that come to no ope
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
@@ -97,7 +97,10 @@ class _Recorder(TorchFunctionMode):
                 if place is None:
                     return None
                 places[position] = place
-        return _Shortcut(self.operator, self.arguments, places, self._steps_to(places.values()), len(self.steps))
+        kind = kind_of(self.arguments, [])
+        if kind is None:
+            return None
+        return _Shortcut(self.operator, kind, self.arguments, places, self._steps_to(places.values()), len(self.steps))
 
     def _steps_to(self, places: Iterable[int]) -> list[_Step]:
         """The steps that are needed for the values at `places`: not those that were for checks alone."""
@@ -128,10 +131,15 @@ class _Shortcut:
     """How a public function's tensors come to an operator, and what else that is given."""
 
     def __init__(
-        self, operator: Operator, arguments: Sequence[Any], places: dict[int, int], steps: list[_Step], n_made: int
+        self,
+        operator: Operator,
+        kind: Hashable,
+        arguments: Sequence[Any],
+        places: dict[int, int],
+        steps: list[_Step],
+        n_made: int,
     ) -> None:
-        self.operator = operator
-        self.kind = kind_of(arguments, [])
+        self.operator, self.kind = operator, kind
         self.arguments = [None if isinstance(one, Tensor) else one for one in arguments]
         self.places = list(places.items())
         self.steps, self.room = steps, [None] * n_made

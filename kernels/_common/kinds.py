@@ -56,7 +56,7 @@ def _describe(arguments: Iterable[Any], tensors: list[Tensor], found: list[Any])
             if argument.is_neg():  # a view that only notes that its numbers are negated
                 return False
             tensors.append(argument)
-            found += (argument.shape, argument.stride(), argument.dtype, argument.device, argument.data_ptr() & 15)
+            found.append((argument.shape, argument.stride(), argument.dtype, argument.device, argument.data_ptr() & 15))
         elif kind in _NO_TENSORS:
             found += (kind, argument)
         elif isinstance(argument, (tuple, list)):

@@ -113,20 +113,16 @@ def starter(code: Any, grid: tuple[int, ...], device: torch.device) -> Callable[
 
     columns, rows, layers = (*grid, 1, 1)[:3]
     run, function, metadata, index = code.run, code.function, code.packed_metadata, device.index
-    current_stream = driver.active.get_current_stream
+    current_stream, runtime = driver.active.get_current_stream, knobs.runtime
 
     def start(parameters: Sequence[Any]) -> None:
-        if _is_hook(knobs.runtime.launch_enter_hook) or _is_hook(knobs.runtime.launch_exit_hook):
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a function, or a chain that has some
             code[columns, rows, layers](*parameters)
         else:
             run(columns, rows, layers, current_stream(index), function, metadata, None, None, None, *parameters)
 
     return start
-
-
-def _is_hook(hook: Any) -> bool:
-    """Whether anything is to be called: a function, or a chain of them that is not empty."""
-    return bool(getattr(hook, "calls", hook))
 
 
 def _key(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Hashable, ...]:

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitrail.kernels._common.gradients import sum_of_parts
 from vitrail.kernels._common.launch import launch, unit_stride
 from vitrail.kernels._common.triton import add_product
 
@@ -226,7 +227,7 @@ def sparse_conv_backward(
         grad, features, parts, table.contiguous(), grad.stride(0), features.stride(0),
         n_outputs, taps, part_size, in_dim, out_dim, ROWS=_ROWS, OUT=out_tile, IN=in_tile, num_warps=4, num_stages=3,
     )  # fmt: skip
-    return d_features, parts.sum(0).to(weight.dtype)
+    return d_features, sum_of_parts(parts, weight.dtype)
 
 
 def depthwise_forward(features: Tensor, weight: Tensor, table: Tensor) -> Tensor:
@@ -264,7 +265,7 @@ def _depthwise_weight_gradient(grad: Tensor, features: Tensor, weight: Tensor, t
         grad, features, parts, table.contiguous(), grad.stride(0), features.stride(0), n_outputs, taps, part_size, dim,
         ROWS=_ROWS, DIM=tile, num_warps=4,
     )  # fmt: skip
-    return parts.sum(0).to(weight.dtype)
+    return sum_of_parts(parts, weight.dtype)
 
 
 def mix_forward(features: Tensor, weights: Sequence[Tensor], tables: Sequence[Tensor]) -> Tensor:

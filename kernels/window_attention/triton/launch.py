@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
+from vitrail.kernels._common.gradients import empty_gradient, sum_of_parts, zeros_or_empty
 from vitrail.kernels._common.launch import Config, contiguous, launch, map_strides, multiprocessors, unit_stride
 from vitrail.kernels._common.triton import empty_statistics, shares
 from vitrail.kernels.window_attention.triton.one_tile import _window_bwd_kernel, _window_fwd_kernel
@@ -329,7 +329,7 @@ def window_attention_backward(
     inputs = (grad, q, k, v, contiguous(bias), contiguous(pad_k), contiguous(pad_v))
     run = _choose(problem, _backward_one_tile, _backward_walking, _backward_tiled)
     bias_slots, pad_slots = run(problem, inputs, (d_q, d_k, d_v))
-    d_bias = empty_gradient(grad) if bias is None else bias_slots.sum(0).to(bias.dtype)
+    d_bias = empty_gradient(grad) if bias is None else sum_of_parts(bias_slots, bias.dtype)
     if pad_k is None or pad_v is None or not problem.has_pad:
         return d_bias, zeros_or_empty(grad, pad_k), zeros_or_empty(grad, pad_v)
     d_pad = pad_slots.sum(0)  # (heads, 2, D)

@@ -166,6 +166,17 @@ def map_strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
     return tuple(t.stride()[:4] for t in tensors)
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """(..., C) -> (rows, C), a view where rows lie at one distance of each other; other layouts are copied."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def row_stride(rows: Tensor) -> int:
+    """Distance of rows, a constant of the kernels since it belongs to the model; that of one row means nothing."""
+    return rows.stride(0) if len(rows) > 1 else rows.shape[1]
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; 1 for the interpreter."""

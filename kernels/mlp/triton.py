@@ -24,6 +24,7 @@ from torch import Tensor
 from vitrail.kernels._common.launch import as_rows, contiguous, launch, row_stride
 from vitrail.kernels._common.triton import gelu_16
 
+
 class Tile(NamedTuple):
     """Rows and hidden channels of a program's tiles, and how it is launched."""
 

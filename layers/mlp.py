@@ -6,6 +6,7 @@ import timm.layers
 import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
+from torch.nn.modules import module as watched
 
 from vitrail.kernels._common.recording import records_graph
 from vitrail.kernels.mlp import mlp
@@ -54,4 +55,5 @@ class Mlp(timm.layers.Mlp):
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    of_all = watched._global_forward_hooks or watched._global_forward_pre_hooks
+    return bool(of_all or module._forward_hooks or module._forward_pre_hooks)

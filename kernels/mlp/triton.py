@@ -35,7 +35,7 @@ class Tile(NamedTuple):
 
 
 # By the wider of a row and a result, in channels.
-_TILES = {256: Tile(64, 64, 4, 2)}
+_TILES = {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 3), 192: Tile(128, 64, 8, 3), 256: Tile(64, 32, 4, 2)}
 
 
 @triton.jit

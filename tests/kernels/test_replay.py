@@ -233,7 +233,8 @@ def test_every_operator_replays_what_it_did(operator: str, monkeypatch: pytest.M
                 monkeypatch.setattr(replay, "REPLAYS", True)
                 found = _step(implementation.run, given)
                 assert all(map(torch.equal, found, wanted)), name
-            assert len(set(plans)) >= 2, name
+            # The backward of `mlp` launches no kernel of ours.
+            assert len(set(plans)) >= (1 if operator == "mlp" else 2), name
 
 
 def _other(given: Tensor) -> Tensor:

@@ -12,6 +12,16 @@ from vitrail.kernels._common.recording import records_graph
 from vitrail.kernels.mlp import mlp
 from vitrail.kernels.mlp.api import runs_fused
 
+_PARTS = (
+    ("fc1", nn.Linear),
+    ("act", nn.GELU),
+    ("drop1", nn.Dropout),
+    ("norm", nn.Identity),
+    ("fc2", nn.Linear),
+    ("drop2", nn.Dropout),
+)
+_PLAIN_TENSORS = (nn.Parameter, Tensor)
+
 
 @register_notrace_module
 class Mlp(timm.layers.Mlp):
@@ -33,27 +43,22 @@ class Mlp(timm.layers.Mlp):
 
     @torch.jit.unused
     def _runs_fused(self, x: Tensor) -> bool:
-        if self.training or records_graph() or not self._is_plain():
+        if self.training or not self._is_plain() or records_graph():
             return False
-        given = (x, *self.fc1.parameters(), *self.fc2.parameters())
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             return False
         return runs_fused(x, self.fc2.weight)
 
     def _is_plain(self) -> bool:
         """Whether the operator computes what the parts would; what replaces or watches one of them wants its call."""
-        kinds = {
-            self.fc1: nn.Linear, self.act: nn.GELU, self.drop1: nn.Dropout, self.norm: nn.Identity,
-            self.fc2: nn.Linear, self.drop2: nn.Dropout,
-        }  # fmt: skip
-        return (
-            all(type(part) is kind and not _has_hooks(part) for part, kind in kinds.items())
-            and self.act.approximate == "none"
+        if watched._global_forward_hooks or watched._global_forward_pre_hooks:
+            return False
+        parts = self._modules  # quicker than attributes: this is a part of every call
+        for name, kind in _PARTS:
+            part = parts[name]
+            if type(part) is not kind or part._forward_hooks or part._forward_pre_hooks:
+                return False
             # Quantised weights are tensors of their own kinds inside of plain layers.
-            and all(type(layer.weight) in (nn.Parameter, Tensor) for layer in (self.fc1, self.fc2))
-        )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    of_all = watched._global_forward_hooks or watched._global_forward_pre_hooks
-    return bool(of_all or module._forward_hooks or module._forward_pre_hooks)
+            if kind is nn.Linear and type(part._parameters["weight"]) not in _PLAIN_TENSORS:
+                return False
+        return bool(self.act.approximate == "none")

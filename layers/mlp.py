@@ -8,10 +8,13 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn.modules import module as watched
 
+from vitrail.kernels._common.dispatch import settings
 from vitrail.kernels._common.recording import records_graph
 from vitrail.kernels.mlp import mlp
 from vitrail.kernels.mlp.api import runs_fused
 
+# Rows from which the kernel fills a GPU: with fewer, 192 channels take longer than PyTorch's own products.
+_FEWEST_ROWS = 8192
 _PARTS = (
     ("fc1", nn.Linear),
     ("act", nn.GELU),
@@ -28,9 +31,9 @@ class Mlp(timm.layers.Mlp):
     """timm's `Mlp` with a fused operator in inference: same arguments, parameters and results.
 
     In evaluation mode where no gradient is recorded, on a GPU, `vitrail.kernels.mlp` computes it at once for the dtypes
-    and widths that its kernel takes. Everywhere else each part is called on its own, as in timm: in training, in
-    exported models, and where a part is not the plain one, such as a layer that was quantised or has an adapter, a hook
-    or a norm in between.
+    and widths that its kernel takes, from 8192 rows on, or for any number where `VITRAIL_BACKEND` is "triton".
+    Everywhere else each part is called on its own, as in timm: in training, in exported models, and where a part is not
+    the plain one, such as a layer that was quantised or has an adapter, a hook or a norm in between.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,7 +50,7 @@ class Mlp(timm.layers.Mlp):
             return False
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             return False
-        return runs_fused(x, self.fc2.weight)
+        return _is_worth_it(x) and runs_fused(x, self.fc2.weight)
 
     def _is_plain(self) -> bool:
         """Whether the operator computes what the parts would; what replaces or watches one of them wants its call."""
@@ -62,3 +65,8 @@ class Mlp(timm.layers.Mlp):
             if kind is nn.Linear and type(part._parameters["weight"]) not in _PLAIN_TENSORS:
                 return False
         return bool(self.act.approximate == "none")
+
+
+def _is_worth_it(x: Tensor) -> bool:
+    """Whether the kernel is quicker, or was asked for."""
+    return settings.default_backend == "triton" or x.numel() >= _FEWEST_ROWS * x.shape[-1]

@@ -13,7 +13,7 @@ from functorch.compile import make_boxed_func
 from timm.layers import is_notrace_module
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -216,11 +216,21 @@ def test_hooks_of_all_modules_see_the_parts(on_request: None) -> None:
     assert counter.flop_counts["Mlp.fc2"] == {torch.ops.aten.addmm: 2 * 6 * 24 * 20}
 
 
+@needs_triton
 @torch.no_grad()
-def test_shapes_without_data() -> None:
+def test_few_rows_are_not_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, without data."""
+    monkeypatch.setattr("vitrail.layers.mlp._PLAIN_TENSORS", (FakeTensor,))
     with FakeTensorMode():
         layer = Mlp(16, 24, 20, device="cuda", dtype=torch.float16).eval()
-        assert layer(torch.empty(2, 3, 16, device="cuda", dtype=torch.float16)).shape == (2, 3, 20)
+        for leading, fused in (((3,), False), ((8, 32, 31), False), ((8, 32, 32), True), ((9000,), True)):
+            x = torch.empty((*leading, 16), device="cuda", dtype=torch.float16)
+            assert layer._runs_fused(x) is fused
+            assert layer(x).shape == (*leading, 20)
+
+
+@torch.no_grad()
+def test_shapes_on_meta() -> None:
     layer = Mlp(16, 24, 20, device="meta", dtype=torch.float16).eval()
     assert layer(torch.empty(2, 3, 16, device="meta", dtype=torch.float16)).shape == (2, 3, 20)
 

@@ -7,19 +7,15 @@ from collections.abc import Sequence
 import torch
 
 
-@torch.compiler.assume_constant_result
-def _exports() -> bool:
-    """Whether `torch.export` records the calls.
-
-    The function is asked as it is, for PyTorch 2.11 compiles calls of `torch.compiler.is_exporting` into True, whether
-    or not it exports.
-    """
-    return torch.compiler.is_exporting()
-
-
 def records_graph() -> bool:
     """Whether `torch.jit.trace` (and with it the ONNX exporter) or `torch.export` records the calls."""
-    return torch.jit.is_tracing() or _exports()
+    return torch.jit.is_tracing() or _is_exporting()
+
+
+# Called for its answer also where `torch.compile` traces: PyTorch 2.11 takes every compilation for an export there.
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 def is_size(value: object) -> bool:
@@ -60,7 +56,7 @@ def is_padded(pads: Sequence[int]) -> bool:
 
 
 def _is_zero(pad: int) -> bool:
-    if isinstance(pad, torch.SymInt) and _exports():
+    if isinstance(pad, torch.SymInt) and _is_exporting():
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
         return statically_known_true(pad == 0)

@@ -113,7 +113,12 @@ class _Recorder(TorchDispatchMode):
             self.held.append(result)
             return result
         places = [self._place(one) for one in results]
-        is_view = all(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if all(place in given.values() for place in places) and not func._schema.is_mutable:
+            return result  # such as the `contiguous` of what is contiguous
+        # Below autograd `reshape` and `contiguous` are seen as they were called, and may have made a copy.
+        is_view = all(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns) and all(
+            _share_memory(one, self.values[given[0]]) for one in results
+        )
         if is_view:
             root = self.roots.get(given[0], given[0])  # whose address tells theirs
             if any(one.dtype != self.values[root].dtype for one in results):
@@ -165,6 +170,10 @@ def _depends_on_contents(func: Any, given: dict[int, int], values: list[Any], re
     tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
     devices = {values[place].device for place in given.values()}
     return not tags.isdisjoint(func.tags) or any(devices - {one.device} for one in results)
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _is_tensor(value: object) -> bool:

@@ -36,13 +36,66 @@ def finite(maximum):
 def online_softmax(logits, maximum, total, factor):
     """Takes a tile of keys into the rows' maximum and sum: (weights, factor on earlier sums, maximum, total).
 
-    Times the positive `factor` the logits and the maximum are in units of log2.
+    Times the positive `factor` the logits are in units of log2, as the maximum is. Were that multiplied here as well,
+    a fused multiply-add would leave its rounding in the factor, which has to be 1 while the maximum stays.
     """
-    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-    shift = finite(new_maximum) * factor
-    decay = tl.exp2(maximum * factor - shift)
+    new_maximum = tl.maximum(maximum, tl.max(logits, 1) * factor)
+    shift = finite(new_maximum)
+    decay = tl.exp2(maximum - shift)
     weights = tl.exp2(logits * factor - shift[:, None])
     return weights, decay, new_maximum, total * decay + tl.sum(weights, 1)
+
+
+@triton.jit
+def softmax_statistics(maximum, total, dtype: tl.constexpr):
+    """(shift, factor) of rows: their weights are exp2(logits - shift) times the factor.
+
+    In half precision the shift is the log-sum-exp, and the factor 1. In `dtype` float32 they are the maximum and
+    1 / total: the log-sum-exp would be rounded at the size of the logits, one and the same error of all weights of a
+    row, which sums over them do not average. `maximum` is finite and in units of log2, `total` is not zero.
+    """
+    if dtype == tl.float32:
+        return maximum, 1.0 / total
+    else:
+        return maximum + tl.log2(total), tl.full(total.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def statistics_of(ptr, row, size, dtype: tl.constexpr):
+    """Where the statistics of the `row`-th `size` queries lie, see `empty_statistics`; `dtype` is the inputs'."""
+    n_statistics: tl.constexpr = 3 if dtype == tl.float32 else 2
+    return ptr + row.to(tl.int64) * (n_statistics * size)
+
+
+@triton.jit
+def store_statistics(ptr, size, shift, factor, correction, mask, dtype: tl.constexpr):
+    """Leaves rows' statistics for other kernels: of the softmax, and its correction, the sum of P dP."""
+    tl.store(ptr, shift, mask=mask)
+    tl.store(ptr + size, correction, mask=mask)
+    if dtype == tl.float32:
+        tl.store(ptr + 2 * size, factor, mask=mask)
+
+
+@triton.jit
+def load_statistics(ptr, size, mask, dtype: tl.constexpr):
+    """(shift, factor, correction) of rows; no weights where there is no row.
+
+    The factor belongs to the weights. Taken by the output's gradient, which is smaller, it would round the products
+    with values otherwise than in the correction, from which much of them cancels.
+    """
+    zero = None if mask is None else 0.0
+    shift = tl.load(ptr, mask=mask, other=None if mask is None else float("inf"))
+    correction = tl.load(ptr + size, mask=mask, other=zero)
+    if dtype == tl.float32:
+        return shift, tl.load(ptr + 2 * size, mask=mask, other=zero), correction
+    else:
+        return shift, tl.full(shift.shape, 1.0, tl.float32), correction
+
+
+def empty_statistics(rows: int, size: int, q: Tensor) -> Tensor:
+    """Uninitialised statistics of rows of `size` queries: shift, correction and, in float32, factor."""
+    n_statistics = 3 if q.dtype == torch.float32 else 2
+    return torch.empty((rows, n_statistics, size), dtype=torch.float32, device=q.device)
 
 
 @triton.jit

@@ -111,6 +111,20 @@ def test_operators_in_place_and_of_constants_are_repeated(add: Callable[..., Non
     _compare(function, lambda: torch.randn(2, 3), lambda: None, replays=2)
 
 
+def test_operators_that_copy_only_some_layouts_are_repeated_below_autograd(add: Callable[..., None]) -> None:
+    """As the dispatcher calls an implementation: `contiguous` and its like are then not told apart beforehand."""
+
+    def function(x: Tensor, plain: Tensor) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out = torch.empty_like(plain)
+            add(x.flatten(1).t().contiguous(), out, 1.0)
+            other = torch.empty_like(out)
+            add(plain.contiguous().reshape(-1), other.view(-1), 1.0)
+            return out, other + x.t().reshape(-1).view(plain.shape)
+
+    _compare(function, lambda: torch.randn(3, 2), lambda: torch.randn(2, 3), replays=4)
+
+
 def test_other_kinds_have_other_steps(add: Callable[..., None]) -> None:
     def function(x: Tensor, numbers: list[float], twice: bool) -> Tensor:
         out = torch.empty_like(x)
@@ -214,9 +228,14 @@ def test_empty_chains_are_no_hooks() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["direct", "compiled"])
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "routing_layer"])
-def test_every_operator_replays_what_it_did(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three steps on other numbers, forward and backward, to the last bit; the third is replayed."""
+def test_every_operator_replays_what_it_did(operator: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps on other numbers, forward and backward, to the last bit; the third is replayed.
+
+    In compiled code operators are called by the dispatcher, below autograd.
+    """
+    torch._dynamo.reset()
     device, plans = torch.device("cuda"), []
     run_plan = replay._Plan.run
     monkeypatch.setattr(replay._Plan, "run", lambda plan, given: plans.append(plan) or run_plan(plan, given))
@@ -225,13 +244,16 @@ def test_every_operator_replays_what_it_did(operator: str, monkeypatch: pytest.M
             if not name.startswith("vitrail"):
                 continue
             plans.clear()
+            run = implementation.run
+            if compiled:
+                run = torch.compile(run, backend="aot_eager", dynamic=False)
             inputs = [one.make(device, torch.bfloat16, seed) for seed, one in enumerate(case.inputs)]
             for _ in range(3):
                 given = [_other(one) if torch.is_tensor(one) else one for one in implementation.prepare(*inputs)]
                 monkeypatch.setattr(replay, "REPLAYS", False)
-                wanted = _step(implementation.run, given)
+                wanted = _step(run, given)
                 monkeypatch.setattr(replay, "REPLAYS", True)
-                found = _step(implementation.run, given)
+                found = _step(run, given)
                 assert all(map(torch.equal, found, wanted)), name
             # The backward of `mlp` launches no kernel of ours.
             assert len(set(plans)) >= (1 if operator == "mlp" else 2), name

@@ -181,3 +181,11 @@ def row_stride(rows: Tensor) -> int:
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; 1 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program can have on a CUDA device; those of an H100 where there is none to ask."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 227 * 1024
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)

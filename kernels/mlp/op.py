@@ -14,20 +14,30 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitrail.kernels._common.dispatch import FUSED_HEAD_DIMS, Support, triton_support
+from vitrail.kernels._common.launch import shared_memory
 from vitrail.kernels._common.registration import register_operator
 from vitrail.kernels.mlp.reference import mlp_gradients, mlp_reference
 
 MOST_CHANNELS = 256  # of a row and of a result: wider ones are no faster than PyTorch's products
+_SMALL, _LARGE_TILES = 128, 193 * 1024  # channels, and bytes of shared memory that programs for more of them take
+
+
+@torch.compiler.assume_constant_result
+def _most_channels(device: torch.device) -> int:
+    return MOST_CHANNELS if shared_memory(device) >= _LARGE_TILES else _SMALL
 
 
 def fused_support(x: Tensor, w2: Tensor, dtype: torch.dtype | None = None) -> Support:
     """The one place that says when the MLP is handed to the reference, and why; `dtype` stands for x's own."""
     dtype = dtype or x.dtype
-    widest = max(x.shape[-1], w2.shape[0])
-    if not 1 <= min(x.shape[-1], *w2.shape) <= widest <= MOST_CHANNELS:
-        return Support(False, f"Triton kernels take 1 to {MOST_CHANNELS} channels, the input and output have {widest}")
+    most, (out_channels, hidden) = _most_channels(x.device), w2.shape
+    widest = max(x.shape[-1], out_channels)
+    if widest > most:
+        return Support(False, f"the Triton kernel takes up to {most} channels here, the input or output has {widest}")
+    if 0 in (x.shape[-1], out_channels, hidden):
+        return Support(False, "the Triton kernel takes inputs, outputs and hidden maps that have channels")
     if dtype not in (torch.float16, torch.bfloat16):
-        return Support(False, f"Triton kernels take float16 and bfloat16, the input is {dtype}")
+        return Support(False, f"the Triton kernel takes float16 and bfloat16, the input is {dtype}")
     # Channels are masked: any width that the shared conditions allow stands for all.
     return triton_support(x, FUSED_HEAD_DIMS[0])
 

@@ -189,7 +189,7 @@ def test_choice_is_recorded_and_what_the_kernel_does_not_take_is_named() -> None
         mlp(*make_inputs((2,), 4, 5, 1000))
     assert [(c.op, c.backend) for c in choices] == [("mlp", "eager")] * 2
     assert "float16 and bfloat16, the input is torch.float32" in choices[0].reason
-    assert "channels, the input and output have 1000" in choices[1].reason
+    assert "up to 256 channels here, the input or output has 1000" in choices[1].reason
     with pytest.raises(NotImplementedError, match=r"mlp.*float16 and bfloat16"):
         mlp(*inputs, backend="triton")
 
@@ -214,6 +214,17 @@ def test_where_the_kernel_runs_is_known_beforehand(monkeypatch: pytest.MonkeyPat
     assert not said("cuda", torch.float16)
     monkeypatch.setattr(settings, "default_backend", "triton")
     assert said("cuda", torch.float16)
+
+
+def test_devices_with_less_shared_memory_take_fewer_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def most() -> str:
+        with record_choices() as choices:
+            mlp(*make_inputs((2,), 300, 5, 3, torch.float16))
+        return choices[0].reason
+
+    assert "up to 256 channels" in most()
+    monkeypatch.setattr("vitrail.kernels.mlp.op.shared_memory", lambda device: 163 * 1024)  # an A100's
+    assert "up to 128 channels" in most()
 
 
 def results(inputs: list[Any], grad: Tensor, backend: str) -> list[Tensor]:

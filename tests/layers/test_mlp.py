@@ -237,11 +237,12 @@ def test_shapes_on_meta() -> None:
 
 @pytest.mark.gpu
 @torch.no_grad()
+@pytest.mark.parametrize("dim", [96, 192])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_inference_on_a_gpu(dtype: torch.dtype) -> None:
-    first, second = (kind(96, 384).to("cuda", dtype).eval() for kind in (Mlp, timm.layers.Mlp))
+def test_inference_on_a_gpu(dtype: torch.dtype, dim: int) -> None:
+    first, second = (kind(dim, 4 * dim).to("cuda", dtype).eval() for kind in (Mlp, timm.layers.Mlp))
     first.load_state_dict(second.state_dict())
-    x = torch.randn(2, 56, 56, 96, device="cuda", dtype=dtype)
+    x = torch.randn(4, 56, 56, dim, device="cuda", dtype=dtype)
     want = second(x)
     assert runs_fused(first, x)
     for run in (first, torch.compile(first, fullgraph=True)):

@@ -27,6 +27,20 @@ def load_kv(ptr, pad_ptr, offsets, real, head, HAS_PAD: tl.constexpr, HEAD_DIM: 
 
 
 @triton.jit
+def add_product(total, a, b):
+    """`total + a @ b`, (M, N) in float32.
+
+    Of float32 inputs each product is summed by itself: a single chain of additions over all tiles is less exact than
+    the sums of matrix libraries. That takes the registers of one more tile. Triton makes a chain also of a plain
+    addition, but not of this one.
+    """
+    if a.dtype == tl.float32:
+        return tl.fma(tl.dot(a, b, input_precision="ieee"), 1.0, total)
+    else:
+        return tl.dot(a, b, acc=total)
+
+
+@triton.jit
 def finite(maximum):
     """A row that sees nothing (tile padding) has no maximum; zero keeps its weights zero instead of NaN."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)

@@ -61,6 +61,7 @@ from torch import Tensor
 from vitrail.kernels._common.gradients import zeros_or_empty
 from vitrail.kernels._common.launch import contiguous, launch, map_strides, unit_stride
 from vitrail.kernels._common.triton import (
+    add_product,
     empty_statistics,
     finite,
     load_kv,
@@ -225,7 +226,7 @@ def _routing_fwd_kernel(
                 geometry, scale, DENSE, HAS_PAD, BLOCK_K, HEAD_DIM,
             )  # fmt: skip
             weights, decay, maximum, total = online_softmax(logits, maximum, total, 1.0)
-            out = tl.dot(weights.to(v.dtype), v, acc=out * decay[:, None], input_precision="ieee")
+            out = add_product(out * decay[:, None], weights.to(v.dtype), v)
     out = out * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     out_offsets = _offsets(image, y, x, head, out_strides, HEAD_DIM)
     tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=real[:, None])

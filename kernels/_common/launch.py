@@ -188,4 +188,5 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program can have on a CUDA device; those of an H100 where there is none to ask."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return 227 * 1024
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)

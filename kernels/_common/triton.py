@@ -119,6 +119,31 @@ def relu(x):
 
 
 @triton.jit
+def normal_tail(distance):
+    """The normal distribution below `-distance`, for distances from 0 to 6.
+
+    Its logarithm is close to a polynomial, fitted so that `distance * tail` is off by 6e-6 of itself at most, or by
+    6e-9 where it is below 1e-4.
+    """
+    log2 = tl.fma(distance, 3.22510646e-05, -0.000746192525)
+    log2 = tl.fma(log2, distance, 0.00793264916)
+    log2 = tl.fma(log2, distance, -0.0530326366)
+    log2 = tl.fma(log2, distance, -0.459187775)
+    log2 = tl.fma(log2, distance, -1.15103092)
+    return tl.exp2(tl.fma(log2, distance, -1.00000787))
+
+
+@triton.jit
+def gelu_16(x):
+    """The exact GELU for results of 16 bits: off by 7e-6 of itself, a seventieth of a rounding, or by 6e-9.
+
+    NaN and infinity stay, as in PyTorch; minus infinity, of which PyTorch makes NaN, is as good as zero.
+    """
+    distance = tl.minimum(tl.abs(x), 6.0)
+    return tl.fma(-distance, normal_tail(distance), relu(x))
+
+
+@triton.jit
 def bisect(sorted_ptr, size, wanted, steps, ABOVE: tl.constexpr):
     """Ranks of the first of `size` sorted integers that are not below the `wanted` ones, or that are above them.
 

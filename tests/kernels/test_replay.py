@@ -374,7 +374,8 @@ def test_every_operator_replays_what_it_did(operator: str, compiled: bool, monke
                 monkeypatch.setattr(replay, "REPLAYS", True)
                 found = _step(run, given)
                 assert all(map(torch.equal, found, wanted)), name
-            assert len(set(plans)) >= 2, name
+            # The backward of `mlp` launches no kernel of ours.
+            assert len(set(plans)) >= (1 if operator == "mlp" else 2), name
             assert bool(shortcuts) != compiled, name
 
 

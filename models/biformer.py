@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, DropPath, Mlp, register_notrace_module, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, register_notrace_module, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.layers.depthwise import DepthwiseConv2d
+from vitrail.layers.mlp import Mlp
 from vitrail.layers.norm import LayerNorm
 from vitrail.layers.routing import FullAttention, RoutingAttention
 from vitrail.layers.stem import ImageConv2d

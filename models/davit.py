@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 import torch.fx
-from timm.layers import DropPath, Mlp, NormMlpClassifierHead, trunc_normal_
+from timm.layers import DropPath, NormMlpClassifierHead, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
 from vitrail.layers.channel import ChannelAttention
 from vitrail.layers.depthwise import DepthwiseConv2d
+from vitrail.layers.mlp import Mlp
 from vitrail.layers.norm import LayerNorm, LayerNorm2d
 from vitrail.layers.stem import ImageConv2d
 from vitrail.layers.window import WindowAttention

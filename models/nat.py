@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, DropPath, LayerScale, Mlp, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, LayerScale, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from vitrail.layers.mlp import Mlp
 from vitrail.layers.neighborhood import NeighborhoodAttention
 from vitrail.layers.norm import LayerNorm, LayerNorm2d
 from vitrail.layers.stem import ImageConv2d

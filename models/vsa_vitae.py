@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import torch.fx
-from timm.layers import ClassifierHead, DropPath, Mlp, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.layers.depthwise import DepthwiseConv2d
+from vitrail.layers.mlp import Mlp
 from vitrail.layers.norm import LayerNorm
 from vitrail.layers.varied_window import VariedWindowAttention
 from vitrail.models._checkpoint import rename_keys, unwrap

@@ -17,6 +17,7 @@ from vitrail.kernels.context_window_attention import context_window_attention
 from vitrail.kernels.depthwise_conv import depthwise_conv
 from vitrail.kernels.layer_norm import layer_norm
 from vitrail.kernels.linear_attention import linear_attention, linear_attention_packed
+from vitrail.kernels.mlp import mlp
 from vitrail.kernels.neighborhood_attention import neighborhood_attention
 from vitrail.kernels.routing_attention import region_routes, routing_attention
 from vitrail.kernels.scattered_linear_attention import (
@@ -151,6 +152,16 @@ def _layer_norm(dtype: torch.dtype, channels: int) -> None:
     _train(layer_norm, _input(dtype, 40, 2, channels)[:, 1])
 
 
+def _mlp(dtype: torch.dtype, channels: int) -> None:
+    if dtype == torch.float32:  # the reference's
+        return
+    x, out_channels = _input(dtype, 40, channels), min(2 * channels, 256)
+    for hidden, biases in ((4 * channels, True), (3 * channels + 8, False)):
+        b1, b2 = (_input(dtype, size) if biases else None for size in (hidden, channels))
+        _train(mlp, x, _input(dtype, hidden, channels), b1, _input(dtype, channels, hidden), b2)
+    _train(mlp, x, _input(dtype, hidden, channels), None, _input(dtype, out_channels, hidden), None)
+
+
 def _depthwise_conv(dtype: torch.dtype, kernel: int) -> None:
     for channels in (64, 20):  # whole blocks of channels, and one that is cut off
         bias, pad = (_input(dtype, channels) for _ in range(2))
@@ -207,6 +218,7 @@ CALLS = {
     "context_window_attention": Calls(_context_window_attention, _HEAD_DIMS, 32),
     "strip_gate": Calls(_strip_gate, (16, 64, 100), 64),
     "layer_norm": Calls(_layer_norm, (20, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 8192), 96),
+    "mlp": Calls(_mlp, (20, 64, 96, 128, 192, 256), 96),
     "depthwise_conv": Calls(_depthwise_conv, (3, 5, 7), 3),
     "scattered_linear_attention": Calls(_scattered_linear_attention, _HEAD_DIMS[:3], 32),
     "sparse_conv": Calls(_sparse_conv, (16, 32, 64, 128), 32),
@@ -236,6 +248,11 @@ def _rows(size: int) -> None:
     _train(layer_norm, _input(torch.bfloat16, size, 96), *(_input(torch.bfloat16, 96) for _ in range(2)))
 
 
+def _mlp_rows(size: int) -> None:
+    shapes = (size, 96), (192, 96), (192,), (96, 192), (96,)
+    _train(mlp, *(_input(torch.bfloat16, *shape) for shape in shapes))
+
+
 # Calls whose inputs have some hundred tokens, voxels, sites or rows.
 SIZED = {
     "window_attention": _map_of_size(window_attention, window_size=7),
@@ -243,4 +260,5 @@ SIZED = {
     "scattered_linear_attention": _voxels,
     "sparse_conv": _sites,
     "layer_norm": _rows,
+    "mlp": _mlp_rows,
 }

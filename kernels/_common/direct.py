@@ -4,7 +4,7 @@ The dispatcher (`torch.ops.vitrail.NAME`) is what makes an operator known to the
 than all else that happens on the host: an operator that is written in Python is entered three times, and its arguments
 are translated each time. Small maps then wait for the host. So a call goes
 
-- **through the dispatcher** if anything may want to see it (`is_watched`): a compiler, exporter or tracer, a transform
+- **through the dispatcher** if anything may want to see it (`direct_kind`): a compiler, exporter or tracer, a transform
   of `torch.func`, forward-mode differentiation, a mode (`FakeTensorMode`, `FlopCounterMode`, `torch.device(...)`), the
   profiler, or a tensor that is more than a plain one, such as a `DTensor`;
 - **directly** otherwise: to the implementation where no gradient is needed, else to it by way of a
@@ -12,17 +12,21 @@ are translated each time. Small maps then wait for the host. So a call goes
   tensors, checkpointing, changes in place of what was saved, CUDA graphs and autocast are as they are for any function.
 
 A backward that is itself to be differentiated goes through the dispatcher too, which knows what to say about that.
-Where PyTorch lacks one of the functions that tell who watches, all calls go through the dispatcher.
+Public functions come here by way of a `shortcut` if their kind of call is known, and what graphs call instead
+(`torch.ops.vitrail.NAME.default`) goes directly if it can be replayed; see `overload`. Where PyTorch lacks one
+of the functions that tell who watches, all calls go through the dispatcher.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
+
+from vitrail.kernels._common.kinds import kind_of
 
 try:
     from torch._C import (
@@ -38,8 +42,8 @@ except ImportError:
     _KNOWS_WATCHERS = False
 
 
-def is_watched(tensors: Iterable[object]) -> bool:
-    """Whether a call on `tensors`, some of which may be None, must go through the dispatcher."""
+def someone_watches() -> bool:
+    """Whether anything may want to see a call, whatever its tensors are."""
     if torch.compiler.is_compiling() or not _KNOWS_WATCHERS:
         return True
     return bool(
@@ -49,12 +53,18 @@ def is_watched(tensors: Iterable[object]) -> bool:
         or _profiler_enabled()
         or forward_ad._current_level >= 0
         or _get_tracing_state() is not None
-        or not all(_is_plain(tensor) for tensor in tensors)
     )
 
 
-def _is_plain(tensor: object) -> bool:
-    """Whether a tensor is what it seems: no subclass, and no view that only notes that its numbers are negated."""
-    if tensor is None:
-        return True
-    return (type(tensor) is Tensor or type(tensor) is Parameter) and not tensor.is_neg()
+def direct_kind(arguments: Iterable[Any], tensors: list[Tensor]) -> tuple[Hashable, ...] | None:
+    """The kind of a call that may go directly, or None where it must go through the dispatcher; see `kind_of`."""
+    return None if someone_watches() else kind_of(arguments, tensors)
+
+
+def need_gradients(tensors: Iterable[Tensor]) -> bool:
+    """Whether a call on `tensors` is one that autograd must know of."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return True
+    return False

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +33,11 @@ def zeros_or_empty(like: Tensor, tensor: Tensor | None) -> Tensor:
     return empty_gradient(like) if tensor is None else torch.zeros_like(tensor, memory_format=torch.contiguous_format)
 
 
+def sum_of_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Adds up along the first axis, in the parts' dtype; small maps leave a single part, and the host its work."""
+    return (parts[0] if len(parts) == 1 else parts.sum(0)).to(dtype)
+
+
 def fake_gradients(grad: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """Shapes of a backward operator's results: a contiguous gradient of each tensor, an empty one if it is absent."""
     return tuple(
@@ -42,9 +45,10 @@ def fake_gradients(grad: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tens
     )
 
 
-def requested_gradients(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """One entry for each input of the forward operator: its gradient if asked for, else None.
+def requested_gradients(needed: Sequence[bool], gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """One entry for each input of the forward operator: its gradient if it is needed, else None.
 
     `gradients` belong to the first inputs; those behind them are constants.
     """
-    return tuple(g if needed else None for g, needed in zip_longest(gradients, ctx.needs_input_grad))
+    nothing = (None,) * (len(needed) - len(gradients))
+    return (*[g if is_needed else None for g, is_needed in zip(gradients, needed, strict=False)], *nothing)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 MOST_REMEMBERED = 1024  # kinds of one operator's calls
 _NO_TENSORS = frozenset((type(None), bool, int, float, str))
-_Found = TypeVar("_Found")
+_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 class Memory(dict[Any, Any]):
@@ -26,44 +27,46 @@ class Memory(dict[Any, Any]):
         super().__setitem__(key, value)
 
 
-def kind_of(arguments: Sequence[Any]) -> tuple[Hashable, ...]:
-    """Equal for two calls if their tensors agree in shape, strides, dtype and device, and their other arguments too.
+def kind_of(arguments: Iterable[Any], tensors: list[Tensor]) -> tuple[Hashable, ...] | None:
+    """Equal for two calls if they agree in all but what their tensors hold and, nearly, where these lie.
 
-    Sequences of numbers are told apart from others of the same numbers as 1, 1.0 and True are.
+    Tensors agree in shape, strides, dtype, device and in where they start between multiples of 16 bytes, on which a
+    kernel's code depends; numbers are told apart as 1, 1.0 and True are. What autocast is set to counts, too.
+
+    Args:
+        arguments: Tensors, numbers, texts, None, and sequences of these.
+        tensors: Receives the tensors, in their order.
+
+    Returns:
+        None if the arguments hold more than these, such as a subclass of a tensor or a symbolic size.
     """
     found: list[Any] = []
-    for argument in arguments:
-        kind = type(argument)
-        if kind in _NO_TENSORS:  # the quickest question first: this is a large part of a call
-            found += (kind, argument)
-        elif kind is tuple or kind is list:
-            found.append((*argument, *map(type, argument)))
-        elif isinstance(argument, Tensor):
-            found += (argument.shape, argument.stride(), argument.dtype, argument.device)
-        else:
-            found += (kind, argument)
+    if not _describe(arguments, tensors, found):
+        return None
+    if _any_autocast():
+        found += ((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda"))
     return tuple(found)
 
 
-def once_per_kind(check: Callable[..., _Found]) -> Callable[..., _Found]:
-    """`check`, which is not run again for a kind of calls that it has let pass: its result is remembered.
-
-    What it raises and returns may depend on nothing but the kind; it is called with positional arguments. While a
-    graph is recorded sizes are more than numbers, and it runs each time.
-    """
-    passed = Memory(MOST_REMEMBERED)
-
-    def checked(*arguments: Any) -> _Found:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return check(*arguments)
-        kind = kind_of(arguments)
-        try:
-            return passed[kind]
-        except KeyError:
-            pass
-        except TypeError:  # not hashable: a symbolic size
-            return check(*arguments)
-        found = passed[kind] = check(*arguments)
-        return found
-
-    return checked
+def _describe(arguments: Iterable[Any], tensors: list[Tensor], found: list[Any]) -> bool:
+    """Appends the arguments' part of `kind_of`; whether it could. Written for speed: it is a large part of a call."""
+    for argument in arguments:
+        kind = type(argument)
+        if kind is Tensor or kind is Parameter:
+            if argument.is_neg():  # a view that only notes that its numbers are negated
+                return False
+            tensors.append(argument)
+            found.append((argument.shape, argument.stride(), argument.dtype, argument.device, argument.data_ptr() & 15))
+        elif kind in _NO_TENSORS:
+            found += (kind, argument)
+        elif isinstance(argument, (tuple, list)):
+            kinds = tuple(map(type, argument))
+            if _NO_TENSORS.issuperset(kinds):
+                found += (tuple(argument), kinds)
+            else:
+                found.append(len(argument))
+                if not _describe(argument, tensors, found):
+                    return False
+        else:
+            return False
+    return True

@@ -113,20 +113,16 @@ def starter(code: Any, grid: tuple[int, ...], device: torch.device) -> Callable[
 
     columns, rows, layers = (*grid, 1, 1)[:3]
     run, function, metadata, index = code.run, code.function, code.packed_metadata, device.index
-    current_stream = driver.active.get_current_stream
+    current_stream, runtime = driver.active.get_current_stream, knobs.runtime
 
     def start(parameters: Sequence[Any]) -> None:
-        if _is_hook(knobs.runtime.launch_enter_hook) or _is_hook(knobs.runtime.launch_exit_hook):
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a function, or a chain that has some
             code[columns, rows, layers](*parameters)
         else:
             run(columns, rows, layers, current_stream(index), function, metadata, None, None, None, *parameters)
 
     return start
-
-
-def _is_hook(hook: Any) -> bool:
-    """Whether anything is to be called: a function, or a chain of them that is not empty."""
-    return bool(getattr(hook, "calls", hook))
 
 
 def _key(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Hashable, ...]:
@@ -166,7 +162,27 @@ def map_strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
     return tuple(t.stride()[:4] for t in tensors)
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """(..., C) -> (rows, C), a view where rows lie at one distance of each other; other layouts are copied."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def row_stride(rows: Tensor) -> int:
+    """Distance of rows, a constant of the kernels since it belongs to the model; that of one row means nothing."""
+    return rows.stride(0) if len(rows) > 1 else rows.shape[1]
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; 1 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program can have on a CUDA device; those of an H100 where there is none to ask."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 227 * 1024
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)

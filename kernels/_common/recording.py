@@ -9,7 +9,13 @@ import torch
 
 def records_graph() -> bool:
     """Whether `torch.jit.trace` (and with it the ONNX exporter) or `torch.export` records the calls."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or _is_exporting()
+
+
+# Called for its answer also where `torch.compile` traces: PyTorch 2.11 takes every compilation for an export there.
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 def is_size(value: object) -> bool:
@@ -23,6 +29,10 @@ def at_least(size: int, minimum: int) -> int:
     """The larger of a size and a constant, also for what stands for a size while a graph is recorded."""
     if isinstance(size, torch.Tensor):
         return size.clamp(min=minimum)
+    if (
+        torch.compiler.is_dynamo_compiling()
+    ):  # which knows the built-in function, and not the other if it gives a number
+        return max(size, minimum)
     larger: int = torch.sym_max(size, minimum)  # type: ignore[assignment]
     return larger
 
@@ -31,6 +41,8 @@ def at_most(size: int, maximum: int) -> int:
     """The smaller of a size and a constant; see `at_least`."""
     if isinstance(size, torch.Tensor):
         return size.clamp(max=maximum)
+    if torch.compiler.is_dynamo_compiling():
+        return min(size, maximum)
     smaller: int = torch.sym_min(size, maximum)  # type: ignore[assignment]
     return smaller
 
@@ -50,7 +62,7 @@ def is_padded(pads: Sequence[int]) -> bool:
 
 
 def _is_zero(pad: int) -> bool:
-    if isinstance(pad, torch.SymInt) and torch.compiler.is_exporting():
+    if isinstance(pad, torch.SymInt) and _is_exporting():
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
         return statically_known_true(pad == 0)

@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitrail.kernels._common.direct import is_watched
+from vitrail.kernels._common.direct import direct_kind, need_gradients
 from vitrail.kernels._common.gradients import fake_gradients, requested_gradients
-from vitrail.kernels._common.replay import replayed
-
-Operator = Callable[..., Tensor]
+from vitrail.kernels._common.overload import ReplayingOverload
+from vitrail.kernels._common.replay import Replayed
 
 
 def like_first(first: Tensor, *_: Any) -> Tensor:
@@ -71,67 +70,97 @@ def register_operator(
         ctx.constants = inputs[n_tensors:]
 
     def run_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = (grad, *ctx.saved_tensors)
-        through = torch.is_grad_enabled() or is_watched(inputs)
-        run = getattr(torch.ops.vitrail, f"{name}_backward") if through else fast_backward
-        found = run(*inputs, *ctx.constants)
+        tensors: list[Tensor] = []
+        inputs = (grad, *ctx.saved_tensors, *ctx.constants)
+        kind = None if torch.is_grad_enabled() else direct_kind(inputs, tensors)
+        if kind is None:
+            found = getattr(torch.ops.vitrail, f"{name}_backward")(*inputs)
+        else:
+            found = replayed_backward.run(kind, tensors, inputs)
         found = found if len(gradients) > 1 else (found,)
-        return requested_gradients(ctx, (*found, grad) if adds_last else found)
+        return (*found, grad) if adds_last else found
 
-    fast_forward = _implement(name, arguments, "Tensor", forward)
-    fast_backward = _implement(f"{name}_backward", backward_arguments, f"({results})", backward)
+    def run_dispatched_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return requested_gradients(ctx.needs_input_grad, run_backward(ctx, grad))
+
+    replayed = _implement(name, arguments, "Tensor", forward)
+    replayed_backward = _implement(f"{name}_backward", backward_arguments, f"({results})", backward)
     torch.library.register_fake(f"vitrail::{name}")(fake_forward)
     torch.library.register_fake(f"vitrail::{name}_backward")(fake_backward or fake_gradients_of_inputs)
-    torch.library.register_autograd(f"vitrail::{name}", run_backward, setup_context=save_inputs)
-    differentiable = _differentiable(f"vitrail_{name}", fast_forward, save_inputs, run_backward)
-    return _operator(getattr(torch.ops.vitrail, name), n_tensors, fast_forward, differentiable)
+    torch.library.register_autograd(f"vitrail::{name}", run_dispatched_backward, setup_context=save_inputs)
+    return Operator(name, replayed, _differentiable(f"vitrail_{name}", replayed, save_inputs, run_backward))
 
 
-def register_choice(name: str, arguments: str, forward: Operator, fake_forward: Operator) -> Operator:
+def register_choice(
+    name: str, arguments: str, forward: Callable[..., Tensor], fake_forward: Callable[..., Tensor]
+) -> Operator:
     """Defines `vitrail::NAME`, whose result holds whole numbers and has no gradient; see `register_operator`."""
-    n_tensors = sum(argument.strip().startswith("Tensor") for argument in arguments.split(","))
-    fast = _implement(name, arguments, "Tensor", forward)
+    replayed = _implement(name, arguments, "Tensor", forward)
     torch.library.register_fake(f"vitrail::{name}")(fake_forward)
-    return _operator(getattr(torch.ops.vitrail, name), n_tensors, fast, fast)
+    return Operator(name, replayed, None)
 
 
-def _implement(name: str, arguments: str, results: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Defines an operator and implements it on all devices; returns what a call that nothing watches runs."""
-    fast = replayed(implementation)
+def _implement(name: str, arguments: str, results: str, implementation: Callable[..., Any]) -> Replayed:
+    """Defines an operator and implements it on all devices; returns what calls that nothing watches run."""
+    replayed = Replayed(implementation)
     torch.library.define(f"vitrail::{name}", f"({arguments}) -> {results}")
 
     def run(*inputs: Any) -> Any:
-        return (implementation if is_watched(t for t in inputs if isinstance(t, Tensor)) else fast)(*inputs)
+        tensors: list[Tensor] = []
+        kind = direct_kind(inputs, tensors)
+        return implementation(*inputs) if kind is None else replayed.run(kind, tensors, inputs)
 
     for device in ("CPU", "CUDA"):
         torch.library.impl(f"vitrail::{name}", device)(run)
-    return fast
+    ReplayingOverload.of(getattr(torch.ops.vitrail, name).default, replayed)
+    return replayed
 
 
 def _differentiable(
-    name: str, forward: Callable[..., Tensor], save_inputs: Callable[..., None], run_backward: Callable[..., Any]
-) -> Operator:
-    """What `register_autograd` makes of an operator, for calls that do not go through the dispatcher."""
+    name: str, replayed: Replayed, save_inputs: Callable[..., None], run_backward: Callable[..., Any]
+) -> Callable[..., Tensor]:
+    """What `register_autograd` makes of an operator, for calls that do not go through the dispatcher.
 
-    def run_forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = forward(*inputs)
+    It takes the call's kind and tensors, then the arguments.
+    """
+
+    def run_forward(ctx: Any, kind: Hashable, tensors: Sequence[Tensor], *inputs: Any) -> Tensor:
+        output: Tensor = replayed.run(kind, tensors, inputs)
         save_inputs(ctx, inputs, output)
         return output
 
-    methods = {"forward": staticmethod(run_forward), "backward": staticmethod(run_backward)}
+    def run_direct_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _, _, *needed = ctx.needs_input_grad
+        return None, None, *requested_gradients(needed, run_backward(ctx, grad))
+
+    methods = {"forward": staticmethod(run_forward), "backward": staticmethod(run_direct_backward)}
     function: Any = type(name, (torch.autograd.Function,), methods)
     return function.apply
 
 
-def _operator(dispatched: Operator, n_tensors: int, forward: Operator, differentiable: Operator) -> Operator:
-    """A function that takes the dispatcher's way, the direct one, or the direct one with gradients."""
+class Operator:
+    """A registered operator, called with all its arguments by position.
 
-    def call(*arguments: Any) -> Tensor:
-        tensors = arguments[:n_tensors]
-        if is_watched(tensors):
-            return dispatched(*arguments)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-            return differentiable(*arguments)
-        return forward(*arguments)
+    Args:
+        name: As which it is registered.
+        replayed: Its implementation.
+        differentiable: The same with gradients, if it has any; see `_differentiable`.
+    """
 
-    return call
+    def __init__(self, name: str, replayed: Replayed, differentiable: Callable[..., Tensor] | None) -> None:
+        self.dispatched = getattr(torch.ops.vitrail, name)
+        self.dispatched.default.operator = self
+        self.replayed, self.differentiable = replayed, differentiable
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        tensors: list[Tensor] = []
+        kind = direct_kind(arguments, tensors)
+        if kind is None:
+            return self.dispatched(*arguments)
+        return self.run(kind, tensors, arguments)
+
+    def run(self, kind: Hashable, tensors: Sequence[Tensor], arguments: Sequence[Any]) -> Tensor:
+        """A call that goes directly; its kind and its tensors are those that `direct_kind` finds."""
+        if self.differentiable is not None and need_gradients(tensors):
+            return self.differentiable(kind, tensors, *arguments)
+        return self.replayed.run(kind, tensors, arguments)

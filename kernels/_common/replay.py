@@ -18,82 +18,79 @@ replayed in Triton's interpreter, nor are calls without a launch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import guards
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
-from vitrail.kernels._common.kinds import MOST_REMEMBERED, Memory, kind_of
+from vitrail.kernels._common.kinds import MOST_REMEMBERED, Memory
 from vitrail.kernels._common.launch import starter, tells_of_launches
 
 REPLAYS = not TRITON_INTERPRETED
 _ALLOCATES = {
     getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 }
+_empty_strided_cuda: Callable[..., Tensor] | None = getattr(guards, "_empty_strided_cuda", None)
 
 
-def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, an operator's implementation, whose calls are recorded and replayed.
+class Replayed:
+    """An operator's implementation, whose calls are recorded and replayed where their kind is known.
 
-    Its tensors must be plain ones, and no mode may be active; see `is_watched`.
+    No mode may be active; see `direct_kind`.
     """
-    plans = Memory(MOST_REMEMBERED)  # of `_Plan`, or True: to be recorded, or False: not to be replayed
 
-    def call(*arguments: Any) -> Any:
-        if not REPLAYS:
-            return function(*arguments)
-        key = _replayed_kind(arguments)
-        plan = plans.get(key)
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self._plans = Memory(MOST_REMEMBERED)  # True: to be recorded; False: not to be replayed
+
+    def plan_of(self, kind: Hashable) -> Plan | None:
+        """How calls of a kind are replayed, if that is known."""
+        plan = self._plans.get(kind) if REPLAYS else None
+        return plan if isinstance(plan, Plan) else None
+
+    def run(self, kind: Hashable, tensors: Sequence[Tensor], arguments: Sequence[Any]) -> Any:
+        """The result of a call; its kind and its tensors are those that `kind_of` finds."""
+        plan = self._plans.get(kind) if REPLAYS else False
+        if isinstance(plan, Plan):
+            return plan.run(tensors)
         if plan is None:
-            plans[key] = True
-        elif plan is True and _are_distinct(arguments):
-            result, recorded = _record(function, arguments)
-            plans[key] = recorded or False
+            self._plans[kind] = True
+        elif plan is True and are_distinct(tensors):
+            result, recorded = _record(self.function, arguments, tensors)
+            self._plans[kind] = recorded or False
             return result
-        elif isinstance(plan, _Plan):
-            return plan.run(arguments)
-        return function(*arguments)
-
-    return call
+        return self.function(*arguments)
 
 
-def _replayed_kind(arguments: Sequence[Any]) -> Hashable:
-    """The kind of a call, with what else changes its steps: autocast, and which tensors start at multiples of 16 bytes.
-
-    The former may change what operators of PyTorch compute, the latter how a kernel is compiled.
-    """
-    starts = [argument.data_ptr() & 15 for argument in arguments if isinstance(argument, Tensor)]
-    autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    return (kind_of(arguments), *starts, autocast)
+def are_distinct(tensors: Sequence[Tensor]) -> bool:
+    """Whether no tensor is given twice: the recorder could not tell which of the two a step takes."""
+    return len(set(map(id, tensors))) == len(tensors)
 
 
-def _are_distinct(arguments: Sequence[Any]) -> bool:
-    """Whether no tensor is given twice: the recorder could not tell which of the two arguments a step takes."""
-    tensors = [id(argument) for argument in arguments if isinstance(argument, Tensor)]
-    return len(set(tensors)) == len(tensors)
-
-
-def _record(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, _Plan | None]:
+def _record(
+    function: Callable[..., Any], arguments: Sequence[Any], tensors: Sequence[Tensor]
+) -> tuple[Any, Plan | None]:
     """The result of a call, and how to repeat it, if that is possible."""
-    recorder = _Recorder(arguments)
+    recorder = _Recorder(tensors)
     with recorder, tells_of_launches(recorder.add_launch):
         result = function(*arguments)
     return result, recorder.plan(result)
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down the steps of one call. Its values are the call's arguments and, behind them, the steps' results."""
+    """Writes down the steps of one call. Its values are the call's tensors and, behind them, the steps' results."""
 
-    def __init__(self, arguments: Sequence[Any]) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()
-        self.n_arguments = len(arguments)
-        self.values: list[Any] = list(arguments)
+        self.n_given = len(tensors)
+        self.values = list(tensors)
         self.held: list[Tensor] = []  # with the values, so that no identity or address is used twice
-        self.places = {id(value): place for place, value in enumerate(arguments) if isinstance(value, Tensor)}
+        self.places = {id(tensor): place for place, tensor in enumerate(tensors)}
         self.roots: dict[int, int] = {}  # of views: the place of the tensor whose memory they show
         self.steps: list[_Allocation | _View | _Operation | _Launch] = []
         self.repeatable = True
@@ -113,9 +110,11 @@ class _Recorder(TorchDispatchMode):
             self.held.append(result)
             return result
         places = [self._place(one) for one in results]
-        is_view = all(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if is_view:
-            root = self.roots.get(given[0], given[0])  # whose address tells theirs
+        if all(place in given.values() for place in places) and not func._schema.is_mutable:
+            return result  # such as the `contiguous` of what is contiguous
+        shown = None if func._schema.is_mutable else self._shown(given.values(), results)
+        if shown is not None:
+            root = self.roots.get(shown, shown)  # whose address tells theirs
             if any(one.dtype != self.values[root].dtype for one in results):
                 self.repeatable = False
             self.roots.update((place, root) for place in places)
@@ -125,6 +124,15 @@ class _Recorder(TorchDispatchMode):
         else:
             self.steps.append(_Operation(func, args, kwargs, given, places, isinstance(result, (tuple, list))))
         return result
+
+    def _shown(self, places: Iterable[int], results: Sequence[Tensor]) -> int | None:
+        """The place of the tensor that the results are views of, if they are.
+
+        A schema does not tell: below autograd (`torch.inference_mode`, compiled graphs) the recorder meets operators
+        such as `aten.contiguous` and `aten.to`, which by their schemas return a view, but may copy.
+        """
+        memories = {one.untyped_storage().data_ptr() for one in results}
+        return next((place for place in places if memories == {self.values[place].untyped_storage().data_ptr()}), None)
 
     def _place(self, tensor: Tensor) -> int:
         """Where a value stands; an operator that works in place returns one that is there already."""
@@ -148,7 +156,7 @@ class _Recorder(TorchDispatchMode):
         numbers = [0 if isinstance(parameter, Tensor) else parameter for parameter in parameters]
         self.steps.append(_Launch(start, numbers, addresses))
 
-    def plan(self, result: Any) -> _Plan | None:
+    def plan(self, result: Any) -> Plan | None:
         """The steps that the result takes, unless they cannot be repeated."""
         several = isinstance(result, tuple)
         places = [self.places.get(id(one), -1) for one in (result if several else (result,))]
@@ -156,8 +164,16 @@ class _Recorder(TorchDispatchMode):
             return None
         read = {place for step in self.steps if isinstance(step, _Operation) for place in step.given.values()}
         steps = [step for step in self.steps if not isinstance(step, _View) or step.place in read.union(places)]
-        device = next(value.device for value in self.values if isinstance(value, Tensor))
-        return _Plan(steps, len(self.values) - self.n_arguments, places if several else places[0], device)
+        room: list[Tensor | None] = [None] * (len(self.values) - self.n_given)
+        for step in self.steps:
+            if isinstance(step, _Allocation) and self._is_kept(step.place, places):
+                room[step.place - self.n_given] = self.values[step.place]
+                steps.remove(step)
+        return Plan(steps, room, places if several else places[0], self.values[0].device)
+
+    def _is_kept(self, place: int, results: Sequence[int]) -> bool:
+        """Whether a value need not be made anew: it holds nothing, and is the gradient of nothing if it is a result."""
+        return self.values[place].numel() == 0 and (place not in results or self.values[place].dim() == 1)
 
 
 def _depends_on_contents(func: Any, given: dict[int, int], values: list[Any], results: Sequence[Any]) -> bool:
@@ -171,20 +187,18 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
 
 
-@functools.cache
-def _scalar(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty((), dtype=dtype, device=device)
-
-
 class _Allocation:
-    """Makes a contiguous tensor; `torch.empty_like` takes a third of the time of `torch.empty`."""
+    """Makes a contiguous tensor on the current device, on GPUs as compiled graphs do: past all of PyTorch's layers."""
 
     def __init__(self, made: Tensor, place: int) -> None:
-        self.like = _scalar(made.dtype, made.device).expand(made.shape)
         self.place = place
+        if made.is_cuda and _empty_strided_cuda is not None:
+            self.make = functools.partial(_empty_strided_cuda, tuple(made.shape), made.stride(), made.dtype)
+        else:
+            self.make = functools.partial(torch.empty, made.shape, dtype=made.dtype, device=made.device)
 
     def run(self, values: list[Any]) -> None:
-        values[self.place] = torch.empty_like(self.like, memory_format=torch.contiguous_format)
+        values[self.place] = self.make()
 
 
 class _View:
@@ -241,24 +255,26 @@ class _Launch:
         self.start(arguments)
 
 
-class _Plan:
+class Plan:
     """The steps of a call."""
 
-    def __init__(self, steps: list[Any], n_results: int, result: int | list[int], device: torch.device) -> None:
+    def __init__(
+        self, steps: list[Any], room: Sequence[Tensor | None], result: int | list[int], device: torch.device
+    ) -> None:
         self.steps = [step.run for step in steps]
-        self.room = [None] * n_results
+        self.room = room
         self.result = result
         self.device = device
 
-    def run(self, arguments: Sequence[Any]) -> Any:
+    def run(self, tensors: Sequence[Tensor]) -> Any:
         """Repeats the call with other tensors of the same kind."""
         if self.device.index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
-                return self._run(arguments)
-        return self._run(arguments)
+                return self._run(tensors)
+        return self._run(tensors)
 
-    def _run(self, arguments: Sequence[Any]) -> Any:
-        values = [*arguments, *self.room]
+    def _run(self, tensors: Sequence[Tensor]) -> Any:
+        values = [*tensors, *self.room]
         for run in self.steps:
             run(values)
         if isinstance(self.result, int):

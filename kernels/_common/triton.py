@@ -27,6 +27,20 @@ def load_kv(ptr, pad_ptr, offsets, real, head, HAS_PAD: tl.constexpr, HEAD_DIM: 
 
 
 @triton.jit
+def add_product(total, a, b):
+    """`total + a @ b`, (M, N) in float32.
+
+    Of float32 inputs each product is summed by itself: a single chain of additions over all tiles is less exact than
+    the sums of matrix libraries. That takes the registers of one more tile. Triton makes a chain also of a plain
+    addition, but not of this one.
+    """
+    if a.dtype == tl.float32:
+        return tl.fma(tl.dot(a, b, input_precision="ieee"), 1.0, total)
+    else:
+        return tl.dot(a, b, acc=total)
+
+
+@triton.jit
 def finite(maximum):
     """A row that sees nothing (tile padding) has no maximum; zero keeps its weights zero instead of NaN."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
@@ -36,19 +50,97 @@ def finite(maximum):
 def online_softmax(logits, maximum, total, factor):
     """Takes a tile of keys into the rows' maximum and sum: (weights, factor on earlier sums, maximum, total).
 
-    Times the positive `factor` the logits and the maximum are in units of log2.
+    Times the positive `factor` the logits are in units of log2, as the maximum is. Were that multiplied here as well,
+    a fused multiply-add would leave its rounding in the factor, which has to be 1 while the maximum stays.
     """
-    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-    shift = finite(new_maximum) * factor
-    decay = tl.exp2(maximum * factor - shift)
+    new_maximum = tl.maximum(maximum, tl.max(logits, 1) * factor)
+    shift = finite(new_maximum)
+    decay = tl.exp2(maximum - shift)
     weights = tl.exp2(logits * factor - shift[:, None])
     return weights, decay, new_maximum, total * decay + tl.sum(weights, 1)
+
+
+@triton.jit
+def softmax_statistics(maximum, total, dtype: tl.constexpr):
+    """(shift, factor) of rows: their weights are exp2(logits - shift) times the factor.
+
+    In half precision the shift is the log-sum-exp, and the factor 1. In `dtype` float32 they are the maximum and
+    1 / total: the log-sum-exp would be rounded at the size of the logits, one and the same error of all weights of a
+    row, which sums over them do not average. `maximum` is finite and in units of log2, `total` is not zero.
+    """
+    if dtype == tl.float32:
+        return maximum, 1.0 / total
+    else:
+        return maximum + tl.log2(total), tl.full(total.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def statistics_of(ptr, row, size, dtype: tl.constexpr):
+    """Where the statistics of the `row`-th `size` queries lie, see `empty_statistics`; `dtype` is the inputs'."""
+    n_statistics: tl.constexpr = 3 if dtype == tl.float32 else 2
+    return ptr + row.to(tl.int64) * (n_statistics * size)
+
+
+@triton.jit
+def store_statistics(ptr, size, shift, factor, correction, mask, dtype: tl.constexpr):
+    """Leaves rows' statistics for other kernels: of the softmax, and its correction, the sum of P dP."""
+    tl.store(ptr, shift, mask=mask)
+    tl.store(ptr + size, correction, mask=mask)
+    if dtype == tl.float32:
+        tl.store(ptr + 2 * size, factor, mask=mask)
+
+
+@triton.jit
+def load_statistics(ptr, size, mask, dtype: tl.constexpr):
+    """(shift, factor, correction) of rows; no weights where there is no row.
+
+    The factor belongs to the weights. Taken by the output's gradient, which is smaller, it would round the products
+    with values otherwise than in the correction, from which much of them cancels.
+    """
+    zero = None if mask is None else 0.0
+    shift = tl.load(ptr, mask=mask, other=None if mask is None else float("inf"))
+    correction = tl.load(ptr + size, mask=mask, other=zero)
+    if dtype == tl.float32:
+        return shift, tl.load(ptr + 2 * size, mask=mask, other=zero), correction
+    else:
+        return shift, tl.full(shift.shape, 1.0, tl.float32), correction
+
+
+def empty_statistics(rows: int, size: int, q: Tensor) -> Tensor:
+    """Uninitialised statistics of rows of `size` queries: shift, correction and, in float32, factor."""
+    n_statistics = 3 if q.dtype == torch.float32 else 2
+    return torch.empty((rows, n_statistics, size), dtype=torch.float32, device=q.device)
 
 
 @triton.jit
 def relu(x):
     """Keeps NaN, as PyTorch does."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
+
+
+@triton.jit
+def normal_tail(distance):
+    """The normal distribution below `-distance`, for distances from 0 to 6.
+
+    Its logarithm is close to a polynomial, fitted so that `distance * tail` is off by 6e-6 of itself at most, or by
+    6e-9 where it is below 1e-4.
+    """
+    log2 = tl.fma(distance, 3.22510646e-05, -0.000746192525)
+    log2 = tl.fma(log2, distance, 0.00793264916)
+    log2 = tl.fma(log2, distance, -0.0530326366)
+    log2 = tl.fma(log2, distance, -0.459187775)
+    log2 = tl.fma(log2, distance, -1.15103092)
+    return tl.exp2(tl.fma(log2, distance, -1.00000787))
+
+
+@triton.jit
+def gelu_16(x):
+    """The exact GELU for results of 16 bits: off by 7e-6 of itself, a seventieth of a rounding, or by 6e-9.
+
+    NaN and infinity stay, as in PyTorch; minus infinity, of which PyTorch makes NaN, is as good as zero.
+    """
+    distance = tl.minimum(tl.abs(x), 6.0)
+    return tl.fma(-distance, normal_tail(distance), relu(x))
 
 
 @triton.jit

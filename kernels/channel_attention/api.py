@@ -10,13 +10,14 @@ from vitrail.kernels._common.checks import (
     check_projections,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.channel_attention.op import fused_support, run_channel_attention, run_channel_attention_packed
 from vitrail.kernels.channel_attention.reference import channel_attention_reference, packed_reference
 
 _NAME = "channel_attention"
 
 
+@shortened
 def channel_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
     r"""Mixes the channels of each group by a map computed from all positions.
 
@@ -48,6 +49,7 @@ def channel_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = 
     return channel_attention_reference(q, k, v, scale)
 
 
+@shortened
 def channel_attention_packed(qkv: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
     """`channel_attention` of q, k and v that one projection produced: (B, H, W, 3, groups, D).
 
@@ -62,12 +64,10 @@ def channel_attention_packed(qkv: Tensor, *, scale: float | None = None, backend
     return packed_reference(qkv, scale)
 
 
-@once_per_kind
 def _check_separate(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_projections(_NAME, "(B, H, W, groups, D)", q=q, k=k, v=v)
 
 
-@once_per_kind
 def _check_packed(qkv: Tensor) -> None:
     check_packed(_NAME, "(B, H, W, 3, groups, D)", qkv)
 

@@ -16,13 +16,14 @@ from vitrail.kernels._common.checks import (
     to_pair,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.context_window_attention.op import fused_support, run_context_window_attention
 from vitrail.kernels.context_window_attention.reference import context_window_attention_reference
 
 _NAME = "context_window_attention"
 
 
+@shortened
 def context_window_attention(
     q: Tensor,
     k: Tensor,
@@ -70,7 +71,6 @@ def context_window_attention(
     return context_window_attention_reference(*arguments)
 
 
-@once_per_kind
 def _check(
     q: Tensor,
     k: Tensor,

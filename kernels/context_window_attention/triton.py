@@ -19,8 +19,8 @@ whole windows while the backward runs.
 
 Numerics. Logits, softmax and all sums are float32; the weights, and each window's part of a gradient, are rounded to
 the inputs' dtype, as the reference does. float32 inputs use full float32 products. The forward leaves nothing but its
-output; the backward finds the rows' log-sum-exp and softmax correction sum_j P_ij dP_ij anew. No atomics: parts are
-added in the order of the windows, so gradients are deterministic.
+output; the backward finds the rows' softmax statistics, with the correction sum_j P_ij dP_ij, anew. No atomics: parts
+are added in the order of the windows, so gradients are deterministic.
 
 Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, CUDA-graph replay), milliseconds forward / forward and
 backward, ratio 8; then the reference, eager and compiled. The backward with `_SUM_CONFIG` of four warps; two save about
@@ -52,7 +52,15 @@ from torch import Tensor
 
 from vitrail.kernels._common.gradients import zeros_or_empty
 from vitrail.kernels._common.launch import Config, launch, map_strides, unit_stride
-from vitrail.kernels._common.triton import token_offsets
+from vitrail.kernels._common.triton import (
+    empty_statistics,
+    load_statistics,
+    online_softmax,
+    softmax_statistics,
+    statistics_of,
+    store_statistics,
+    token_offsets,
+)
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LEAST_STARTS = 8  # one kernel for all numbers of windows along an axis up to this
@@ -174,12 +182,8 @@ def _context_fwd_kernel(
             k_ptr, v_ptr, k_strides, v_strides, image, head, context_y, context_x, start, geometry, OTHERS, HEAD_DIM
         )
         logits = _logits(q, k, exists, scale)
-        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-        decay = tl.exp2(maximum - new_maximum)
-        weights = tl.exp2(logits - new_maximum[:, None])
-        total = total * decay + tl.sum(weights, 1)
+        weights, decay, maximum, total = online_softmax(logits, maximum, total, 1.0)
         out = tl.dot(weights.to(v.dtype), v, acc=out * decay[:, None], input_precision="ieee")
-        maximum = new_maximum
     out_offsets = _offsets(image, head, y, x, q_tokens, window_w, out_strides, HEAD_DIM)
     tl.store(out_ptr + out_offsets, (out / total[:, None]).to(q.dtype), mask=real[:, None])
 
@@ -228,7 +232,7 @@ def _context_bwd_dq_kernel(
 ):  # fmt: skip
     """One program: gradient of one block of queries; leaves the rows' statistics for the kernel of the keys.
 
-    A first pass over the keys finds each row's log-sum-exp and softmax correction, a second its gradient.
+    A first pass over the keys finds each row's softmax statistics, a second its gradient.
     """
     geometry = (height, width, window_h, window_w, rows, columns)
     n_tokens = window_h * window_w
@@ -248,28 +252,23 @@ def _context_bwd_dq_kernel(
         )
         logits = _logits(q, k, exists, scale)
         d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
-        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-        decay = tl.exp2(maximum - new_maximum)
-        weights = tl.exp2(logits - new_maximum[:, None])
-        total = total * decay + tl.sum(weights, 1)
+        weights, decay, maximum, total = online_softmax(logits, maximum, total, 1.0)
         correction = correction * decay + tl.sum(weights * d_weights, 1)
-        maximum = new_maximum
-    row_lse = maximum + tl.log2(total)
     correction = correction / total
+    shift, factor = softmax_statistics(maximum, total, q.dtype)
     d_q = tl.zeros((OWN, HEAD_DIM), tl.float32)
     for start in range(0, n_tokens, OTHERS):
         k, v, exists = _key_tile(
             k_ptr, v_ptr, k_strides, v_strides, image, head, context_y, context_x, start, geometry, OTHERS, HEAD_DIM
         )
-        weights = tl.exp2(_logits(q, k, exists, scale) - row_lse[:, None])
+        weights = tl.exp2(_logits(q, k, exists, scale) - shift[:, None])
         d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
         d_scores = weights * (d_weights - correction[:, None]) * scale
         d_q = tl.dot(d_scores.to(k.dtype), k, acc=d_q, input_precision="ieee")
     d_q_offsets = _offsets(image, head, y, x, q_tokens, window_w, d_q_strides, HEAD_DIM)
-    tl.store(d_q_ptr + d_q_offsets, d_q.to(q.dtype), mask=real[:, None])
-    stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * n_tokens) + q_tokens
-    tl.store(stats, row_lse, mask=q_tokens < n_tokens)
-    tl.store(stats + n_tokens, correction, mask=q_tokens < n_tokens)
+    tl.store(d_q_ptr + d_q_offsets, (d_q * factor[:, None]).to(q.dtype), mask=real[:, None])
+    stats = statistics_of(stats_ptr, window * n_heads + head, n_tokens, q.dtype) + q_tokens
+    store_statistics(stats, n_tokens, shift, factor, correction, q_tokens < n_tokens, q.dtype)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -289,7 +288,7 @@ def _context_bwd_dkdv_kernel(
     k, v, exists = _key_tile(
         k_ptr, v_ptr, k_strides, v_strides, image, head, context_y, context_x, first, geometry, OWN, HEAD_DIM
     )
-    stats_ptr += (window * n_heads + head).to(tl.int64) * (2 * n_tokens)
+    stats = statistics_of(stats_ptr, window * n_heads + head, n_tokens, q_ptr.dtype.element_ty)
     d_k = tl.zeros((OWN, HEAD_DIM), tl.float32)
     d_v = tl.zeros((OWN, HEAD_DIM), tl.float32)
     for start in range(0, n_tokens, OTHERS):
@@ -297,11 +296,9 @@ def _context_bwd_dkdv_kernel(
         real = _is_query(y, x, q_tokens, geometry)
         q = _load(q_ptr, _offsets(image, head, y, x, q_tokens, window_w, q_strides, HEAD_DIM), real)
         grad = _load(grad_ptr, _offsets(image, head, y, x, q_tokens, window_w, grad_strides, HEAD_DIM), real)
-        # Queries beyond the map are zero, and so is what they add.
-        row_lse = tl.load(stats_ptr + q_tokens, mask=real, other=0.0)
-        correction = tl.load(stats_ptr + n_tokens + q_tokens, mask=real, other=0.0)
+        shift, factor, correction = load_statistics(stats + q_tokens, n_tokens, real, q.dtype)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
-        weights = tl.exp2(logits - row_lse[:, None])
+        weights = tl.exp2(logits - shift[:, None]) * factor[:, None]
         d_v = tl.dot(tl.trans(weights.to(grad.dtype)), grad, acc=d_v, input_precision="ieee")
         d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
         d_scores = weights * (d_weights - correction[:, None]) * scale
@@ -423,7 +420,7 @@ def context_window_attention_backward(
             _context_bwd_kernel, "bwd", *inputs, d_q, *parts, *strides, *map_strides(d_q), *part_strides
         )  # fmt: skip
     else:
-        stats = torch.empty((problem.rows, 2, problem.n_tokens), dtype=torch.float32, device=q.device)
+        stats = empty_statistics(problem.rows, problem.n_tokens, q)
         problem.launch(_context_bwd_dq_kernel, "bwd_dq", *inputs, d_q, stats, *strides, *map_strides(d_q))
         problem.launch(_context_bwd_dkdv_kernel, "bwd_dkdv", *inputs, *parts, stats, *strides, *part_strides)
     _add_parts(problem, parts, d_k, d_v)

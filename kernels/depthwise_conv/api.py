@@ -15,14 +15,15 @@ from vitrail.kernels._common.checks import (
     to_pair,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels._common.kinds import once_per_kind
 from vitrail.kernels._common.recording import is_padded
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.depthwise_conv.op import fused_support, run_depthwise_conv
 from vitrail.kernels.depthwise_conv.reference import depthwise_conv_reference
 
 _NAME = "depthwise_conv"
 
 
+@shortened
 def depthwise_conv(
     x: Tensor,
     weight: Tensor,
@@ -74,7 +75,6 @@ def depthwise_conv(
     return depthwise_conv_reference(*arguments)
 
 
-@once_per_kind
 def _check(
     x: Tensor,
     weight: Tensor,
@@ -105,7 +105,6 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Ten
         check_shape(_NAME, "residual", residual, x.shape)
 
 
-@once_per_kind
 def _check_alike(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, pad_value: Tensor | None
 ) -> None:

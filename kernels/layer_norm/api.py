@@ -7,13 +7,14 @@ from torch import Tensor
 
 from vitrail.kernels._common.checks import autocast_is_on, check_floating, check_shape
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.layer_norm.op import fused_support, run_layer_norm
 from vitrail.kernels.layer_norm.reference import layer_norm_reference
 
 _NAME = "layer_norm"
 
 
+@shortened
 def layer_norm(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *, backend: str = "auto"
 ) -> Tensor:
@@ -53,7 +54,6 @@ def _float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-@once_per_kind
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, casts: bool) -> None:
     """Raises what `layer_norm` says; `casts`: autocast is about to make float32 of all but float64."""
     if x.dim() == 0:

@@ -19,8 +19,9 @@ MOST_CHANNELS = 8192  # a program holds whole rows in its registers
 
 def fused_support(x: Tensor) -> Support:
     """The one place that says when layer normalisation is handed to the reference, and why."""
-    if not 1 <= x.shape[-1] <= MOST_CHANNELS:
-        return Support(False, f"Triton kernels take rows of 1 to {MOST_CHANNELS} values, the input has {x.shape[-1]}")
+    # The gradient of a single value is zero, of which a fused multiply-add leaves the rounding.
+    if not 2 <= x.shape[-1] <= MOST_CHANNELS:
+        return Support(False, f"Triton kernels take rows of 2 to {MOST_CHANNELS} values, the input has {x.shape[-1]}")
     # There are no heads: only device and dtype matter else, and any width that the shared conditions allow stands for
     # all.
     return triton_support(x, FUSED_HEAD_DIMS[0])

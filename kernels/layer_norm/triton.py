@@ -48,7 +48,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitrail.kernels._common.gradients import empty_gradient
-from vitrail.kernels._common.launch import contiguous, launch, multiprocessors
+from vitrail.kernels._common.launch import as_rows, contiguous, launch, multiprocessors, row_stride
 from vitrail.kernels._common.triton import add_parts_kernel
 
 
@@ -152,17 +152,6 @@ def _layer_norm_bwd_kernel(
             tl.store(part + DIM, tl.sum(d_bias, 0), mask=columns < DIM)
 
 
-def _as_rows(x: Tensor) -> Tensor:
-    """(..., C) -> (rows, C), a view where rows lie at one distance of each other; other layouts are copied."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def _stride(rows: Tensor) -> int:
-    """Distance of rows, a constant of the kernels since it belongs to the model; that of one row means nothing."""
-    return rows.stride(0) if len(rows) > 1 else rows.shape[1]
-
-
 def _cut(tile: Tile, dim: int) -> dict[str, int]:
     """How rows of so many values are cut: constants and options of the kernels; wide rows take more warps."""
     block = triton.next_power_of_2(dim)
@@ -176,12 +165,12 @@ def layer_norm_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, ep
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
-    rows = _as_rows(x)
+    rows = as_rows(x)
     options = _cut(_FORWARD, x.shape[-1])
     launch(
         _layer_norm_fwd_kernel, (triton.cdiv(len(rows), options["ROWS"]),),
         rows, contiguous(weight), contiguous(bias), y, len(rows), eps,
-        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, X_STRIDE=_stride(rows), **options,
+        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, X_STRIDE=row_stride(rows), **options,
     )  # fmt: skip
     return y
 
@@ -194,7 +183,7 @@ def layer_norm_backward(
     d_weight, d_bias = (_gradient_of(parameter, x) for parameter in (weight, bias))
     if x.numel() == 0:
         return d_x, d_weight.zero_(), d_bias.zero_()
-    rows, grad_rows = _as_rows(x), _as_rows(grad)
+    rows, grad_rows = as_rows(x), as_rows(grad)
     dim, n_sums = x.shape[-1], (weight is not None) + (bias is not None)
     tile = next(tile for width, tile in _BACKWARD.items() if dim <= width)
     options = _cut(tile, dim)
@@ -206,7 +195,7 @@ def layer_norm_backward(
         _layer_norm_bwd_kernel, (n_programs,),
         grad_rows, rows, contiguous(weight), d_x, parts, len(rows), eps,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-        GRAD_STRIDE=_stride(grad_rows), X_STRIDE=_stride(rows), STAGES=_STAGES, **options,
+        GRAD_STRIDE=row_stride(grad_rows), X_STRIDE=row_stride(rows), STAGES=_STAGES, **options,
     )  # fmt: skip
     if n_sums:
         launch(

@@ -12,13 +12,14 @@ from vitrail.kernels._common.checks import (
     check_shape,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.linear_attention.op import fused_support, run_linear_attention, run_linear_attention_packed
 from vitrail.kernels.linear_attention.reference import linear_attention_reference
 
 _NAME = "linear_attention"
 
 
+@shortened
 def linear_attention(
     q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *, floor: float = 100.0, backend: str = "auto"
 ) -> Tensor:
@@ -54,6 +55,7 @@ def linear_attention(
     return linear_attention_reference(q, k, v, temperature, float(floor))
 
 
+@shortened
 def linear_attention_packed(qkv: Tensor, temperature: Tensor, *, floor: float = 100.0, backend: str = "auto") -> Tensor:
     """`linear_attention` of q, k and v that one projection produced: (B, H, W, 3, heads, D).
 
@@ -68,13 +70,11 @@ def linear_attention_packed(qkv: Tensor, temperature: Tensor, *, floor: float = 
     return linear_attention_reference(q, k, v, temperature, float(floor))
 
 
-@once_per_kind
 def _check_separate(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, floor: float) -> None:
     check_projections(_NAME, "(B, H, W, heads, D)", q=q, k=k, v=v)
     _check_constants(q, temperature, floor)
 
 
-@once_per_kind
 def _check_packed(qkv: Tensor, temperature: Tensor, floor: float) -> None:
     check_packed(_NAME, "(B, H, W, 3, heads, D)", qkv)
     _check_constants(qkv.select(3, 0), temperature, floor)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitrail.kernels._common.checks import autocast_together, check_alike, check_floating, check_pads, check_shape
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.neighborhood_attention.op import fused_support, natten_support, run_neighborhood_attention
 from vitrail.kernels.neighborhood_attention.reference import (
     neighborhood_attention_reference,
@@ -20,6 +20,7 @@ _NAME = "neighborhood_attention"
 _Value = TypeVar("_Value", int, bool)
 
 
+@shortened
 def neighborhood_attention(
     q: Tensor,
     k: Tensor,
@@ -97,7 +98,6 @@ def neighborhood_attention(
     return neighborhood_attention_reference(*arguments)
 
 
-@once_per_kind
 def _check(
     q: Tensor,
     k: Tensor,

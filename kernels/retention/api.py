@@ -15,13 +15,14 @@ from vitrail.kernels._common.checks import (
     to_pair,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.retention.op import fused_support, run_retention
 from vitrail.kernels.retention.reference import ACTIVATIONS, retention_reference
 
 _NAME = "retention"
 
 
+@shortened
 def retention(
     q: Tensor,
     k: Tensor,
@@ -125,7 +126,6 @@ def decomposed_retention(
     return along(by_row.to(v.dtype), (window[0], 1), (shift[0], 0))
 
 
-@once_per_kind
 def _check(
     q: Tensor,
     k: Tensor,

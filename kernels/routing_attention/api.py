@@ -16,13 +16,14 @@ from vitrail.kernels._common.checks import (
     to_pair,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.routing_attention.op import fused_support, run_region_routes, run_routing_attention
 from vitrail.kernels.routing_attention.reference import region_routes_reference, routing_attention_reference
 
 _NAME = "routing_attention"
 
 
+@shortened
 def region_routes(
     q: Tensor,
     k: Tensor,
@@ -62,6 +63,7 @@ def region_routes(
     return region_routes_reference(*arguments)
 
 
+@shortened
 def routing_attention(
     q: Tensor,
     k: Tensor,
@@ -104,7 +106,6 @@ def routing_attention(
     return routing_attention_reference(*arguments)
 
 
-@once_per_kind
 def _check_routes(
     q: Tensor, k: Tensor, pad_q: Tensor | None, pad_k: Tensor | None, n_regions: int | Sequence[int], topk: int
 ) -> tuple[int, int]:
@@ -117,7 +118,6 @@ def _check_routes(
     return regions
 
 
-@once_per_kind
 def _check_attention(
     q: Tensor,
     k: Tensor,

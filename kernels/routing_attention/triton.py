@@ -19,10 +19,10 @@ into one tile, as in BiFormer's first two stages at 224 pixels, there is no onli
 
 Numerics. Logits, softmax and all sums are float32; the weights are rounded to the inputs' dtype before they meet values
 or gradients; float32 inputs use full float32 products. The forward leaves nothing but its output: the backward of the
-queries finds the rows' log-sum-exp and softmax correction sum_j P_ij dP_ij anew and keeps them for the backward of the
-keys. That costs a second pass over the keys only where they need several tiles, and no memory between the passes. No
-atomics: every gradient has one program, which sums it in the order of a list; those of the padding go to one slot a
-program and are added afterwards. Gradients are therefore deterministic.
+queries finds the rows' softmax statistics, with the correction sum_j P_ij dP_ij, anew and keeps them for the backward
+of the keys. That costs a second pass over the keys only where they need several tiles, and no memory between the
+passes. No atomics: every gradient has one program, which sums it in the order of a list; those of the padding go to one
+slot a program and are added afterwards. Gradients are therefore deterministic.
 
 Roofline. The forward has to move q, k, v and the output once, the backward these, the output's gradient and three
 gradients. What the kernels read beyond that are keys and values that several regions chose, mostly from the L2 cache.
@@ -60,7 +60,17 @@ from torch import Tensor
 
 from vitrail.kernels._common.gradients import zeros_or_empty
 from vitrail.kernels._common.launch import contiguous, launch, map_strides, unit_stride
-from vitrail.kernels._common.triton import finite, load_kv, online_softmax
+from vitrail.kernels._common.triton import (
+    add_product,
+    empty_statistics,
+    finite,
+    load_kv,
+    load_statistics,
+    online_softmax,
+    softmax_statistics,
+    statistics_of,
+    store_statistics,
+)
 from vitrail.kernels.routing_attention.reference import region_size
 
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -216,7 +226,7 @@ def _routing_fwd_kernel(
                 geometry, scale, DENSE, HAS_PAD, BLOCK_K, HEAD_DIM,
             )  # fmt: skip
             weights, decay, maximum, total = online_softmax(logits, maximum, total, 1.0)
-            out = tl.dot(weights.to(v.dtype), v, acc=out * decay[:, None], input_precision="ieee")
+            out = add_product(out * decay[:, None], weights.to(v.dtype), v)
     out = out * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     out_offsets = _offsets(image, y, x, head, out_strides, HEAD_DIM)
     tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=real[:, None])
@@ -232,7 +242,7 @@ def _routing_bwd_dq_kernel(
 ):  # fmt: skip
     """One program: gradient of one block of queries; leaves the rows' statistics for the kernel of the keys.
 
-    Of several tiles of keys, a first pass finds each row's log-sum-exp and softmax correction, a second its gradient.
+    Of several tiles of keys, a first pass finds each row's softmax statistics, a second its gradient.
     """
     geometry = (height, width, n_regions, COLUMNS or columns, region_h, REGION_W or region_w)
     image, head, region, rank, y, x, _exists, real = _own_tokens(geometry, n_heads, DENSE, BLOCK_Q)
@@ -254,7 +264,7 @@ def _routing_bwd_dq_kernel(
         correction = tl.sum(weights * d_weights, 1)
         d_scores = weights * (d_weights - correction[:, None]) * scale
         d_q = tl.dot(d_scores.to(k.dtype), k, input_precision="ieee")
-        row_lse = maximum + tl.log2(total)
+        shift, factor = softmax_statistics(maximum, total, q.dtype)
     else:
         maximum = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_Q,), tl.float32)
@@ -268,8 +278,8 @@ def _routing_bwd_dq_kernel(
             weights, decay, maximum, total = online_softmax(logits, maximum, total, 1.0)
             correction = correction * decay + tl.sum(weights * d_weights, 1)
         total = tl.where(total == 0.0, 1.0, total)
-        row_lse = finite(maximum) + tl.log2(total)
         correction = correction / total
+        shift, factor = softmax_statistics(finite(maximum), total, q.dtype)
         d_q = tl.zeros((BLOCK_Q, HEAD_DIM), tl.float32)
         for start in range(0, n_keys, BLOCK_K):
             k, v, logits = _key_tile(
@@ -277,14 +287,14 @@ def _routing_bwd_dq_kernel(
                 geometry, scale, DENSE, HAS_PAD, BLOCK_K, HEAD_DIM,
             )  # fmt: skip
             d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
-            weights = tl.exp2(logits - row_lse[:, None])
+            weights = tl.exp2(logits - shift[:, None])
             d_scores = weights * (d_weights - correction[:, None]) * scale
             d_q = tl.dot(d_scores.to(k.dtype), k, acc=d_q, input_precision="ieee")
+        d_q *= factor[:, None]
     tl.store(d_q_ptr + _offsets(image, y, x, head, d_q_strides, HEAD_DIM), d_q.to(q.dtype), mask=real[:, None])
     n_ranks = n_regions * region_h * region_w
-    stats = stats_ptr + (image * n_heads + head).to(tl.int64) * (2 * n_ranks) + rank
-    tl.store(stats, row_lse, mask=real)
-    tl.store(stats + n_ranks, correction, mask=real)
+    stats = statistics_of(stats_ptr, image * n_heads + head, n_ranks, q.dtype) + rank
+    store_statistics(stats, n_ranks, shift, factor, correction, real, q.dtype)
 
 
 @triton.jit(
@@ -314,7 +324,7 @@ def _routing_bwd_dkdv_kernel(
         n_queries = (tl.load(bounds + 1) - first) * (region_h * region_w)
     k = load_kv(k_ptr, pad_k_ptr, _offsets(image, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
     v = load_kv(v_ptr, pad_v_ptr, _offsets(image, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-    stats = stats_ptr + (image * n_heads + head).to(tl.int64) * (2 * n_ranks)
+    stats = statistics_of(stats_ptr, image * n_heads + head, n_ranks, q_ptr.dtype.element_ty)
     d_k = tl.zeros((BLOCK_K, HEAD_DIM), tl.float32)
     d_v = tl.zeros((BLOCK_K, HEAD_DIM), tl.float32)
     for start in range(0, n_queries, BLOCK_Q):
@@ -323,11 +333,9 @@ def _routing_bwd_dkdv_kernel(
         q = tl.load(q_ptr + q_offsets, mask=q_real[:, None], other=0.0)
         grad_offsets = _offsets(image, q_y, q_x, head, grad_strides, HEAD_DIM)
         grad = tl.load(grad_ptr + grad_offsets, mask=q_real[:, None], other=0.0)
-        # Padded queries have no statistics: an infinite log-sum-exp leaves them no weight.
-        row_lse = tl.load(stats + rank, mask=q_real, other=float("inf"))
-        correction = tl.load(stats + n_ranks + rank, mask=q_real, other=0.0)
+        shift, factor, correction = load_statistics(stats + rank, n_ranks, q_real, q.dtype)  # padded queries have none
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
-        weights = tl.exp2(logits - row_lse[:, None])
+        weights = tl.exp2(logits - shift[:, None]) * factor[:, None]
         if DENSE:
             masks = _load_masks(list_ptr, image, q_region, q_real, geometry, DENSE)
             weights = tl.where(_sees(masks[:, None], region[None, :], exists[None, :]), weights, 0.0)
@@ -499,8 +507,7 @@ def _run_backward(
     grad, q, k, v = inputs[:4]
     d_q, d_k, d_v = gradients
     listed = _masks(routes) if problem.dense else routes
-    floats = {"dtype": torch.float32, "device": q.device}
-    stats = torch.empty((problem.batch * problem.heads, 2, problem.n_ranks), **floats)
+    stats = empty_statistics(problem.batch * problem.heads, problem.n_ranks, q)
     strides = map_strides(grad, q, k, v)
     launch(
         _routing_bwd_dq_kernel, problem.grid, *inputs, listed, d_q, stats, *strides, *map_strides(d_q),
@@ -508,7 +515,7 @@ def _run_backward(
     )  # fmt: skip
     listed, bounds = (listed, None) if problem.dense else _inverse_lists(routes)
     slots = problem.programs if problem.has_pad else 0
-    d_pad = torch.empty((slots, problem.heads, 2, problem.head_dim), **floats)
+    d_pad = torch.empty((slots, problem.heads, 2, problem.head_dim), dtype=torch.float32, device=q.device)
     launch(
         _routing_bwd_dkdv_kernel, problem.grid, *inputs, listed, bounds, stats, d_k, d_v, d_pad, *strides,
         *map_strides(d_k, d_v), *problem.geometry, problem.heads, problem.n_regions * problem.topk, problem.scale,

@@ -14,7 +14,7 @@ from vitrail.kernels._common.checks import (
     check_shape,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.scattered_linear_attention.op import (
     fused_support,
     run_scattered_linear_attention,
@@ -26,6 +26,7 @@ from vitrail.kernels.scattered_linear_attention.windows import Windows, most_par
 _NAME = "scattered_linear_attention"
 
 
+@shortened
 def scattered_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, windows: Windows, *, eps: float = 1e-6, backend: str = "auto"
 ) -> Tensor:
@@ -61,6 +62,7 @@ def scattered_linear_attention(
     return scattered_linear_attention_reference(q, k, v, *windows, float(eps))
 
 
+@shortened
 def scattered_linear_attention_packed(
     qkv: Tensor, windows: Windows, *, eps: float = 1e-6, backend: str = "auto"
 ) -> Tensor:
@@ -77,13 +79,11 @@ def scattered_linear_attention_packed(
     return scattered_linear_attention_reference(q, k, v, *windows, float(eps))
 
 
-@once_per_kind
 def _check_separate(q: Tensor, k: Tensor, v: Tensor, *windows_and_eps: Any) -> None:
     check_projections(_NAME, "(N, heads, D)", q=q, k=k, v=v)
     _check_windows(q, *windows_and_eps)
 
 
-@once_per_kind
 def _check_packed(qkv: Tensor, *windows_and_eps: Any) -> None:
     check_packed(_NAME, "(N, 3, heads, D)", qkv)
     _check_windows(qkv, *windows_and_eps)

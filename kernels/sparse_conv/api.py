@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitrail.kernels._common.checks import autocast_together, check_dims, check_floating, check_shape
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.sparse_conv.op import (
     fused_support,
     run_depthwise_sparse_conv,
@@ -20,6 +20,7 @@ from vitrail.kernels.sparse_conv.reference import depthwise_reference, mix_refer
 from vitrail.kernels.sparse_conv.sites import NeighbourTable
 
 
+@shortened
 def sparse_conv(features: Tensor, weight: Tensor, table: NeighbourTable, *, backend: str = "auto") -> Tensor:
     r"""Convolves voxels: :math:`y_n = \sum_k W_k\, x_{T(k, n)}`, where an absent neighbour contributes nothing.
 
@@ -50,6 +51,7 @@ def sparse_conv(features: Tensor, weight: Tensor, table: NeighbourTable, *, back
     return sparse_conv_reference(features, weight, *table)
 
 
+@shortened
 def depthwise_sparse_conv(features: Tensor, weight: Tensor, table: NeighbourTable, *, backend: str = "auto") -> Tensor:
     r"""Convolves every channel of voxels by itself: :math:`y_{n,c} = \sum_k w_{k,c}\, x_{T(k, n), c}`.
 
@@ -76,6 +78,7 @@ def depthwise_sparse_conv(features: Tensor, weight: Tensor, table: NeighbourTabl
     return depthwise_reference(features, weight, *table)
 
 
+@shortened
 def mixed_depthwise_conv(
     features: Tensor, weights: Sequence[Tensor], tables: Sequence[NeighbourTable], *, backend: str = "auto"
 ) -> Tensor:
@@ -117,21 +120,18 @@ def mixed_depthwise_conv(
     return mix_reference(mixed, checked, [table.forward for table in tables])
 
 
-@once_per_kind
 def _check_dense(op: str, features: Tensor, weight: Tensor, forward: Tensor, backward: Tensor) -> None:
     check_dims(op, "weight", weight, "(C_out, taps, C_in)")
     check_shape(op, "features", features, (len(features), weight.shape[2]))
     _check(op, features, weight, forward, backward, weight.shape[1])
 
 
-@once_per_kind
 def _check_depthwise(op: str, features: Tensor, weight: Tensor, forward: Tensor, backward: Tensor) -> None:
     check_dims(op, "weight", weight, "(taps, C)")
     check_shape(op, "features", features, (len(features), weight.shape[1]))
     _check(op, features, weight, forward, backward, weight.shape[0])
 
 
-@once_per_kind
 def _check(op: str, features: Tensor, weight: Tensor, forward: Tensor, backward: Tensor, taps: int) -> None:
     """Raises where a kernel, its table and the features do not fit together."""
     check_floating(op, features=features, weight=weight)

@@ -24,7 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitrail.kernels._common.gradients import sum_of_parts
 from vitrail.kernels._common.launch import launch, unit_stride
+from vitrail.kernels._common.triton import add_product
 
 _ROWS = 64  # voxels of a tile
 _TAPS = 3  # taps of a depth-wise kernel whose rows are under way at once
@@ -63,7 +65,7 @@ def _conv_kernel(
                 offsets = channels[:, None] * in_channel_stride + outs[None, :] * out_channel_stride
                 mask = (channels < in_dim)[:, None] & (outs < out_dim)[None, :]
                 weight = tl.load(weight_ptr + tap * tap_stride + offsets, mask=mask, other=0.0)
-                total = tl.dot(x, weight, acc=total, input_precision="ieee")
+                total = add_product(total, x, weight)
     places = out_ptr + rows.to(tl.int64)[:, None] * out_dim + outs[None, :]
     tl.store(places, total.to(out_ptr.dtype.element_ty), mask=(rows < n_outputs)[:, None] & (outs < out_dim)[None, :])
 
@@ -86,7 +88,7 @@ def _weight_gradient_kernel(
         if tl.max(sources, 0) >= 0:
             x = _gather(x_ptr, x_stride, sources, channels, in_dim)
             grad = _gather(grad_ptr, grad_stride, tl.where(sources >= 0, rows, -1), outs, out_dim)
-            total = tl.dot(tl.trans(grad), x, acc=total, input_precision="ieee")
+            total = add_product(total, tl.trans(grad), x)
     places = (part * out_dim + outs).to(tl.int64)[:, None] * (taps * in_dim) + tap * in_dim + channels[None, :]
     tl.store(parts_ptr + places, total, mask=(outs < out_dim)[:, None] & (channels < in_dim)[None, :])
 
@@ -225,7 +227,7 @@ def sparse_conv_backward(
         grad, features, parts, table.contiguous(), grad.stride(0), features.stride(0),
         n_outputs, taps, part_size, in_dim, out_dim, ROWS=_ROWS, OUT=out_tile, IN=in_tile, num_warps=4, num_stages=3,
     )  # fmt: skip
-    return d_features, parts.sum(0).to(weight.dtype)
+    return d_features, sum_of_parts(parts, weight.dtype)
 
 
 def depthwise_forward(features: Tensor, weight: Tensor, table: Tensor) -> Tensor:
@@ -263,7 +265,7 @@ def _depthwise_weight_gradient(grad: Tensor, features: Tensor, weight: Tensor, t
         grad, features, parts, table.contiguous(), grad.stride(0), features.stride(0), n_outputs, taps, part_size, dim,
         ROWS=_ROWS, DIM=tile, num_warps=4,
     )  # fmt: skip
-    return parts.sum(0).to(weight.dtype)
+    return sum_of_parts(parts, weight.dtype)
 
 
 def mix_forward(features: Tensor, weights: Sequence[Tensor], tables: Sequence[Tensor]) -> Tensor:

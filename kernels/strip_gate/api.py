@@ -6,13 +6,14 @@ from torch import Tensor
 
 from vitrail.kernels._common.checks import check_dims, check_floating, check_shape
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.strip_gate.op import fused_support, run_strip_gate
 from vitrail.kernels.strip_gate.reference import strip_gate_reference
 
 _NAME = "strip_gate"
 
 
+@shortened
 def strip_gate(x: Tensor, logits_h: Tensor, logits_w: Tensor, *, skip: bool = False, backend: str = "auto") -> Tensor:
     r"""Multiplies a map by the sigmoids of a strip along its height and of one along its width.
 
@@ -41,7 +42,6 @@ def strip_gate(x: Tensor, logits_h: Tensor, logits_w: Tensor, *, skip: bool = Fa
     return strip_gate_reference(x, logits_h, logits_w, skip)
 
 
-@once_per_kind
 def _check(x: Tensor, logits_h: Tensor, logits_w: Tensor) -> None:
     check_dims(_NAME, "x", x, "(B, C, H, W)")
     check_shape(_NAME, "logits_h", logits_h, x.shape[:3])

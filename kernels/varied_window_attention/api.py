@@ -17,7 +17,7 @@ from vitrail.kernels._common.checks import (
     to_pair,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.varied_window_attention.op import (
     fused_support,
     run_varied_window_attention,
@@ -28,6 +28,7 @@ from vitrail.kernels.varied_window_attention.reference import varied_window_atte
 _NAME = "varied_window_attention"
 
 
+@shortened
 def varied_window_attention(
     q: Tensor,
     k: Tensor,
@@ -80,6 +81,7 @@ def varied_window_attention(
     return varied_window_attention_reference(q, k, v, *arguments)
 
 
+@shortened
 def varied_window_attention_packed(
     qkv: Tensor,
     offsets: Tensor,
@@ -105,13 +107,11 @@ def varied_window_attention_packed(
     return varied_window_attention_reference(q, k, v, *arguments)
 
 
-@once_per_kind
 def _check_separate(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[tuple[int, int], tuple[int, int], float]:
     check_projections(_NAME, "(B, H, W, heads, D)", q=q, k=k, v=v)
     return _check_arguments(q, *others)
 
 
-@once_per_kind
 def _check_packed(qkv: Tensor, *others: Any) -> tuple[tuple[int, int], tuple[int, int], float]:
     check_packed(_NAME, "(B, H, W, 3, heads, D)", qkv)
     return _check_arguments(qkv.select(3, 0), *others)

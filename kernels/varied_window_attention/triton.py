@@ -80,7 +80,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitrail.kernels._common.gradients import empty_gradient
+from vitrail.kernels._common.gradients import empty_gradient, sum_of_parts
 from vitrail.kernels._common.launch import Config, launch, map_strides, multiprocessors, unit_stride
 from vitrail.kernels._common.triton import shares
 
@@ -664,7 +664,7 @@ def varied_window_attention_backward(
     _map_gradients(problem, d_samples, offsets, stretch, d_k, d_v)
     d_bias = empty_gradient(grad)
     if bias is not None:
-        d_bias = bias_slots.sum(0)[:, : problem.tokens, : problem.tokens].to(bias.dtype).contiguous()
+        d_bias = sum_of_parts(bias_slots[..., : problem.tokens, : problem.tokens], bias.dtype).contiguous()
     return d_offsets, d_stretch, d_bias
 
 

@@ -17,13 +17,14 @@ from vitrail.kernels._common.checks import (
     to_pair,
 )
 from vitrail.kernels._common.dispatch import choose_backend
-from vitrail.kernels._common.kinds import once_per_kind
+from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.window_attention.op import fused_support, run_window_attention, run_window_attention_packed
 from vitrail.kernels.window_attention.reference import window_attention_reference
 
 _NAME = "window_attention"
 
 
+@shortened
 def window_attention(
     q: Tensor,
     k: Tensor,
@@ -75,6 +76,7 @@ def window_attention(
     return window_attention_reference(q, k, v, *arguments)
 
 
+@shortened
 def window_attention_packed(
     qkv: Tensor,
     *,
@@ -101,13 +103,11 @@ def window_attention_packed(
     return window_attention_reference(q, k, v, *arguments)
 
 
-@once_per_kind
 def _check_separate(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[tuple[int, int], tuple[int, int], float]:
     check_projections(_NAME, "(B, H, W, heads, D)", q=q, k=k, v=v)
     return _check_arguments(q, *others)
 
 
-@once_per_kind
 def _check_packed(qkv: Tensor, *others: Any) -> tuple[tuple[int, int], tuple[int, int], float]:
     check_packed(_NAME, "(B, H, W, 3, heads, D)", qkv)
     return _check_arguments(qkv.select(3, 0), *others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from vitrail.kernels._common import registration
-from vitrail.kernels._common.direct import is_watched
+from vitrail.kernels._common.direct import direct_kind
 
 _NAME = "test_scaled_product"
 
@@ -49,21 +50,20 @@ def _both(operator: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], Calla
 
 def _way_of(x: Tensor) -> str:
     """The way that an operator takes on `x`."""
-    call: Any = registration._operator(_dispatched, 1, _direct, _differentiable)
-    way: str = call(x, 3)
-    return way
+    way: Any = _WAYS(x, 3)
+    return str(way)
 
 
-def _dispatched(*_: Any) -> Any:
-    return "dispatcher"
+class _Ways(registration.Operator):
+    """Tells of the ways in place of taking them."""
+
+    def __init__(self) -> None:
+        self.dispatched: Any = lambda *_: "dispatcher"
+        self.replayed: Any = SimpleNamespace(run=lambda *_: "direct")
+        self.differentiable: Any = lambda *_: "direct with gradients"
 
 
-def _direct(*_: Any) -> Any:
-    return "direct"
-
-
-def _differentiable(*_: Any) -> Any:
-    return "direct with gradients"
+_WAYS = _Ways()
 
 
 def test_plain_tensors_go_directly() -> None:
@@ -76,7 +76,7 @@ def test_plain_tensors_go_directly() -> None:
         assert _way_of(torch.randn(3)) == "direct"
     with torch.autocast("cpu"), torch.autograd.graph.save_on_cpu():
         assert _way_of(leaf) == "direct with gradients"
-    assert not is_watched((None, x))
+    assert direct_kind((None, x), []) is not None
 
 
 class _Subclass(torch.Tensor):

@@ -1,4 +1,4 @@
-"""Checks that run once for a kind of calls: what is told apart, and that errors come each time."""
+"""Kinds of calls: what is told apart, and what has none."""
 
 from __future__ import annotations
 
@@ -32,34 +32,45 @@ _USUAL = (torch.zeros(2, 3), None, 1, (1, 2), "a", 0.5)
     ],
 )
 def test_tells_apart_all_but_contents(other: tuple[Any, ...]) -> None:
-    assert kinds.kind_of(_USUAL) == kinds.kind_of((torch.ones(2, 3), *_USUAL[1:]))
-    assert kinds.kind_of(_USUAL) == kinds.kind_of((*_USUAL[:3], [1, 2], *_USUAL[4:]))
-    assert kinds.kind_of(_USUAL) != kinds.kind_of(other)
+    assert _kind(*_USUAL) == _kind(torch.ones(2, 3), *_USUAL[1:])
+    assert _kind(*_USUAL) == _kind(*_USUAL[:3], [1, 2], *_USUAL[4:])
+    assert _kind(*_USUAL) != _kind(*other)
 
 
-def test_runs_once_for_a_kind_unless_it_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kinds, "MOST_REMEMBERED", 2)
-    ran: list[Any] = []
+def test_autocast_and_alignment_count() -> None:
+    memory = torch.zeros(20)
+    kinds_found = [_kind(memory[start : start + 8]) for start in (0, 1, 4)]
+    assert kinds_found[0] == kinds_found[2] != kinds_found[1]
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            kinds_found.append(_kind(memory[:8]))
+    assert len(set(kinds_found)) == 4
 
-    @kinds.once_per_kind
-    def check(x: Tensor, least: int) -> int:
-        ran.append(tuple(x.shape))
-        if len(x) < least:
-            raise ValueError("too few")
-        return least
 
-    for _ in range(3):
-        assert check(torch.randn(4), 2) == 2
-        with pytest.raises(ValueError, match="too few"):
-            check(torch.randn(1), 2)
-    assert ran == [(4,), (1,), (1,), (1,)]
-    for size in (5, 6, 4):  # more than is remembered
-        check(torch.randn(size), 2)
-    assert ran[4:] == [(5,), (6,), (4,)]
-    seen = len(ran)
-    torch.jit.trace(lambda x: x + check(x, 2), (torch.ones(4),), check_trace=False)
-    torch.compile(lambda x: x + check(x, 2), backend="eager", fullgraph=True)(torch.ones(4))
-    assert len(ran) > seen
+def test_sequences_of_tensors_are_looked_into() -> None:
+    x, y, z = torch.zeros(2), torch.zeros(3), torch.zeros(4)
+    tensors: list[Tensor] = []
+    kind = kinds.kind_of(((x, y), [z, None], 1), tensors)
+    assert [id(t) for t in tensors] == [id(x), id(y), id(z)]
+    assert kind == _kind([torch.ones(2), torch.ones(3)], (torch.ones(4), None), 1)
+    others = (((x,), [y, z, None], 1), ((x, y, z), [None], 1), (x, y, [z, None], 1), ((x, y), [z], None, 1))
+    assert len({kind, *(_kind(*other) for other in others)}) == 5
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [object(), {1: 2}, torch.zeros(2).as_subclass(type("Other", (Tensor,), {})), torch.zeros(2).char, 1j, [object()]],
+)
+def test_what_may_be_anything_has_no_kind(unknown: Any) -> None:
+    assert _kind(torch.zeros(2), unknown) is None
+
+
+def test_negated_views_have_no_kind() -> None:
+    assert _kind(torch.zeros(2, dtype=torch.complex64).conj().imag) is None
+
+
+def _kind(*arguments: Any) -> Any:
+    return kinds.kind_of(arguments, [])
 
 
 def test_what_equals_something_allowed_is_still_refused() -> None:

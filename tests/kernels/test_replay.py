@@ -6,16 +6,23 @@ Where there is no GPU a stand-in for compiled code works on the addresses that i
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.kernels._common import launch as launching
 from vitrail.kernels._common import replay
+from vitrail.kernels._common.kinds import kind_of
+from vitrail.kernels._common.registration import register_operator
+from vitrail.kernels._common.shortcut import _Shortcut
 from vitrail.tools._common.kernel_cases import OPERATORS
 
 pytest.importorskip("triton")
@@ -76,9 +83,19 @@ def add(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return launch
 
 
+def _replayed(function: Callable[..., Any]) -> Callable[..., Any]:
+    implementation = replay.Replayed(function)
+
+    def call(*arguments: Any) -> Any:
+        tensors: list[Tensor] = []
+        return implementation.run(kind_of(arguments, tensors), tensors, arguments)
+
+    return call
+
+
 def _compare(function: Callable[..., Any], *makers: Callable[[], Any], replays: int) -> None:
     """Calls an implementation with new arguments time and again; counts the launches that were replayed."""
-    fast = replay.replayed(function)
+    fast = _replayed(function)
     for _ in range(4):
         arguments = [make() for make in makers]
         wanted, found = function(*arguments), fast(*arguments)
@@ -111,6 +128,36 @@ def test_operators_in_place_and_of_constants_are_repeated(add: Callable[..., Non
     _compare(function, lambda: torch.randn(2, 3), lambda: None, replays=2)
 
 
+@pytest.mark.parametrize("context", [nullcontext, torch.inference_mode, torch._C._AutoDispatchBelowAutograd])
+def test_operators_that_copy_only_some_layouts_are_repeated(add: Callable[..., None], context: Any) -> None:
+    """As the dispatcher calls an implementation: `contiguous` and its like are then not told apart beforehand."""
+
+    def function(x: Tensor, plain: Tensor) -> tuple[Tensor, Tensor]:
+        out = torch.empty_like(plain)
+        add(x.flatten(1).t().contiguous(), out, 1.0)
+        other = torch.empty_like(out)
+        add(plain.contiguous().reshape(-1), other.view(-1), 1.0)
+        return out, other + x.t().reshape(-1).view(plain.shape) + x.to(torch.float64).sum().to(x.dtype)
+
+    with context():
+        _compare(function, lambda: torch.randn(3, 2), lambda: torch.randn(2, 3), replays=4)
+
+
+def test_what_holds_nothing_is_made_once(add: Callable[..., None]) -> None:
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        out, workspace, nothing = torch.empty_like(x), x.new_empty(0, 3, 2), x.new_empty(0)
+        add(x, out, 1.0)
+        add(workspace, workspace, 1.0)
+        return out, nothing, x.new_empty(2, 0)
+
+    fast = _replayed(function)
+    _, _, (out, nothing, other), (out2, nothing2, other2) = (fast(torch.ones(5)) for _ in range(4))
+    assert nothing is nothing2
+    assert other is not other2  # may become part of a graph
+    assert torch.equal(out2, torch.full((5,), 2.0))
+    assert out is not out2
+
+
 def test_other_kinds_have_other_steps(add: Callable[..., None]) -> None:
     def function(x: Tensor, numbers: list[float], twice: bool) -> Tensor:
         out = torch.empty_like(x)
@@ -119,7 +166,7 @@ def test_other_kinds_have_other_steps(add: Callable[..., None]) -> None:
             add(out, out, float(x.shape[0]))
         return out
 
-    fast = replay.replayed(function)
+    fast = _replayed(function)
     for size in (3, 4, 3, 4, 3, 4):
         for numbers in ([1.0], [2.0], [2.0, 3.0]):
             for twice in (True, False):
@@ -164,7 +211,7 @@ def test_calls_without_a_launch_are_not_replayed(add: Callable[..., None]) -> No
         ran.append(x)
         return x.sin()
 
-    fast = replay.replayed(function)
+    fast = _replayed(function)
     for _ in range(4):
         fast(torch.randn(3))
     assert len(ran) == 4
@@ -177,63 +224,159 @@ def test_one_tensor_in_two_places_is_not_recorded(add: Callable[..., None]) -> N
         add(y, out, 2.0)
         return out + x
 
-    fast = replay.replayed(function)
+    fast = _replayed(function)
     for same in (True, True, True, False, False, True, False):
         x = torch.randn(3)
         y = x if same else torch.randn(3)
         torch.testing.assert_close(fast(x, y), function(x, y), rtol=0, atol=0)
 
 
-def test_autocast_and_alignment_are_kinds_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = torch.zeros(20)
-    kinds = [replay._replayed_kind((memory[start : start + 8],)) for start in (0, 1, 4)]
-    assert kinds[0] == kinds[2] != kinds[1]
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
-    assert replay._replayed_kind((memory[:8],)) != kinds[0]
-
-
-def test_launch_hooks_are_called(add: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+@pytest.mark.parametrize("hook", [print, SimpleNamespace(calls=[print]), SimpleNamespace(calls=[]), None])
+def test_launch_hooks_are_called(
+    add: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str, hook: Any
+) -> None:
+    """Functions and chains of them are, chains that are empty are not."""
     from triton import knobs
 
     seen: list[Any] = []
 
-    class Hooked(_Code):
+    class Hooked:
+        function = packed_metadata = None
+
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return lambda *parameters: seen.append((grid, parameters))
 
-    monkeypatch.setattr(launching, "_is_hook", lambda hook: hook is knobs.runtime.launch_enter_hook)
+        def run(self, *everything: Any) -> None:
+            seen.append("past the hooks")
+
+    monkeypatch.setattr(knobs.runtime, name, hook)
     launching.starter(Hooked(), (3, 2), torch.device("cpu"))((1, 2))
-    assert seen == [((3, 2, 1), (1, 2))]
+    has_some = hook is not None and (hook is print or hook.calls)
+    assert seen == ([((3, 2, 1), (1, 2))] if has_some else ["past the hooks"])
 
 
-def test_empty_chains_are_no_hooks() -> None:
-    chain = SimpleNamespace(calls=[])
-    assert not any(map(launching._is_hook, (chain, None)))
-    chain.calls.append(print)
-    assert all(map(launching._is_hook, (chain, print)))
+@pytest.fixture
+def overload(add: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
+    """An operator as graphs call it, which is known well enough to be replayed; counts in `_DISPATCHED`."""
+
+    def forward(x: Tensor, y: Tensor | None, number: float, sizes: Any) -> Tensor:
+        out = torch.empty_like(x)
+        _LAUNCH[0](x, out, number + sum(sizes))
+        return out
+
+    def backward(grad: Tensor, x: Tensor, y: Tensor | None, number: float, sizes: Any) -> tuple[Tensor, Tensor]:
+        d_x = torch.empty_like(x)
+        _LAUNCH[0](grad, d_x, 0.0)
+        return d_x, grad.new_empty(0)
+
+    if not hasattr(torch.ops.vitrail, _OVERLOAD):
+        register_operator(
+            _OVERLOAD, "Tensor x, Tensor? y, float number, int[] sizes", ("d_x", "d_y"), forward, backward
+        )
+    _LAUNCH[:] = [add]
+    found = getattr(torch.ops.vitrail, _OVERLOAD).default
+    monkeypatch.setattr(found.replayed, "_plans", {})
+    for _ in range(3):
+        found(torch.randn(2, 3), None, 0.5, [1, 2])
+    dispatch = OpOverload.__call__
+    monkeypatch.setattr(
+        OpOverload, "__call__", lambda self, *given, **more: _DISPATCHED.append(self) or dispatch(self, *given, **more)
+    )
+    _DISPATCHED.clear()
+    yield found
+    _LAUNCH.clear()
+
+
+_OVERLOAD = "test_replaying_overload"
+_DISPATCHED: list[Any] = []
+_LAUNCH: list[Callable[..., None]] = []
+
+
+def test_graphs_calls_are_replayed_past_the_dispatcher(overload: Callable[..., Tensor]) -> None:
+    for sizes in ([1, 2], (1, 2)):
+        x = torch.randn(2, 3)
+        assert torch.equal(overload(x, None, 0.5, sizes), x + 3.5)
+    with torch.no_grad():
+        overload(torch.nn.Parameter(torch.randn(2, 3)), None, 0.5, [1, 2])
+    assert not _DISPATCHED
+    overload(torch.randn(3, 2), None, 0.5, [1, 2])
+    assert _DISPATCHED
+
+
+@pytest.mark.parametrize(
+    "context",
+    [FlopCounterMode(display=False), FakeTensorMode(allow_non_fake_inputs=True), torch.profiler.profile()],
+    ids=lambda context: type(context).__name__,
+)
+def test_graphs_calls_that_are_watched_are_dispatched(overload: Callable[..., Tensor], context: Any) -> None:
+    with context:
+        overload(torch.randn(2, 3), None, 0.5, [1, 2])
+    assert _DISPATCHED
+
+
+def test_graphs_calls_that_are_differentiated_are_dispatched(overload: Callable[..., Tensor]) -> None:
+    x = torch.randn(2, 3, requires_grad=True)
+    overload(x, None, 0.5, [1, 2]).sum().backward()
+    assert _DISPATCHED
+    assert torch.equal(x.grad, torch.ones(2, 3))
+
+
+def test_graphs_calls_are_checked_by_the_dispatcher(overload: Callable[..., Tensor]) -> None:
+    x = torch.randn(2, 3)
+    assert torch.equal(overload(x, y=None, number=0.5, sizes=[1, 2]), x + 3.5)
+    for wrong in ((x, None, 0.5), (x, None, "0.5", [1, 2]), (x, None, 0.5, [1.0, 2]), (None, None, 0.5, [1, 2])):
+        with pytest.raises((RuntimeError, TypeError)):
+            overload(*wrong)
+
+
+def test_compiled_graphs_call_past_the_dispatcher(overload: Callable[..., Tensor]) -> None:
+    """Forward and backward; from the third step on all is known."""
+    run = torch.compile(lambda x: overload(x * 2, None, 0.5, [1, 2]) * 3, backend="aot_eager", fullgraph=True)
+    for step in range(4):
+        x = torch.randn(2, 3, requires_grad=True)
+        _DISPATCHED.clear()
+        out = run(x)
+        torch.testing.assert_close(out, 3 * (2 * x + 3.5))
+        out.sum().backward()
+        assert torch.equal(x.grad, torch.full((2, 3), 6.0))
+        assert step < 3 or not [one for one in _DISPATCHED if one.namespace == "vitrail"]
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["direct", "compiled"])
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "routing_layer"])
-def test_every_operator_replays_what_it_did(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three steps on other numbers, forward and backward, to the last bit; the third is replayed."""
-    device, plans = torch.device("cuda"), []
-    run_plan = replay._Plan.run
-    monkeypatch.setattr(replay._Plan, "run", lambda plan, given: plans.append(plan) or run_plan(plan, given))
+def test_every_operator_replays_what_it_did(operator: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps on other numbers, forward and backward, to the last bit; the third is replayed.
+
+    In compiled code the first ones are called by the dispatcher, below autograd.
+    """
+    torch._dynamo.reset()
+    device, plans, shortcuts = torch.device("cuda"), [], []
+    run_shortcut = _Shortcut.run
+    monkeypatch.setattr(_Shortcut, "run", lambda one, given: shortcuts.append(one) or run_shortcut(one, given))
+    run_plan = replay.Plan.run
+    monkeypatch.setattr(replay.Plan, "run", lambda plan, given: plans.append(plan) or run_plan(plan, given))
     for case in OPERATORS[operator]("host"):
         for name, implementation in case.implementations.items():
             if not name.startswith("vitrail"):
                 continue
             plans.clear()
+            shortcuts.clear()
+            run = implementation.run
+            if compiled:
+                run = torch.compile(run, backend="aot_eager", dynamic=False)
             inputs = [one.make(device, torch.bfloat16, seed) for seed, one in enumerate(case.inputs)]
             for _ in range(3):
                 given = [_other(one) if torch.is_tensor(one) else one for one in implementation.prepare(*inputs)]
                 monkeypatch.setattr(replay, "REPLAYS", False)
-                wanted = _step(implementation.run, given)
+                wanted = _step(run, given)
                 monkeypatch.setattr(replay, "REPLAYS", True)
-                found = _step(implementation.run, given)
+                found = _step(run, given)
                 assert all(map(torch.equal, found, wanted)), name
-            assert len(set(plans)) >= 2, name
+            # The backward of `mlp` launches no kernel of ours.
+            assert len(set(plans)) >= (1 if operator == "mlp" else 2), name
+            assert bool(shortcuts) != compiled, name
 
 
 def _other(given: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 
@@ -266,7 +267,16 @@ def test_same_forward_on_a_scan_of_kitti(data_dir: Path) -> None:
     assert 0.02 < bev.any(1).float().mean() < 0.9
 
 
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """PyTorch's gradient of an embedding adds up in any order else."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_fused_model_is_the_eager_one(training: bool) -> None:
     model = tiny(dim=64, high=(64.0, 64.0, 8.0)).cuda().train(training)

@@ -295,6 +295,7 @@ def test_the_command_leaves_sys_argv_alone(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("launcher", ["none", "pytorch"])
 def test_trains_biformer_on_the_gpu(tmp_path: Path, amp: str | None, launcher: str) -> None:
     pytest.importorskip("sklearn")
+    pytest.importorskip("mmengine")
     command = ["-m", "vitrail.tools.train"]
     if launcher == "pytorch":
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", *command]

@@ -14,14 +14,16 @@ queries. What a query does not see is hidden afterwards: rows and columns of til
 finds that a thread has few distinct rows and columns, and a mask costs two selections a logit. The third axis has tiles
 of one plane, over which the walk goes last.
 
-Backward. One kernel finds the gradient of the queries and leaves log-sum-exp and softmax correction of each row; one
+Backward. One kernel finds the gradient of the queries and leaves the softmax statistics of each row; one
 has a tile of keys and walks over the queries that see them; additional keys are summed over shares of all queries. The
 bias' gradient: tiles of keys at a fixed place from the tile of queries hold pairs of fixed distances, so that a program
 adds whole tiles up, over many tiles of queries; a second kernel adds along the distances.
 
 Numerics. Logits, softmax and all sums are float32; the weights are rounded to the inputs' dtype before they meet values
-or gradients; float32 inputs use full float32 products. The forward leaves nothing but its output. No atomics: every
-gradient has one program, or partial sums that are added in a fixed order. Gradients are therefore deterministic.
+or gradients; float32 inputs use full float32 products. There the statistics are the rows' maxima and totals, not their
+log-sum-exp, whose rounding is one error of all weights of a row: sums of many, as a pad's gradient, do not average it.
+The forward leaves nothing but its output. No atomics: every gradient has one program, or partial sums that are added in
+a fixed order. Gradients are therefore deterministic.
 
 Roofline. The forward has to move q, k, v and the output once, the backward these, the output's gradient and three
 gradients. A tile of 2x8 queries reads the keys of 7 tiles, mostly from the caches: with 7x7 neighborhoods that, and the
@@ -47,7 +49,6 @@ Ideas, with what the compiler makes of them (Triton 3.8 for sm_90, bfloat16, D 3
 | tiles of 8x8 queries, four warps | 72 registers and half of the reads, but 224 logits a query instead of 128 |
 | two walks in the backward of the queries | rejected where one tile holds all keys: 255 registers and spills, not 201 |
 | 128 queries a tile in the backward of the keys | rejected: spills |
-| log-sum-exp and sum apart, for float32 | rejected: 10% less error in float32, one more statistic to read |
 | the walk's position carried from step to step | not tried: a division a step, of which there are two |
 """
 

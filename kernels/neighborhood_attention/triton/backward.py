@@ -5,7 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vitrail.kernels._common.triton import finite, online_softmax
+from vitrail.kernels._common.triton import (
+    finite,
+    load_statistics,
+    online_softmax,
+    softmax_statistics,
+    statistics_of,
+    store_statistics,
+)
 from vitrail.kernels.neighborhood_attention.triton.forward import SIZES
 from vitrail.kernels.neighborhood_attention.triton.index import locate, tile_places
 from vitrail.kernels.neighborhood_attention.triton.tiles import (
@@ -41,9 +48,9 @@ def _add_correction(weights, decay, correction, grad, v):
 
 
 @triton.jit
-def _add_d_q(d_q, logits, row_lse, correction, grad, k, v, scale):
-    """Adds a tile's part of the queries' gradient, still without the scale."""
-    weights = tl.exp2(logits * (scale * LOG2E) - row_lse[:, None])
+def _add_d_q(d_q, logits, shift, correction, grad, k, v, scale):
+    """Adds a tile's part of the queries' gradient, still without scale and factor of the softmax."""
+    weights = tl.exp2(logits * (scale * LOG2E) - shift[:, None])
     d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
     d_logits = weights * (d_weights - correction[:, None])
     return tl.dot(d_logits.to(k.dtype), k, acc=d_q, input_precision="ieee")
@@ -60,7 +67,7 @@ def neighborhood_bwd_dq_kernel(
 ):  # fmt: skip
     """One program: gradient of one tile of queries of one head; leaves the rows' statistics for the other kernels.
 
-    Of several tiles of keys, a first walk finds each row's log-sum-exp and softmax correction, a second its gradient.
+    Of several tiles of keys, a first walk finds each row's softmax statistics, a second its gradient.
     """
     head = tl.program_id(0) % n_heads
     lengths = (length_z, length_y, length_x)
@@ -82,7 +89,7 @@ def neighborhood_bwd_dq_kernel(
         correction = tl.sum(weights * d_weights, 1) / total
         d_logits = weights * (d_weights - correction[:, None])
         d_q = tl.dot(d_logits.to(k.dtype), k, input_precision="ieee") / total[:, None]
-        row_lse = finite(maximum) * (scale * LOG2E) + tl.log2(total)
+        shift, factor = softmax_statistics(finite(maximum), total, q.dtype)
     else:
         maximum = tl.full((QUERY_H * QUERY_W,), float("-inf"), tl.float32)
         total = tl.zeros((QUERY_H * QUERY_W,), tl.float32)
@@ -105,21 +112,22 @@ def neighborhood_bwd_dq_kernel(
                 correction = _add_correction(weights, decay, correction, grad, v)
         total = tl.where(total == 0.0, 1.0, total)
         correction = correction / total
-        row_lse = finite(maximum) * (scale * LOG2E) + tl.log2(total)
+        shift, factor = softmax_statistics(finite(maximum), total, q.dtype)
         d_q = tl.zeros((QUERY_H * QUERY_W, HEAD_DIM), tl.float32)
         for step in range(steps):
             k, v, logits = key_tile(
                 step, q, spans, k_ptr, v_ptr, rpb_ptr, pad_k_ptr, pad_v_ptr, image, head, axes, dilations, k_strides,
                 v_strides, scale, AXES, HAS_RPB, HAS_PAD, ONE_COLUMN, QUERY_H, QUERY_W, KEY_H, KEY_W, HEAD_DIM, OFFSET,
             )  # fmt: skip
-            d_q = _add_d_q(d_q, logits, row_lse, correction, grad, k, v, scale)
+            d_q = _add_d_q(d_q, logits, shift, correction, grad, k, v, scale)
         if HAS_EXTRA:
             for start in range(0, n_extra, KEY_H * KEY_W):
                 k, v, logits = extra_tile(
                     start, q, extra_k_ptr, extra_v_ptr, image, head, n_extra, extra_k_strides, extra_v_strides,
                     KEY_H * KEY_W, HEAD_DIM,
                 )  # fmt: skip
-                d_q = _add_d_q(d_q, logits, row_lse, correction, grad, k, v, scale)
+                d_q = _add_d_q(d_q, logits, shift, correction, grad, k, v, scale)
+        d_q *= factor[:, None]
     store_own(
         d_q_ptr, d_q * (scale * SIGN), image, head, axes, dilations, d_q_strides, QUERY_H, QUERY_W, HEAD_DIM, OFFSET
     )  # fmt: skip
@@ -128,9 +136,8 @@ def neighborhood_bwd_dq_kernel(
     numbers = token_numbers(places, axes, places[0], row, column, lengths, dilations)
     real = have_tokens(places, axes, QUERY_H, QUERY_W)
     n_tokens = length_z.to(tl.int64) * length_y * length_x
-    stats = stats_ptr + (image * n_heads + head) * (2 * n_tokens) + numbers
-    tl.store(stats, row_lse, mask=real)
-    tl.store(stats + n_tokens, correction, mask=real)
+    stats = statistics_of(stats_ptr, image * n_heads + head, n_tokens, q.dtype) + numbers
+    store_statistics(stats, n_tokens, shift, factor, correction, real, q.dtype)
 
 
 @triton.jit
@@ -138,16 +145,17 @@ def _load_queries_at(
     grad_ptr, q_ptr, stats_ptr, image, head, axes, places, spans, lengths, dilations, grad_strides, q_strides, n_heads,
     SIGN: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries: (output's gradient, signed queries, log-sum-exp, softmax correction)."""
+    """A tile of queries: (output's gradient, signed queries, shift, factor, correction of the softmax)."""
     q = load_tile(q_ptr, image, head, axes, places, spans, dilations, q_strides, HEIGHT, WIDTH, HEAD_DIM, OFFSET)
     grad = load_tile(
         grad_ptr, image, head, axes, places, spans, dilations, grad_strides, HEIGHT, WIDTH, HEAD_DIM, OFFSET
     )  # fmt: skip
     plane, row, column = nearest(places, axes, spans, HEIGHT, WIDTH)
     n_tokens = lengths[0].to(tl.int64) * lengths[1] * lengths[2]
-    stats = stats_ptr + (image * n_heads + head) * (2 * n_tokens)
+    stats = statistics_of(stats_ptr, image * n_heads + head, n_tokens, q.dtype)
     stats += token_numbers(places, axes, plane, row, column, lengths, dilations)
-    return grad, signed(q, SIGN), tl.load(stats), tl.load(stats + n_tokens)
+    shift, factor, correction = load_statistics(stats, n_tokens, None, q.dtype)
+    return grad, signed(q, SIGN), shift, factor, correction
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -181,14 +189,14 @@ def neighborhood_bwd_dkdv_kernel(
     d_v = tl.zeros((KEY_H * KEY_W, HEAD_DIM), tl.float32)
     for step in range(n_steps(spans, AXES, ONE_COLUMN, QUERY_H, QUERY_W)):
         places = step_places(step, spans, AXES, ONE_COLUMN, QUERY_H, QUERY_W)
-        grad, q, row_lse, correction = _load_queries_at(
+        grad, q, shift, factor, correction = _load_queries_at(
             grad_ptr, q_ptr, stats_ptr, image, head, axes, places, spans, lengths, dilations, grad_strides, q_strides,
             n_heads, SIGN, QUERY_H, QUERY_W, HEAD_DIM, OFFSET,
         )  # fmt: skip
         logits = logits_by_key(
             q, k, places, axes, rpb_ptr, head, scale, AXES, HAS_RPB, QUERY_H, QUERY_W, KEY_H, KEY_W
         )  # fmt: skip
-        weights = tl.exp2(logits * (scale * LOG2E) - row_lse[None, :])
+        weights = tl.exp2(logits * (scale * LOG2E) - shift[None, :]) * factor[None, :]
         d_v = tl.dot(weights.to(grad.dtype), grad, acc=d_v, input_precision="ieee")
         d_weights = tl.dot(v, tl.trans(grad), input_precision="ieee")
         d_logits = weights * (d_weights - correction[None, :])
@@ -236,13 +244,13 @@ def neighborhood_bwd_dextra_kernel(
             AXES, False, QUERY_H, QUERY_W,
         )  # fmt: skip
         places = own_places(axes)
-        grad, q, row_lse, correction = _load_queries_at(
+        grad, q, shift, factor, correction = _load_queries_at(
             grad_ptr, q_ptr, stats_ptr, image, head, axes, places, real_spans(axes), lengths, dilations,
             grad_strides, q_strides, n_heads, SIGN, QUERY_H, QUERY_W, HEAD_DIM, OFFSET,
         )  # fmt: skip
         logits = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
         real = have_tokens(places, axes, QUERY_H, QUERY_W)
-        weights = tl.where(real[None, :], tl.exp2(logits - row_lse[None, :]), 0.0)
+        weights = tl.where(real[None, :], tl.exp2(logits - shift[None, :]) * factor[None, :], 0.0)
         d_v = tl.dot(weights.to(grad.dtype), grad, acc=d_v, input_precision="ieee")
         d_weights = tl.dot(v, tl.trans(grad), input_precision="ieee")
         d_logits = weights * (d_weights - correction[None, :])
@@ -298,14 +306,14 @@ def neighborhood_bwd_drpb_kernel(
                 v_ptr, pad_v_ptr, image, head, axes, (z, y, x), spans, dilations, v_strides,
                 HAS_PAD, KEY_H, KEY_W, HEAD_DIM, OFFSET,
             )  # fmt: skip
-            grad, q, row_lse, correction = _load_queries_at(
+            grad, q, shift, factor, correction = _load_queries_at(
                 grad_ptr, q_ptr, stats_ptr, image, head, axes, own, real_spans(axes), lengths, dilations,
                 grad_strides, q_strides, n_heads, SIGN, QUERY_H, QUERY_W, HEAD_DIM, OFFSET,
             )  # fmt: skip
             logits = logits_by_query(
                 q, k, (z, y, x), axes, rpb_ptr, head, scale, AXES, True, QUERY_H, QUERY_W, KEY_H, KEY_W
             )  # fmt: skip
-            weights = tl.exp2(logits * (scale * LOG2E) - row_lse[:, None])
+            weights = tl.exp2(logits * (scale * LOG2E) - shift[:, None]) * factor[:, None]
             d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
             sums += weights * (d_weights - correction[:, None])
     queries = tl.arange(0, QUERY_H * QUERY_W)

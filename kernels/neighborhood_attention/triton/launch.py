@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
 from vitrail.kernels._common.launch import contiguous, launch, multiprocessors, unit_stride
-from vitrail.kernels._common.triton import shares
+from vitrail.kernels._common.triton import empty_statistics, shares
 from vitrail.kernels.neighborhood_attention.triton.backward import (
     neighborhood_bwd_dextra_kernel,
     neighborhood_bwd_dkdv_kernel,
@@ -361,9 +361,8 @@ class _Inputs:
 
 
 def _run_dq(problem: Problem, inputs: _Inputs, grad: Tensor, d_q: Tensor) -> Tensor:
-    """Fills `d_q`; returns the log-sum-exp and the softmax correction of every query, (B, heads, 2, tokens)."""
-    shape = (problem.batch, problem.heads, 2, math.prod(problem.lengths))
-    stats = torch.empty(shape, dtype=torch.float32, device=grad.device)
+    """Fills `d_q`; returns the statistics of every query's softmax."""
+    stats = empty_statistics(problem.batch * problem.heads, math.prod(problem.lengths), d_q)
     plan = problem.bwd_dq
     launch(
         neighborhood_bwd_dq_kernel, (problem.batch * plan.slots * problem.heads,),

@@ -297,8 +297,8 @@ def extra_tile(
 
 @triton.jit
 def first_softmax(logits, scale):
-    """Starts an online softmax: (weights, maximum, total)."""
+    """Starts an online softmax: (weights, maximum in units of log2, total)."""
     factor = scale * LOG2E
-    maximum = tl.max(logits, 1)
-    weights = tl.exp2(logits * factor - (finite(maximum) * factor)[:, None])
+    maximum = tl.max(logits, 1) * factor
+    weights = tl.exp2(logits * factor - finite(maximum)[:, None])
     return weights, maximum, tl.sum(weights, 1)

@@ -11,9 +11,9 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
+from vitrail.kernels._common.gradients import empty_gradient, sum_of_parts, zeros_or_empty
 from vitrail.kernels._common.launch import Config, contiguous, launch, map_strides, multiprocessors, unit_stride
-from vitrail.kernels._common.triton import shares
+from vitrail.kernels._common.triton import empty_statistics, shares
 from vitrail.kernels.window_attention.triton.one_tile import _window_bwd_kernel, _window_fwd_kernel
 from vitrail.kernels.window_attention.triton.tiled import (
     _window_bwd_dbias_kernel,
@@ -329,7 +329,7 @@ def window_attention_backward(
     inputs = (grad, q, k, v, contiguous(bias), contiguous(pad_k), contiguous(pad_v))
     run = _choose(problem, _backward_one_tile, _backward_walking, _backward_tiled)
     bias_slots, pad_slots = run(problem, inputs, (d_q, d_k, d_v))
-    d_bias = empty_gradient(grad) if bias is None else bias_slots.sum(0).to(bias.dtype)
+    d_bias = empty_gradient(grad) if bias is None else sum_of_parts(bias_slots, bias.dtype)
     if pad_k is None or pad_v is None or not problem.has_pad:
         return d_bias, zeros_or_empty(grad, pad_k), zeros_or_empty(grad, pad_v)
     d_pad = pad_slots.sum(0)  # (heads, 2, D)
@@ -360,7 +360,7 @@ def _backward_walking(
     tokens = problem.tokens
     dq, dkdv = problem.walk("bwd_dq"), problem.walk("bwd_dkdv")
     n_stats = dkdv.columns(tokens)  # of which the blocks of queries, no smaller than these tiles, fill all
-    stats = torch.empty((problem.n_windows * problem.heads, 2, n_stats), dtype=torch.float32, device=q.device)
+    stats = empty_statistics(problem.n_windows * problem.heads, n_stats, q)
     shared = (stats, *map_strides(grad, q, d_q), *problem.scalars)
     mask = problem.mask(bias, dq.rows(tokens), dq.columns(tokens))
     _walkers, grid, constants = problem.walking_launch("bwd_dq")
@@ -383,8 +383,8 @@ def _backward_tiled(
     n_blocks = math.ceil(problem.tokens / problem.block)
     splits = problem.walkers(problem.config("bwd_dbias").programs, n_blocks**2)
     bias_slots, pad_slots = problem.slots(splits, problem.n_windows * n_blocks)
-    rows = (problem.n_windows * problem.heads, 2, sum(_whole_and_rest(problem.tokens, problem.block)))
-    stats = torch.empty(rows, dtype=torch.float32, device=problem.device)
+    n_stats = sum(_whole_and_rest(problem.tokens, problem.block))
+    stats = empty_statistics(problem.n_windows * problem.heads, n_stats, inputs[1])
     d_q, d_k, d_v = gradients
     strides = map_strides(*inputs[:4])
     for grid, constants in problem.tiled_launches():

@@ -7,7 +7,15 @@ import math
 import triton
 import triton.language as tl
 
-from vitrail.kernels._common.triton import finite, load_kv, online_softmax
+from vitrail.kernels._common.triton import (
+    finite,
+    load_kv,
+    load_statistics,
+    online_softmax,
+    softmax_statistics,
+    statistics_of,
+    store_statistics,
+)
 from vitrail.kernels.window_attention.triton.index import locate, offsets
 from vitrail.kernels.window_attention.triton.tiles import masked_logits, store_pad_gradients
 
@@ -116,10 +124,10 @@ def _stats_step(grad, v, logits, maximum, total, correction):
 
 
 @triton.jit
-def _dq_step(grad, k, v, logits, row_lse, correction, scale, d_q):
-    """One more block of keys in the queries' gradient."""
+def _dq_step(grad, k, v, logits, shift, correction, scale, d_q):
+    """One more block of keys in the queries' gradient, still without the factor of the softmax."""
     d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
-    weights = tl.exp2(logits - row_lse[:, None])
+    weights = tl.exp2(logits - shift[:, None])
     d_scores = weights * (d_weights - correction[:, None]) * scale
     return tl.dot(d_scores.to(k.dtype), k, acc=d_q, input_precision="ieee")
 
@@ -135,7 +143,7 @@ def _window_bwd_dq_kernel(
 ):  # fmt: skip
     """One program: gradient of one block of queries; leaves the rows' statistics for the other backward kernels.
 
-    The first pass over the keys finds each row's log-sum-exp and softmax correction, the second its gradient.
+    The first pass over the keys finds each row's softmax statistics, the second its gradient.
     """
     head, window, _block, q_tokens, batch, y, x, real, region = _own_block(
         n_heads, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST, BLOCK, FIRST, OWN, N_OWN
@@ -162,22 +170,21 @@ def _window_bwd_dq_kernel(
         )  # fmt: skip
         maximum, total, correction = _stats_step(grad, rest_v, rest_logits, maximum, total, correction)
     total = tl.where(total == 0.0, 1.0, total)
-    row_lse = finite(maximum) + tl.log2(total)
     correction = correction / total
+    shift, factor = softmax_statistics(finite(maximum), total, q.dtype)
     if REST:
-        d_q = _dq_step(grad, rest_k, rest_v, rest_logits, row_lse, correction, scale, d_q)
+        d_q = _dq_step(grad, rest_k, rest_v, rest_logits, shift, correction, scale, d_q)
     for start in range(0, WHOLE, BLOCK):
         k, v, logits = _key_tile(
             start, q, q_tokens, real, region, window, head, k_ptr, v_ptr, bias_ptr, pad_k_ptr, pad_v_ptr,
             k_strides, v_strides, height, width, scale, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST,
             HAS_BIAS, HAS_PAD, HIDES_PADS, WHOLE + REST, BLOCK, HEAD_DIM,
         )  # fmt: skip
-        d_q = _dq_step(grad, k, v, logits, row_lse, correction, scale, d_q)
+        d_q = _dq_step(grad, k, v, logits, shift, correction, scale, d_q)
     at = offsets(batch, y, x, head, d_q_strides, HEAD_DIM)
-    tl.store(d_q_ptr + at, d_q.to(q.dtype), mask=real[:, None])
-    stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * (WHOLE + REST)) + q_tokens
-    tl.store(stats, row_lse)
-    tl.store(stats + WHOLE + REST, correction)
+    tl.store(d_q_ptr + at, (d_q * factor[:, None]).to(q.dtype), mask=real[:, None])
+    stats = statistics_of(stats_ptr, window * n_heads + head, WHOLE + REST, q.dtype) + q_tokens
+    store_statistics(stats, WHOLE + REST, shift, factor, correction, None, q.dtype)
 
 
 @triton.jit
@@ -195,8 +202,7 @@ def _dkdv_step(
     )
     q = tl.load(q_ptr + offsets(batch, y, x, head, q_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
     grad = tl.load(grad_ptr + offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=q_real[:, None], other=0.0)
-    row_lse = tl.load(stats + q_tokens)
-    correction = tl.load(stats + ROWS + q_tokens)
+    shift, factor, correction = load_statistics(stats + q_tokens, ROWS, None, q.dtype)
     b_bias = 0.0
     if HAS_BIAS:
         b_bias = _load_padded_bias(bias_ptr, head, q_tokens, tokens, ROWS)
@@ -204,7 +210,7 @@ def _dkdv_step(
         q, k, b_bias, scale, q_real, real, q_region, region, tokens < WINDOW_H * WINDOW_W,
         HAS_BIAS, SHIFT_Y + SHIFT_X > 0, HIDES_PADS, not HAS_BIAS,
     )  # fmt: skip
-    weights = tl.exp2(logits - row_lse[:, None])
+    weights = tl.exp2(logits - shift[:, None]) * factor[:, None]
     d_v = tl.dot(tl.trans(weights.to(v.dtype)), grad, acc=d_v, input_precision="ieee")
     d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
     d_scores = weights * (d_weights - correction[:, None]) * scale
@@ -229,7 +235,7 @@ def _window_bwd_dkdv_kernel(
     )
     k = load_kv(k_ptr, pad_k_ptr, offsets(batch, y, x, head, k_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
     v = load_kv(v_ptr, pad_v_ptr, offsets(batch, y, x, head, v_strides, HEAD_DIM), real, head, HAS_PAD, HEAD_DIM)
-    stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * (WHOLE + REST))
+    stats = statistics_of(stats_ptr, window * n_heads + head, WHOLE + REST, q_ptr.dtype.element_ty)
     d_k = tl.zeros((OWN, HEAD_DIM), tl.float32)
     d_v = tl.zeros((OWN, HEAD_DIM), tl.float32)
     for start in range(0, WHOLE, BLOCK):
@@ -292,10 +298,9 @@ def _window_bwd_dbias_kernel(
         logits = masked_logits(
             q, k, b_bias, scale, q_real, real, q_region, region, tokens < N_TOKENS, HAS_BIAS, SHIFTED, HIDES_PADS, False
         )
-        stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * ROWS) + q_tokens
-        row_lse = tl.load(stats, mask=q_tokens < ROWS, other=float("inf"))
-        correction = tl.load(stats + ROWS, mask=q_tokens < ROWS, other=0.0)
-        weights = tl.exp2(logits - row_lse[:, None])
+        stats = statistics_of(stats_ptr, window * n_heads + head, ROWS, q.dtype) + q_tokens
+        shift, factor, correction = load_statistics(stats, ROWS, q_tokens < ROWS, q.dtype)
+        weights = tl.exp2(logits - shift[:, None]) * factor[:, None]
         d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
         d_bias += weights * (d_weights - correction[:, None])
     at = ((split * n_heads + head) * N_TOKENS + q_tokens[:, None]) * N_TOKENS + tokens[None, :]

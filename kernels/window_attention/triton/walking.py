@@ -7,7 +7,15 @@ import math
 import triton
 import triton.language as tl
 
-from vitrail.kernels._common.triton import finite, load_kv, online_softmax
+from vitrail.kernels._common.triton import (
+    finite,
+    load_kv,
+    load_statistics,
+    online_softmax,
+    softmax_statistics,
+    statistics_of,
+    store_statistics,
+)
 from vitrail.kernels.window_attention.triton.index import locate, mask_class, offsets, window_of_class
 from vitrail.kernels.window_attention.triton.tiles import store_pad_gradients
 
@@ -214,10 +222,9 @@ def _window_bwd_dq_walking_kernel(
         d_q = (weighted - correction[:, None] * mean_key) * (scale / (total * _UNIT))[:, None]
         at = offsets(batch, y, x, head, d_q_strides, HEAD_DIM)
         tl.store(d_q_ptr + at, d_q.to(q.dtype), mask=real[:, None])
-        stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * N_STATS) + q_tokens
-        inside = q_tokens < N_STATS
-        tl.store(stats, finite(maximum) * _LOG2E + tl.log2(total), mask=inside)
-        tl.store(stats + N_STATS, (base + correction) / _UNIT, mask=inside)
+        shift, factor = softmax_statistics(finite(maximum), total, q.dtype)
+        stats = statistics_of(stats_ptr, window * n_heads + head, N_STATS, q.dtype) + q_tokens
+        store_statistics(stats, N_STATS, shift, factor, (base + correction) / _UNIT, q_tokens < N_STATS, q.dtype)
 
 
 @triton.jit
@@ -233,11 +240,10 @@ def _dkdv_step(
     batch, y, x, real, _region = locate(tokens, window, height, width, WINDOW_H, WINDOW_W, SHIFT_Y, SHIFT_X, ROLL_FIRST)
     q = tl.load(q_ptr + offsets(batch, y, x, head, strides, HEAD_DIM), mask=real[:, None], other=0.0)
     grad = tl.load(grad_ptr + offsets(batch, y, x, head, grad_strides, HEAD_DIM), mask=real[:, None], other=0.0)
-    row_lse = tl.load(stats + tokens)
-    correction = tl.load(stats + N_STATS + tokens)
+    shift, factor, correction = load_statistics(stats + tokens, N_STATS, None, q.dtype)
     logits = tl.dot(k, tl.trans(q)) * scale
     logits += _mask_tile(mask_ptr, number, row, START, always, N_ROWS, N_STATS, STAGED, OWN, BLOCK)
-    weights = tl.exp2(logits * _LOG2E - row_lse[None, :])
+    weights = tl.exp2(logits * _LOG2E - shift[None, :]) * factor[None, :]
     d_v = tl.dot(weights.to(v.dtype), grad, acc=d_v)
     d_weights = tl.dot(v, tl.trans(grad))
     d_logits = weights * (d_weights - correction[None, :])
@@ -293,7 +299,7 @@ def _window_bwd_dkdv_walking_kernel(
         at = offsets(batch, y, x, head, strides, HEAD_DIM)
         k = load_kv(k_ptr, pad_k_ptr, at, real, head, HAS_PAD, HEAD_DIM)
         v = load_kv(v_ptr, pad_v_ptr, at, real, head, HAS_PAD, HEAD_DIM)
-        stats = stats_ptr + (window * n_heads + head).to(tl.int64) * (2 * N_STATS)
+        stats = statistics_of(stats_ptr, window * n_heads + head, N_STATS, q_ptr.dtype.element_ty)
         d_k = tl.zeros((OWN, HEAD_DIM), tl.float32)
         d_v = tl.zeros((OWN, HEAD_DIM), tl.float32)
         new_d_biases = ()

@@ -16,6 +16,7 @@ from vitrail.tools._common.kernel_cases import (
     depthwise_conv,
     layer_norm,
     linear_attention,
+    mlp,
     neighborhood_attention,
     retention,
     routing_attention,
@@ -43,6 +44,7 @@ OPERATORS: dict[str, Callable[[str], list[KernelCase]]] = {
     "sparse_conv": sparse_conv.cases,
     "depthwise_conv": depthwise_conv.cases,
     "layer_norm": layer_norm.cases,
+    "mlp": mlp.cases,
 }
 
 

@@ -231,7 +231,7 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("vitrail.kernels.depthwise_conv.triton")
     if DEVICE == "cpu":
         for table in ("_TILES", "_GRADIENT_TILES"):
-            monkeypatch.setattr(triton, table, {size: triton.Tile(2, 3, 16, 1) for size in (3, 5, 7)})
+            monkeypatch.setattr(triton, table, {size: triton.Tile(3, 2, 16, 1, 1 + size // 5, 4) for size in (3, 5, 7)})
         monkeypatch.setattr(triton, "_PARTS", 1)
 
 
@@ -253,8 +253,7 @@ def test_gradient_of_the_filter_is_summed_over_programs(
 ) -> None:
     from vitrail.kernels.depthwise_conv import triton
 
-    monkeypatch.setattr(triton, "_GRADIENT_TILES", {3: triton.Tile(2, 2, 2, 1)})  # 15 patches are four tiles
-    monkeypatch.setattr(triton, "_MOST_WARPS", 3)
+    monkeypatch.setattr(triton, "_GRADIENT_TILES", {3: triton.Tile(2, 2, 2, 1, 2, 3)})
     _random_call(0, torch.float32, (1, 5, 9, 16), 3).check_fused(torch.float32)
 
 

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverloadPacket
 from torch.overrides import TorchFunctionMode
@@ -25,6 +26,10 @@ from vitrail.kernels._common.registration import Operator
 from vitrail.kernels._common.replay import are_distinct
 
 _PREPARES = {Tensor.to, Tensor.float, Tensor.flatten, Tensor.select, Tensor.__getitem__}  # make one tensor of another
+_READ = {  # what a tensor holds, on which later calls may not depend
+    *(Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__),
+    *(Tensor.equal, Tensor.allclose, torch.equal, torch.allclose),
+}
 _Given = ParamSpec("_Given")
 _Found = TypeVar("_Found")
 
@@ -70,7 +75,9 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.repeatable and isinstance(result, Tensor) and self._place(result) is None:
+        if func in _READ:
+            self.repeatable = False
+        elif self.repeatable and isinstance(result, Tensor) and self._place(result) is None:
             operator = _operator(func)
             source = self._place(args[0]) if func in _PREPARES else None
             if operator is not None and self.operator is None:

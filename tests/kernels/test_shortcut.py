@@ -90,6 +90,20 @@ def _compare(public: Callable[..., Tensor], options: dict[str, Any], bodies: int
     assert len(_ran) - before == bodies
 
 
+@pytest.mark.parametrize(
+    "read", [torch.Tensor.item, int, float, bool, lambda one: one.tolist(), lambda one: not one.equal(one + 1)]
+)
+def test_functions_that_read_numbers_are_not_shortened(read: Callable[[Tensor], Any]) -> None:
+    def scaled(x: Tensor, factor: Tensor) -> Tensor:
+        return _operator(x, x[:1], None, float(read(factor)), (2,))
+
+    public = _shortened(scaled)
+    for number in (1.0, 2.0, 3.0):
+        x, factor = torch.randn(3, 4), torch.tensor(number)
+        assert torch.equal(public(x, factor), scaled(x, factor))
+    assert len(_ran) == 3
+
+
 def test_a_kind_is_looked_at_once(public: Callable[..., Tensor]) -> None:
     _compare(public, {}, 1)
     _compare(public, {}, 0)

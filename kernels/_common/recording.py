@@ -29,9 +29,7 @@ def at_least(size: int, minimum: int) -> int:
     """The larger of a size and a constant, also for what stands for a size while a graph is recorded."""
     if isinstance(size, torch.Tensor):
         return size.clamp(min=minimum)
-    if (
-        torch.compiler.is_dynamo_compiling()
-    ):  # which knows the built-in function, and not the other if it gives a number
+    if torch.compiler.is_dynamo_compiling():  # up to PyTorch 2.11 it refuses a `sym_max` that comes to a number
         return max(size, minimum)
     larger: int = torch.sym_max(size, minimum)  # type: ignore[assignment]
     return larger

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import timm.layers
 import torch
-from functorch.compile import make_boxed_func
+from _graphs import keep_graphs
 from timm.layers import is_notrace_module
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
@@ -165,17 +164,12 @@ def test_hooks_see_what_they_see_in_timms_layer(on_request: None) -> None:
 @torch.no_grad()
 def test_a_compiled_layer_holds_the_operator(on_request: None) -> None:
     layer, x = alike()[0], rows(2, 3)
-    graph: list[str] = []
-
-    def keep(module: torch.fx.GraphModule, _inputs: Any) -> Any:
-        graph.extend(str(node.target) for node in module.graph.nodes if node.op == "call_function")
-        return make_boxed_func(module.forward)
-
-    compiled = torch.compile(layer, fullgraph=True, backend=aot_autograd(fw_compiler=keep), dynamic=True)
+    backend, graphs = keep_graphs()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
     torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
-    assert graph == ["vitrail.mlp.default"]
+    assert graphs == [["vitrail.mlp.default"]]
     compiled(rows(5, 7))
-    assert len(graph) == 1  # any size
+    assert len(graphs) == 1  # any size
 
 
 def test_training_compiles_in_one_graph_and_is_checkpointed() -> None:

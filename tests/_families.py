@@ -30,10 +30,10 @@ SMALLEST: dict[str, dict[str, Any]] = {
 _FIXED_SIZE = ("vsa_vitae_s",)  # made for one size
 
 
-def build(name: str, checkpointing: bool = False, size: int = 64) -> nn.Module:
+def build(name: str, checkpointing: bool = False, size: int = 64, **changes: Any) -> nn.Module:
     """A family's smallest model with seven classes, in training mode, with the same weights every time."""
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=7, **SMALLEST[name]).train()
+    model = timm.create_model(name, num_classes=7, **{**SMALLEST[name], **changes}).train()
     if hasattr(model, "set_input_size") and name not in _FIXED_SIZE:
         model.set_input_size(img_size=(size, size))
     model.set_grad_checkpointing(checkpointing)

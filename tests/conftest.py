@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import random
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _interpreter import quicken
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,12 +35,21 @@ if importlib.util.find_spec("hypothesis"):
     settings.load_profile("repeatable")
 
 
-# Folders by how long their slowest file takes, so that no process is left with one of them at the end.
-_SLOWEST_FIRST = ("contract", "tools", "models", "docs", "configs", "kernels", "layers")
+# Folders and files by how long their slowest file takes, so that no process is left with one of them at the end.
+_SLOWEST_FIRST = ("contract", "tools", "models", "docs", "configs", "test_import.py", "test_packaging.py", "kernels",
+                  "layers")  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None):  # in the process that starts one for every core
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # NumPy, too, reads it when it is first imported
+    # Compiling makes so many objects that last that the collector, as it is set, takes a tenth of the time.
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_turn)
+    gc.freeze()
     if torch.cuda.is_available():
         return
     for item in items:
@@ -54,6 +65,14 @@ def _nothing_is_drawn_on_meta() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((timm_init, "_trunc_normal_"), (torch.nn.init, "_no_grad_trunc_normal_")):
             patch.setattr(module, name, _drawn_elsewhere(getattr(module, name)))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _the_interpreter_does_nothing_in_vain() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+            quicken(patch)
         yield
 
 

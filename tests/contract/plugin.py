@@ -10,6 +10,7 @@ The run fails if a test of a chosen model fails or is skipped, or if the models 
 from __future__ import annotations
 
 import collections
+import gc
 import os
 from typing import Any
 
@@ -91,6 +92,7 @@ class Outcomes:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.set_threshold(20_000, 20, 20)  # as in the other tests
     timm.list_models = timm.models.list_models = _list_models
     timm.list_pretrained = timm.models.list_pretrained = _list_pretrained
     config.pluginmanager.register(Outcomes())

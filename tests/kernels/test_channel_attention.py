@@ -137,9 +137,10 @@ def test_empty_batch() -> None:
 
 def test_compiles_in_one_graph_with_any_batch() -> None:
     compiled = torch.compile(channel_attention_packed, fullgraph=True, backend="aot_eager", dynamic=True)
-    for batch in (2, 5):
+    for batch in (5, 7):  # of no other axis
         qkv = torch.randn(batch, 3, 4, 3, 2, 8)
-        torch.testing.assert_close(compiled(qkv), channel_attention_packed(qkv))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            torch.testing.assert_close(compiled(qkv), channel_attention_packed(qkv))
 
 
 def test_flops_of_the_operator_are_those_of_the_reference() -> None:

@@ -96,7 +96,7 @@ def by_op(q: Tensor, k: Tensor, v: Tensor, scale: float = 0.5) -> Tensor:
 
 
 def test_gradients_are_the_derivatives() -> None:
-    inputs = [x.requires_grad_() for x in small_inputs()]
+    inputs = [x[..., :2].contiguous().requires_grad_() for x in small_inputs()]
     assert torch.autograd.gradcheck(lambda *x: context_window_attention(*x, **PLACES), inputs)
     assert torch.autograd.gradcheck(by_op, inputs)
 

@@ -109,9 +109,10 @@ def test_autocast_rounds_the_inputs_and_nothing_else() -> None:
 def test_empty_batch_and_compilation_with_any_batch() -> None:
     temperature = torch.ones(2)
     compiled = torch.compile(linear_attention, fullgraph=True, backend="aot_eager", dynamic=True)
-    for batch in (3, 2):
+    for batch in (5, 7):  # of no other axis
         inputs = [torch.randn(batch, 3, 4, 2, 8) for _ in range(3)]
-        torch.testing.assert_close(compiled(*inputs, temperature), linear_attention(*inputs, temperature))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            torch.testing.assert_close(compiled(*inputs, temperature), linear_attention(*inputs, temperature))
     empty = torch.randn(0, 3, 4, 2, 8, requires_grad=True)
     out = linear_attention(empty, empty, empty, temperature)
     out.sum().backward()

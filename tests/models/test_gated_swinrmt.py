@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+from _counts import parameters_and_gmacs
 from _golden import load_case
+from _translations import assert_compiles_exports_and_scripts
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.layers.gated_retention import GatedRetention, SwatRetention
 from vitrail.models.gated_swinrmt import GatedSwinRMT, GatedSwinRMTBlock, checkpoint_filter_fn
@@ -19,6 +20,14 @@ from vitrail.models.gated_swinrmt import GatedSwinRMT, GatedSwinRMTBlock, checkp
 KINDS = {"swat": SwatRetention, "retention": GatedRetention}
 SIZES = ("14", "14_shift", "11x17_shift", "5x9_shift")
 SMALL = {"depths": (2, 1, 2, 1), "dims": (16, 32, 32, 64), "num_heads": (2, 2, 4, 4), "layer_scale": 0.5}
+TWO_STAGES = {
+    "depths": (2, 1),
+    "dims": (16, 32),
+    "num_heads": (2, 2),
+    "heads_range": (4, 6),
+    "decomposed": (True, True),
+    "mlp_ratios": (4, 4),
+}
 # Of two runs with differently ordered sums, each is off by its own largest rounding error, on its own machine.
 FLOAT32_FACTOR = 3.0
 
@@ -97,11 +106,7 @@ def test_sizes_of_the_reading(
     ],
 )
 def test_size_and_cost(name: str, size: int, parameters: int, gmacs: float) -> None:
-    model = timm.create_model(name, device="meta").eval()
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    with FlopCounterMode(display=False) as counter:
-        model(torch.randn(1, 3, size, size, device="meta"))
-    assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, abs=5e-5)
+    assert parameters_and_gmacs(name, size) == (parameters, pytest.approx(gmacs, abs=5e-5))
 
 
 def test_small_models_can_be_compared() -> None:
@@ -165,13 +170,9 @@ def test_window_can_be_changed() -> None:
 
 @pytest.mark.parametrize("attention", KINDS)
 def test_compiles_exports_and_scripts(attention: str) -> None:
-    model, x = small_model(attention=attention, depths=(2, 1, 1, 1)), torch.randn(2, 3, 50, 70)
-    with torch.no_grad():
-        want = model(x)
-        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), want)
-        exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-        torch.testing.assert_close(exported.module()(x.repeat(2, 1, 1, 1)), want.repeat(2, 1))
-        torch.testing.assert_close(torch.jit.script(model)(x), want)
+    """Two stages, which have all kinds of layers, on maps larger and smaller than a window."""
+    model, x = small_model(attention=attention, **TWO_STAGES), torch.randn(2, 3, 37, 50)
+    assert_compiles_exports_and_scripts(model, x)
 
 
 @pytest.mark.parametrize("attention", KINDS)

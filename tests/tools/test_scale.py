@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import socket
 from pathlib import Path
 
 import pytest
+from _processes import run_job
 
 from vitrail.tools._common.table import write_json
 from vitrail.tools.scale import main
 
-_spec = importlib.util.spec_from_file_location("_vitrail_test_runs", Path(__file__).parent / "_runs.py")
-_runs = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_runs)
-
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     file = tmp_path / "scale.json"
-    done = _runs.run_python(
-        "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", 2,
-        "-m", "vitrail.tools.scale", "test_vit", "--device", "cpu", "--sharded", "--batch-size", 4, "--img-size", 32,
-        "--steps", 1, "--rounds", 2, "--check-steps", 3, "--check-batch", 8, "--json", file, folder=tmp_path,
-    )  # fmt: skip
+    arguments = ["test_vit", "--device", "cpu", "--sharded", "--batch-size", "4", "--img-size", "32", "--steps", "1",
+                 "--rounds", "2", "--check-steps", "3", "--check-batch", "8", "--json", str(file)]  # fmt: skip
+    done = run_job(2, main, arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(file.read_text())
     speeds = [row for row in rows if "efficiency" in row]

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from _killed_training import train_until_killed
+from _processes import run_job
 
 from vitrail.tools.train import main
 
@@ -78,29 +80,11 @@ def test_leaves_weights_figures_and_picture(config: Path, tmp_path: Path, capsys
     assert not list(folder.glob(".*.tmp"))
 
 
-_KILLED_RUN = """
-import os, signal, sys
-from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
-
-@HOOKS.register_module()
-class KillHook(Hook):
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        if runner.iter == 5:  # the second of four iterations of the second epoch
-            os.kill(os.getpid(), signal.SIGKILL)
-
-from vitrail.tools.train import main
-import vitrail.models.mm.runner as runner
-runner._OWN_HOOKS = (*runner._OWN_HOOKS, "KillHook")
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 def test_killed_and_resumed_equals_unbroken(config: Path, tmp_path: Path) -> None:
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    script = tmp_path / "killed.py"
-    script.write_text(_KILLED_RUN)
-    done = _runs.run_python(script, config, "--work-dir", broken, "--device", "cpu", folder=tmp_path)
+    arguments = [str(config), "--work-dir", str(broken), "--device", "cpu"]
+    # The second of four iterations of the second epoch.
+    done = run_job(1, train_until_killed, 6, "vitrail.models.mm.runner", arguments, folder=tmp_path)
     assert done.returncode == -9, done.stderr
     assert _last(broken)["meta"]["epoch"] == 1
     threads = torch.get_num_threads()
@@ -133,11 +117,8 @@ def test_two_processes_equal_one(config: Path, tmp_path: Path) -> None:
              "train_cfg.max_epochs=2")  # fmt: skip
     alone, both = tmp_path / "alone", tmp_path / "both"
     assert _train(config, alone, changes=(*plain, "train_dataloader.batch_size=6")) == 0
-    done = _runs.run_python(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vitrail.tools.train", config,
-        "--work-dir", both, "--device", "cpu", "--launcher", "pytorch",
-        "--cfg-options", *plain, "train_dataloader.batch_size=3", folder=tmp_path,
-    )  # fmt: skip
+    arguments = [str(config), "--work-dir", str(both), "--device", "cpu", "--launcher", "pytorch"]
+    done = run_job(2, main, [*arguments, "--cfg-options", *plain, "train_dataloader.batch_size=3"], folder=tmp_path)
     assert done.returncode == 0, done.stderr
     one, two = _metrics(alone), _metrics(both)
     assert two["processes"] == 2

@@ -18,6 +18,8 @@ pytest.importorskip("mmdet", reason="needs onedl-mmdetection: pip install vitrai
 pytest.importorskip("mmseg", reason="needs onedl-mmsegmentation: pip install vitrail[mm]")
 
 import timm
+from _killed_training import train_until_killed
+from _processes import run_job
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
@@ -149,32 +151,12 @@ def test_segmenter_trains_and_leaves_its_files(tmp_path: Path, capsys: pytest.Ca
     assert {path.name for path in folder.glob("*.pth")} == {"last.pth", "best.pth"}
 
 
-_KILLED_RUN = """
-import os, signal, sys
-from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
-
-@HOOKS.register_module()
-class KillHook(Hook):
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        if runner.iter == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-from vitrail.tools.train import main
-import vitrail.models.mm.dense_runner as runner
-runner._OWN_HOOKS = (*runner._OWN_HOOKS, "KillHook")
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.slow
 def test_killed_run_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, folder = _write_segmentation_data(tmp_path / "data"), tmp_path / "run"
-    script = tmp_path / "killed.py"
-    script.write_text(_KILLED_RUN)
     changes = _segmenter_options(root)
-    arguments = [SEGMENTER, "--work-dir", folder, "--device", "cpu", "--cfg-options", *changes]
-    done = _runs.run_python(script, *arguments, folder=tmp_path)
+    arguments = [SEGMENTER, "--work-dir", str(folder), "--device", "cpu", "--cfg-options", *changes]
+    done = run_job(1, train_until_killed, 5, "vitrail.models.mm.dense_runner", arguments, folder=tmp_path)
     assert done.returncode == -9, done.stderr
     assert read_checkpoint(folder / "last.pth")["meta"]["iter"] == 4
     assert _train(SEGMENTER, folder, changes=changes) == 2

@@ -56,6 +56,7 @@ def _options(root: Path, **changes: Any) -> list[str]:
         "model.neck.dim": 16,
         "model.bbox_head.in_channels": 16,
         "model.bbox_head.dim": 16,
+        "model.bbox_head.max_boxes": 20,  # each has a label in the pictures, which takes longer than to find it
         "train_cfg.max_epochs": 2,
         "train_cfg.val_interval": 1,
     }

@@ -8,9 +8,6 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
-from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
-
 from vitrail.tools.train import main
 
 
@@ -22,6 +19,8 @@ def train_until_killed(iteration: int, runner: str, arguments: Sequence[str]) ->
         runner: Module of the runner that trains, whose own hooks are all that it takes.
         arguments: Of `vitrail-train`.
     """
+    from mmengine.hooks import Hook
+    from mmengine.registry import HOOKS
 
     @HOOKS.register_module(name="KillHook")
     class _KillHook(Hook):

@@ -46,11 +46,12 @@ class Mlp(timm.layers.Mlp):
 
     @torch.jit.unused
     def _runs_fused(self, x: Tensor) -> bool:
-        if self.training or not self._is_plain() or records_graph():
-            return False
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+        if not self._is_plain() or records_graph() or (self.training and self._drops()):
             return False
         return _is_worth_it(x) and runs_fused(x, self.fc2.weight)
+
+    def _drops(self) -> bool:
+        return bool(self.drop1.p > 0 or self.drop2.p > 0)
 
     def _is_plain(self) -> bool:
         """Whether the operator computes what the parts would; what replaces or watches one of them wants its call."""

@@ -7,6 +7,7 @@ reference. It saves its inputs only; the backward, in PyTorch's own products, co
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,22 @@ def _forward(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | 
     return mlp_reference(x, w1, b1, w2, b2).contiguous()
 
 
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    needed: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    if fused_support(x, w2).ok:
+        from vitrail.kernels.mlp.triton import mlp_backward
+
+        return mlp_backward(grad, x, w1, b1, w2, b2, needed)
+    return mlp_gradients(grad, x, w1, b1, w2, b2, needed)
+
+
 def _fake_forward(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
     return torch.empty((*x.shape[:-1], w2.shape[0]), dtype=x.dtype, device=x.device)
 
@@ -59,8 +76,9 @@ run_mlp = register_operator(
     "Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2",
     ("d_x", "d_w1", "d_b1", "d_w2", "d_b2"),
     _forward,
-    mlp_gradients,
+    _backward,
     _fake_forward,
+    tells_needed=True,
 )
 
 
@@ -76,7 +94,11 @@ def _forward_flops(x_shape: Any, w1_shape: Any, b1: Any, w2_shape: Any, *_: Any,
 
 
 @register_flop_formula(torch.ops.vitrail.mlp_backward)
-def _backward_flops(grad: Any, x_shape: Any, w1_shape: Any, b1: Any, w2_shape: Any, *_: Any, **__: Any) -> int:
-    """The first product once more, and two for the gradients of each."""
+def _backward_flops(
+    grad: Any, x_shape: Any, w1_shape: Any, b1: Any, w2_shape: Any, b2: Any, needed: Sequence[bool], *_: Any, **__: Any
+) -> int:
+    """The first product once more, the gradient of the hidden map, and a product for each that is needed."""
     first, second = _product_flops(x_shape, w1_shape, w2_shape)
-    return 3 * first + 2 * second
+    need_x, need_w1, need_b1, need_w2, _need_b2 = needed
+    hidden = (need_x or need_w1 or need_b1) * second + (need_x or need_w1 or need_b1 or need_w2) * first
+    return hidden + need_x * first + need_w1 * first + need_w2 * second

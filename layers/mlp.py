@@ -1,4 +1,4 @@
-"""The feed-forward layer of transformers with timm's parameters, by a fused operator in inference."""
+"""The feed-forward layer of transformers with timm's parameters, by a fused operator."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ _PLAIN_TENSORS = (nn.Parameter, Tensor)
 
 @register_notrace_module
 class Mlp(timm.layers.Mlp):
-    """timm's `Mlp` with a fused operator in inference: same arguments, parameters and results.
+    """timm's `Mlp` with a fused operator: same arguments, parameters and results.
 
-    In evaluation mode where no gradient is recorded, on a GPU, `vitrail.kernels.mlp` computes it at once for the dtypes
-    and widths that its kernel takes, from 8192 rows on, or for any number where `VITRAIL_BACKEND` is "triton".
-    Everywhere else each part is called on its own, as in timm: in training, in exported models, and where a part is not
-    the plain one, such as a layer that was quantised or has an adapter, a hook or a norm in between.
+    On a GPU `vitrail.kernels.mlp` computes it at once for the dtypes and widths that its kernels take, from 8192 rows
+    on, or for any number where `VITRAIL_BACKEND` is "triton"; in training the backward computes the hidden map again.
+    Everywhere else each part is called on its own, as in timm: where training drops hidden values, in exported models,
+    and where a part is not the plain one, such as a layer that was quantised or has an adapter, a hook or a norm in
+    between.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,10 +58,14 @@ class Mlp(timm.layers.Mlp):
         """Whether the operator computes what the parts would; what replaces or watches one of them wants its call."""
         if watched._global_forward_hooks or watched._global_forward_pre_hooks:
             return False
+        if watched._global_backward_hooks or watched._global_backward_pre_hooks:
+            return False
         parts = self._modules  # quicker than attributes: this is a part of every call
         for name, kind in _PARTS:
             part = parts[name]
             if type(part) is not kind or part._forward_hooks or part._forward_pre_hooks:
+                return False
+            if part._backward_hooks or part._backward_pre_hooks:
                 return False
             # Quantised weights are tensors of their own kinds inside of plain layers.
             if kind is nn.Linear and type(part._parameters["weight"]) not in _PLAIN_TENSORS:

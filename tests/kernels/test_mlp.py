@@ -24,13 +24,16 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from vitrail.kernels._common.triton import gelu_16
+    from vitrail.kernels._common.triton import gelu_16, gelu_16_and_slope
 
     @triton.jit
-    def _gelu_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    def _gelu_kernel(x_ptr, y_ptr, again_ptr, slope_ptr, n, BLOCK: tl.constexpr):
         places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + places, mask=places < n, other=0.0)
         tl.store(y_ptr + places, gelu_16(x), mask=places < n)
+        again, slope = gelu_16_and_slope(x)
+        tl.store(again_ptr + places, again, mask=places < n)
+        tl.store(slope_ptr + places, slope, mask=places < n)
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -284,22 +287,27 @@ def test_fused_on_a_gpu(seed: int, dtype: torch.dtype, poison: None) -> None:
 def test_gelu_for_16_bits() -> None:
     """Between its own bounds of float64, on small numbers, the curve, both tails and what is beyond."""
 
-    def fused(x: Tensor) -> Tensor:
-        y = torch.empty_like(x)
-        _gelu_kernel[(triton.cdiv(len(x), 4096),)](x, y, len(x), BLOCK=4096)
-        return y
+    def fused(x: Tensor) -> tuple[Tensor, Tensor]:
+        y, again, slope = (torch.empty_like(x) for _ in range(3))
+        _gelu_kernel[(triton.cdiv(len(x), 4096),)](x, y, again, slope, len(x), BLOCK=4096)
+        torch.testing.assert_close(again, y, rtol=0, atol=0, equal_nan=True)
+        return y, slope
 
     powers = torch.logspace(-30, 30, 4001)
     x = torch.cat((torch.linspace(-9, 9, 60_001), powers, -powers, torch.zeros(1))).to(DEVICE)
     exact = 0.5 * x.double() * torch.special.erfc(-x.double() / math.sqrt(2))
-    error = (fused(x).double() - exact).abs()
+    found, slope = fused(x)
+    error = (found.double() - exact).abs()
     assert (error <= 7e-6 * exact.abs() + 6e-9).all()
     assert (error <= 7e-6 * exact.abs())[exact.abs() >= 1e-4].all()
     small = x.abs() < 1e-3
     assert (error <= 7e-6 * exact.abs() + 1e-37)[small].all()
+    assert ((slope.double() - torch.ops.aten.gelu_backward(torch.ones_like(exact), x.double())).abs() <= 4e-6).all()
     special = torch.tensor([math.inf, -math.inf, math.nan, 0.0], device=DEVICE)
-    assert fused(special)[[0, 3]].tolist() == [math.inf, 0.0]
-    assert fused(special)[2].isnan()
+    found, slope = fused(special)
+    assert found[[0, 3]].tolist() == [math.inf, 0.0]
+    assert found[2].isnan()
+    assert slope[:3].isnan().all()  # as PyTorch's
 
 
 @needs_triton

@@ -6,6 +6,7 @@ import timm.layers
 import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as watched
 
 from vitrail.kernels._common.dispatch import settings
@@ -23,7 +24,7 @@ _PARTS = (
     ("fc2", nn.Linear),
     ("drop2", nn.Dropout),
 )
-_PLAIN_TENSORS = (nn.Parameter, Tensor)
+_PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)  # the last ones stand for the others in runs without data
 
 
 @register_notrace_module

@@ -12,7 +12,7 @@ import torch
 from _graphs import keep_graphs
 from timm.layers import is_notrace_module
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -256,9 +256,8 @@ def test_hooks_of_all_modules_see_the_parts(on_request: None) -> None:
 
 @needs_triton
 @torch.no_grad()
-def test_few_rows_are_not_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_are_not_worth_it() -> None:
     """On a GPU, without data."""
-    monkeypatch.setattr("vitrail.layers.mlp._PLAIN_TENSORS", (FakeTensor,))
     with FakeTensorMode():
         layer = Mlp(16, 24, 20, device="cuda", dtype=torch.float16).eval()
         for leading, fused in (((3,), False), ((8, 32, 31), False), ((8, 32, 32), True), ((9000,), True)):

@@ -228,8 +228,8 @@ def _store_sums(ptr, total, rows, columns, n_rows, n_columns, ROW: tl.constexpr,
 
 @triton.jit(do_not_specialize=["n_rows", "n_parts"])
 def _mlp_bwd_weights_kernel(
-    grad_ptr, x_ptr, w1_ptr, b1_ptr, w2_ptr, d_w1_ptr, d_b1_ptr, d_w2_ptr, n_rows, n_parts,
-    HAS_B1: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, SUMS: tl.constexpr, GRAD_STRIDE: tl.constexpr,
+    grad_ptr, x_ptr, w1_ptr, b1_ptr, w2_ptr, d_w1_ptr, d_b1_ptr, d_w2_ptr, d_hidden_ptr, n_rows, n_parts,
+    HAS_B1: tl.constexpr, STORES: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, SUMS: tl.constexpr, GRAD_STRIDE: tl.constexpr,
     X_STRIDE: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr, OUT: tl.constexpr,
     IN_1: tl.constexpr, IN_2: tl.constexpr, OUT_1: tl.constexpr, OUT_2: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -291,6 +291,10 @@ def _mlp_bwd_weights_kernel(
             if SUMS:
                 d_b1 += tl.sum(d_h, 1)
             d_hidden = d_h.to(x_1.dtype)
+            if STORES:
+                place = hidden[:, None] + rows.to(tl.int64)[None, :] * HIDDEN
+                inside = ((hidden < HIDDEN) | whole)[:, None] & (rows < n_rows)[None, :]
+                tl.store(d_hidden_ptr + place, d_hidden, mask=inside)
             d_w1_1 = tl.dot(d_hidden, x_1, acc=d_w1_1)
             if IN_2 > 0:
                 d_w1_2 = tl.dot(d_hidden, x_2, acc=d_w1_2)
@@ -386,7 +390,7 @@ class _Backward:
             add_up(p_w2, dtype) if need_w2 else None,
         )
 
-    def parts_of_weights(self, first, sums, second, tile=None):
+    def parts_of_weights(self, first, sums, second, tile=None, d_hidden=None):
         tile = tile or self._tile(_BWD_WEIGHTS_TILES)
         n_rows, device = len(self.rows), self.rows.device
         blocks = triton.cdiv(self.hidden, tile.hidden)
@@ -399,8 +403,8 @@ class _Backward:
         p_w2 = room(self.out_dim, self.hidden) if second else None
         launch(
             _mlp_bwd_weights_kernel, (n_parts * blocks,),
-            self.grads, self.rows, self.w1, self.b1, self.w2, p_w1, p_b1, p_w2, n_rows, n_parts,
-            FIRST=first, SECOND=second, SUMS=sums, ROWS=tile.rows, BLOCK=tile.hidden, STAGES=tile.stages,
+            self.grads, self.rows, self.w1, self.b1, self.w2, p_w1, p_b1, p_w2, d_hidden, n_rows, n_parts,
+            STORES=d_hidden is not None, FIRST=first, SECOND=second, SUMS=sums, ROWS=tile.rows, BLOCK=tile.hidden, STAGES=tile.stages,
             num_warps=tile.warps, num_stages=tile.stages, **self.constants,
         )  # fmt: skip
         return p_w1, p_b1, p_w2

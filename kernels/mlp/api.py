@@ -20,8 +20,9 @@ def mlp(
 ) -> Tensor:
     r"""Two linear layers with the exact GELU between them: :math:`y = W_2\,\mathrm{gelu}(W_1 x + b_1) + b_2`.
 
-    Meant for inference on many narrow rows, where moving the hidden map takes longer than the products: the fused
-    kernel keeps it in registers, in float32 up to GELU and in x's dtype behind it. The backward computes it again.
+    Meant for many narrow rows, where moving the hidden map takes longer than the products: the fused kernels keep it in
+    registers, in float32 up to GELU and in x's dtype behind it. The inputs alone are saved for the backward, which
+    computes the hidden map again, and computes those gradients only that are asked for.
 
     Args:
         x: Rows of any number and shape, (..., C), any floating dtype.
@@ -29,7 +30,7 @@ def mlp(
         b1: (H,); zeros by default.
         w2: (C_out, H).
         b2: (C_out,); zeros by default.
-        backend: "auto", "eager" or "triton"; see `vitrail.kernels._common.dispatch`. The kernel takes float16 and
+        backend: "auto", "eager" or "triton"; see `vitrail.kernels._common.dispatch`. The kernels take float16 and
             bfloat16 and up to 256 channels of x and of the result; the reference takes all else.
 
     Returns:

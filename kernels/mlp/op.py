@@ -1,7 +1,8 @@
 """Registration of `vitrail::mlp` with PyTorch.
 
-The operator runs on any device: what `fused_support` accepts goes to the Triton kernel, everything else to the
-reference. It saves its inputs only; the backward, in PyTorch's own products, computes the hidden map again.
+The operator runs on any device: what `fused_support` accepts goes to the Triton kernels, everything else to the
+reference. It saves its inputs only; the backward computes the hidden map again, and only those gradients that are
+needed.
 """
 
 from __future__ import annotations

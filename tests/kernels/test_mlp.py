@@ -112,7 +112,7 @@ def test_registration(dtype: torch.dtype) -> None:
         torch.library.opcheck(torch.ops.vitrail.mlp.default, tuple(inputs))
 
 
-def test_only_inputs_are_saved_and_only_wanted_gradients_returned() -> None:
+def test_only_inputs_are_saved_and_only_wanted_gradients_computed() -> None:
     x, w1, b1, w2, b2 = make_inputs((2, 3), 4, 5, 3)
     w2.requires_grad_()
     saved: list[int] = []
@@ -124,7 +124,9 @@ def test_only_inputs_are_saved_and_only_wanted_gradients_returned() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = torch.ops.vitrail.mlp(x, w1, b1, w2, b2)
     assert set(saved) <= {t.data_ptr() for t in (x, w1, b1, w2, b2)}
-    out.sum().backward()
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * 6 * (4 * 5 + 5 * 3)  # the hidden map again, and the weight's gradient
     assert w2.grad is not None
     assert x.grad is w1.grad is b1.grad is b2.grad is None
 
@@ -257,19 +259,45 @@ def draw_case(seed: int, dtype: torch.dtype, n_rows: int, dim: int, hidden: int,
     return without([x, *parameters], *draw.choice([(), (), (2,), (4,), (2, 4)])), grad
 
 
+def use_small_tiles(monkeypatch: pytest.MonkeyPatch, draw: random.Random) -> None:
+    """Several programs and blocks on few rows; one launch of the backward, or one for each weight."""
+    forward = pytest.importorskip("vitrail.kernels.mlp.triton.forward")
+    backward = pytest.importorskip("vitrail.kernels.mlp.triton.backward")
+    for kernels in (forward, backward):
+        tile = kernels.Tile(16, draw.choice([16, 32]), 4, 2, draw.choice([1, 4, 9]))
+        monkeypatch.setattr(kernels, "TILES", {1000: tile})
+    monkeypatch.setattr(backward, "_TOGETHER", draw.choice([0, 1000]))
+
+
 @needs_triton
 @_DTYPES
 @pytest.mark.parametrize("seed", seeds(12))
 def test_fused_is_as_exact_as_eager(
     seed: int, dtype: torch.dtype, poison: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels = pytest.importorskip("vitrail.kernels.mlp.triton")
     draw = random.Random(seed)
-    tile = kernels.Tile(16, draw.choice([16, 32]), 4, 2)
-    monkeypatch.setattr(kernels, "_TILES", {1000: tile})  # several programs and blocks on few rows
+    use_small_tiles(monkeypatch, draw)
     dims = [1, 7, 16, 20, 33, 48, 96, 40]
     n_rows, hidden = draw.choice([1, 5, 16, 37]), draw.choice([1, 9, 32, 40, 70])
     assert_exact(*draw_case(seed, dtype, n_rows, draw.choice(dims), hidden, draw.choice(dims)))
+
+
+@pytest.mark.parametrize("together", [0, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=needs_triton)], ids=str)
+def test_gradients_that_are_not_needed_are_left_out(
+    dtype: torch.dtype, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the reference and by the kernel; those that are needed are the same numbers."""
+    if HAS_TRITON:
+        monkeypatch.setattr("vitrail.kernels.mlp.triton.backward._TOGETHER", together)
+    inputs = [t.to(DEVICE) for t in make_inputs((5,), 5, 9, 6, dtype)]
+    grad = torch.randn((5, 6), device=DEVICE).to(dtype)
+    whole = torch.ops.vitrail.mlp_backward(grad, *inputs, [True] * 5)
+    for subset in ("x", "w1", "b1", "w2", "b2", "x w2 b2", "w1 b1 w2", ""):
+        needed = [name in subset.split() for name in ("x", "w1", "b1", "w2", "b2")]
+        found = torch.ops.vitrail.mlp_backward(grad, *inputs, needed)
+        for gradient, full, is_needed in zip(found, whole, needed, strict=True):
+            torch.testing.assert_close(gradient, full if is_needed else full.new_empty(0))
 
 
 @pytest.mark.gpu
@@ -343,6 +371,23 @@ def test_fused_runs_in_a_cuda_graph() -> None:
         got = mlp(*inputs, backend="triton")
     graph.replay()
     assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_training_runs_in_a_cuda_graph() -> None:
+    inputs = [t.cuda().requires_grad_() for t in make_inputs((5, 40), 192, 768, 192, torch.bfloat16)]
+    run = lambda: torch.autograd.grad(mlp(*inputs, backend="triton").square().sum(), inputs)  # noqa: E731
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, and is recorded for replays
+            want = run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    graph.replay()
+    assert all(map(torch.equal, got, want))
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from vitrail.kernels._common.recording import records_graph
 from vitrail.kernels.mlp import mlp
 from vitrail.kernels.mlp.api import runs_fused
 
-# Rows from which the kernel fills a GPU: with fewer, 192 channels take longer than PyTorch's own products.
+# Rows from which the kernels fill a GPU: with fewer, 192 channels take longer than PyTorch's own products.
 _FEWEST_ROWS = 8192
 _PARTS = (
     ("fc1", nn.Linear),
@@ -50,7 +50,10 @@ class Mlp(timm.layers.Mlp):
     def _runs_fused(self, x: Tensor) -> bool:
         if not self._is_plain() or records_graph() or (self.training and self._drops()):
             return False
-        return _is_worth_it(x) and runs_fused(x, self.fc2.weight)
+        return _is_worth_it(x) and runs_fused(x, self.fc2.weight, self._trains(x))
+
+    def _trains(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
     def _drops(self) -> bool:
         return bool(self.drop1.p > 0 or self.drop2.p > 0)

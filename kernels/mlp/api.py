@@ -31,7 +31,7 @@ def mlp(
         w2: (C_out, H).
         b2: (C_out,); zeros by default.
         backend: "auto", "eager" or "triton"; see `vitrail.kernels._common.dispatch`. The kernels take float16 and
-            bfloat16 and up to 256 channels of x and of the result; the reference takes all else.
+            bfloat16 and up to 256 channels of x and of the result, backward up to 192; the reference takes all else.
 
     Returns:
         (..., C_out) in x's dtype. Under autocast all inputs are cast to the autocast dtype.
@@ -51,12 +51,12 @@ def mlp(
     return mlp_reference(x, w1, b1, w2, b2)
 
 
-def runs_fused(x: Tensor, w2: Tensor) -> bool:
-    """Whether `mlp` would run its kernel on such inputs; never raises."""
+def runs_fused(x: Tensor, w2: Tensor, backward: bool = False) -> bool:
+    """Whether `mlp` would run its kernel on such inputs, and with `backward` that of the gradients; never raises."""
     if settings.default_backend == "eager" or not (x.is_cuda or settings.default_backend == "triton"):
         return False
     dtype = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype
-    return fused_support(x, w2, dtype).ok
+    return fused_support(x, w2, dtype, backward).ok
 
 
 def _check(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> None:

@@ -20,19 +20,25 @@ from vitrail.kernels._common.launch import shared_memory
 from vitrail.kernels._common.registration import register_operator
 from vitrail.kernels.mlp.reference import mlp_gradients, mlp_reference
 
-MOST_CHANNELS = 256  # of a row and of a result: wider ones are no faster than PyTorch's products
+# Of a row and of a result, forward and backward: wider ones are no faster than PyTorch's products.
+MOST_CHANNELS, MOST_TRAINED = 256, 192
 _SMALL, _LARGE_TILES = 128, 193 * 1024  # channels, and bytes of shared memory that programs for more of them take
 
 
 @torch.compiler.assume_constant_result
-def _most_channels(device: torch.device) -> int:
-    return MOST_CHANNELS if shared_memory(device) >= _LARGE_TILES else _SMALL
+def has_room(device: torch.device) -> bool:
+    """Whether a device has the shared memory that the tiles of wide rows take."""
+    return shared_memory(device) >= _LARGE_TILES
 
 
-def fused_support(x: Tensor, w2: Tensor, dtype: torch.dtype | None = None) -> Support:
-    """The one place that says when the MLP is handed to the reference, and why; `dtype` stands for x's own."""
+def fused_support(x: Tensor, w2: Tensor, dtype: torch.dtype | None = None, backward: bool = False) -> Support:
+    """The one place that says when the MLP, or its backward, is handed to the reference, and why.
+
+    `dtype` stands for x's own.
+    """
     dtype = dtype or x.dtype
-    most, (out_channels, hidden) = _most_channels(x.device), w2.shape
+    most = (MOST_TRAINED if backward else MOST_CHANNELS) if has_room(x.device) else _SMALL
+    out_channels, hidden = w2.shape
     widest = max(x.shape[-1], out_channels)
     if widest > most:
         return Support(False, f"the Triton kernel takes up to {most} channels here, the input or output has {widest}")
@@ -61,7 +67,7 @@ def _backward(
     b2: Tensor | None,
     needed: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    if fused_support(x, w2).ok:
+    if fused_support(x, w2, backward=True).ok:
         from vitrail.kernels.mlp.triton import mlp_backward
 
         return mlp_backward(grad, x, w1, b1, w2, b2, needed)

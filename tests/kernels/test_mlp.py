@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitrail.kernels._common.dispatch import HAS_TRITON, record_choices, settings
 from vitrail.kernels.mlp import mlp
 from vitrail.kernels.mlp.api import runs_fused
+from vitrail.kernels.mlp.op import fused_support
 
 if HAS_TRITON:
     import triton
@@ -223,8 +224,11 @@ def test_devices_with_less_shared_memory_take_fewer_channels(monkeypatch: pytest
         return choices[0].reason
 
     assert "up to 256 channels" in most()
+    inputs = make_inputs((2,), 193, 5, 3, torch.float16)
+    assert "up to 192 channels" in fused_support(inputs[0], inputs[3], backward=True).reason
     monkeypatch.setattr("vitrail.kernels.mlp.op.shared_memory", lambda device: 163 * 1024)  # an A100's
     assert "up to 128 channels" in most()
+    assert "up to 128 channels" in fused_support(inputs[0], inputs[3], backward=True).reason
 
 
 def results(inputs: list[Any], grad: Tensor, backend: str) -> list[Tensor]:
@@ -260,13 +264,12 @@ def draw_case(seed: int, dtype: torch.dtype, n_rows: int, dim: int, hidden: int,
 
 
 def use_small_tiles(monkeypatch: pytest.MonkeyPatch, draw: random.Random) -> None:
-    """Several programs and blocks on few rows; one launch of the backward, or one for each weight."""
+    """Several programs and blocks on few rows."""
     forward = pytest.importorskip("vitrail.kernels.mlp.triton.forward")
     backward = pytest.importorskip("vitrail.kernels.mlp.triton.backward")
     for kernels in (forward, backward):
         tile = kernels.Tile(16, draw.choice([16, 32]), 4, 2, draw.choice([1, 4, 9]))
         monkeypatch.setattr(kernels, "TILES", {1000: tile})
-    monkeypatch.setattr(backward, "_TOGETHER", draw.choice([0, 1000]))
 
 
 @needs_triton
@@ -282,14 +285,9 @@ def test_fused_is_as_exact_as_eager(
     assert_exact(*draw_case(seed, dtype, n_rows, draw.choice(dims), hidden, draw.choice(dims)))
 
 
-@pytest.mark.parametrize("together", [0, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=needs_triton)], ids=str)
-def test_gradients_that_are_not_needed_are_left_out(
-    dtype: torch.dtype, together: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_that_are_not_needed_are_left_out(dtype: torch.dtype) -> None:
     """By the reference and by the kernel; those that are needed are the same numbers."""
-    if HAS_TRITON:
-        monkeypatch.setattr("vitrail.kernels.mlp.triton.backward._TOGETHER", together)
     inputs = [t.to(DEVICE) for t in make_inputs((5,), 5, 9, 6, dtype)]
     grad = torch.randn((5, 6), device=DEVICE).to(dtype)
     whole = torch.ops.vitrail.mlp_backward(grad, *inputs, [True] * 5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -13,12 +12,12 @@ from torch import Tensor
 from vitrail.kernels._common.gradients import empty_gradient
 from vitrail.kernels._common.launch import as_rows, contiguous, launch, multiprocessors, row_stride
 from vitrail.kernels._common.triton import add_parts_kernel, gelu_16_and_slope
+from vitrail.kernels.mlp.op import has_room
 from vitrail.kernels.mlp.triton.tiles import Tile, load, store, tile_for, widths_of
 
-# By the wider of a row and a result, in channels. Up to `_TOGETHER` channels one launch computes all; of wider ones the
-# sums of both weights' gradients take more registers than there are, and each weight has a launch of its own.
-TILES = {64: Tile(64, 64, 4, 3, 2), 128: Tile(64, 64, 4, 3, 2), 256: Tile(32, 64, 4, 3, 2)}
-_TOGETHER = 128
+# By the wider of a row and a result, in channels; and what takes no more shared memory than any device has.
+TILES = {64: Tile(64, 64, 4, 3, 2), 96: Tile(64, 128, 8, 3, 1), 192: Tile(32, 128, 8, 3, 1)}
+_SMALL = Tile(32, 64, 4, 2, 1)
 _PARTS, _NUMBERS = 32, 128  # sums of programs that are added at once, and numbers of a program that adds
 
 
@@ -89,7 +88,8 @@ def _mlp_bwd_kernel(
                 d_b1 += tl.sum(d_h, 1)
             d_h = d_h.to(x_1.dtype)
             if STORES:
-                store(d_hidden_ptr, tl.trans(d_h), rows, hidden, n_rows, HIDDEN, HIDDEN, 1, whole)
+                place = d_hidden_ptr + rows.to(tl.int64)[None, :] * HIDDEN + hidden[:, None]
+                tl.store(place, d_h, mask=(rows < n_rows)[None, :] & ((hidden < HIDDEN) | whole)[:, None])
             if SUMS_W1:
                 d_w1_1 = tl.dot(d_h, x_1, acc=d_w1_1)
                 if IN_2 > 0:
@@ -124,22 +124,20 @@ def mlp_backward(
             for t, wants in zip(inputs, wanted, strict=True)
         )
     d_hidden = x.new_empty((*x.shape[:-1], len(w1))) if wanted[0] else None
-    if max(x.shape[-1], len(w2)) <= _TOGETHER:
-        parts = _sums(grad, x, w1, b1, w2, d_hidden, *wanted[1:])
-    else:
-        parts = [None] * 4
-        if any(wanted[:3]):
-            parts[:2] = _sums(grad, x, w1, b1, w2, d_hidden, *wanted[1:3], False, False)[:2]
-        if any(wanted[3:]):
-            parts[2:] = _sums(grad, x, w1, b1, w2, None, False, False, *wanted[3:])[2:]
+    parts = _sums(grad, x, w1, b1, w2, d_hidden, wanted[1:]) if any(wanted) else [None] * 4
     d_x = empty_gradient(x) if d_hidden is None else d_hidden @ w1
     return d_x, *(empty_gradient(x) if part is None else _add_up(part, x.dtype) for part in parts)
 
 
 def _sums(
-    grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, d_hidden: Tensor | None, *wanted: bool,
-    tile: Tile | None = None,
-) -> list[Tensor | None]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    d_hidden: Tensor | None,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
     """Fills the gradient of the hidden map; returns sums for the gradients of w1, b1, w2 and b2 where wanted.
 
     Those are (programs, *shape of the gradient), in float32.
@@ -147,7 +145,7 @@ def _sums(
     rows, grads = as_rows(x), as_rows(grad)
     hidden, dim = w1.shape
     out_dim, n_rows = len(w2), len(rows)
-    tile = tile or tile_for(TILES, dim, out_dim)
+    tile = tile_for(TILES, dim, out_dim) if has_room(x.device) else _SMALL
     n_blocks = triton.cdiv(hidden, tile.hidden)
     n_parts = min(max(1, tile.programs * multiprocessors(x.device) // n_blocks), triton.cdiv(n_rows, tile.rows))
     shapes = ((hidden, dim), (hidden,), (out_dim, hidden), (out_dim,))

@@ -31,8 +31,9 @@ _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)  # the last ones stand for t
 class Mlp(timm.layers.Mlp):
     """timm's `Mlp` with a fused operator: same arguments, parameters and results.
 
-    On a GPU `vitrail.kernels.mlp` computes it at once for the dtypes and widths that its kernels take, from 8192 rows
-    on, or for any number where `VITRAIL_BACKEND` is "triton"; in training the backward computes the hidden map again.
+    On a GPU `vitrail.kernels.mlp` computes it at once for the dtypes and widths that its kernels take (fewer channels
+    in training than in inference), from 8192 rows on, or for any number where `VITRAIL_BACKEND` is "triton"; for the
+    backward nothing is kept but the layer's input.
     Everywhere else each part is called on its own, as in timm: where training drops hidden values, in exported models,
     and where a part is not the plain one, such as a layer that was quantised or has an adapter, a hook or a norm in
     between.
@@ -48,7 +49,7 @@ class Mlp(timm.layers.Mlp):
 
     @torch.jit.unused
     def _runs_fused(self, x: Tensor) -> bool:
-        if not self._is_plain() or records_graph() or (self.training and self._drops()):
+        if not self._is_plain() or self._drops() or records_graph():
             return False
         return _is_worth_it(x) and runs_fused(x, self.fc2.weight, self._trains(x))
 
@@ -56,7 +57,7 @@ class Mlp(timm.layers.Mlp):
         return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
     def _drops(self) -> bool:
-        return bool(self.drop1.p > 0 or self.drop2.p > 0)
+        return any(part.training and part.p > 0 for part in (self.drop1, self.drop2))
 
     def _is_plain(self) -> bool:
         """Whether the operator computes what the parts would; what replaces or watches one of them wants its call."""

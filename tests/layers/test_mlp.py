@@ -96,6 +96,7 @@ def test_where_the_operator_runs(on_request: None, monkeypatch: pytest.MonkeyPat
     dropping = alike(drop=(0.0, 0.5))[0]
     assert runs_fused(dropping, x)
     assert not runs_fused(dropping.train(), x)
+    assert runs_fused(dropping.eval(), x)
     monkeypatch.setattr(settings, "default_backend", "eager")
     assert not runs_fused(layer.half(), x)
 
@@ -264,6 +265,22 @@ def test_few_rows_are_not_worth_it() -> None:
             x = torch.empty((*leading, 16), device="cuda", dtype=torch.float16)
             assert layer._runs_fused(x) is fused
             assert layer(x).shape == (*leading, 20)
+
+
+@needs_triton
+def test_wide_rows_are_worth_it_in_inference_alone() -> None:
+    """On a GPU, without data; what counts is whether anything needs a gradient."""
+    with FakeTensorMode():
+        layer = Mlp(256, 8, device="cuda", dtype=torch.float16)
+        x = torch.empty((9000, 256), device="cuda", dtype=torch.float16)
+        assert not layer._runs_fused(x)
+        layer.requires_grad_(False)
+        assert layer._runs_fused(x)
+        assert not layer._runs_fused(x.requires_grad_())
+        with torch.no_grad():
+            assert layer._runs_fused(x)
+        narrow = Mlp(192, 8, device="cuda", dtype=torch.float16)
+        assert narrow._runs_fused(x[:, :192])
 
 
 @torch.no_grad()

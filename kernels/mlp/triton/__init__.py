@@ -9,8 +9,8 @@ Backward (`backward.py`) it is the other way round: a program holds a block of h
 and the sums of their gradients, and walks over every n-th tile of rows. From a tile of rows and one of the gradient it
 makes the block's hidden values and their gradient, transposed, so that they are the first operands of the products
 with those same tiles without leaving the registers. The bias before GELU takes the sums of what is there; of the last
-bias each block adds up some of the columns. Programs leave their sums in a workspace, which a second kernel adds up in
-order: gradients are deterministic. The gradient of the hidden map, which the rows' gradient sums over all blocks, is
+bias each block adds up some of the columns. Programs leave their sums in a workspace, which PyTorch adds up: gradients
+are deterministic. The gradient of the hidden map, which the rows' gradient sums over all blocks, is
 written once, in the inputs' dtype, and PyTorch multiplies it with the first weight. What is not needed is left out.
 
 Tiling. Tiles' sides are powers of two. So that 96 or 192 channels do not take the products of 128 or 256, channels lie

@@ -9,16 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitrail.kernels._common.gradients import empty_gradient
+from vitrail.kernels._common.gradients import empty_gradient, sum_of_parts
 from vitrail.kernels._common.launch import as_rows, contiguous, launch, multiprocessors, row_stride
-from vitrail.kernels._common.triton import add_parts_kernel, gelu_16_and_slope
+from vitrail.kernels._common.triton import gelu_16_and_slope
 from vitrail.kernels.mlp.op import has_room
 from vitrail.kernels.mlp.triton.tiles import Tile, load, store, tile_for, widths_of
 
 # By the wider of a row and a result, in channels; and what takes no more shared memory than any device has.
 TILES = {64: Tile(64, 64, 4, 3, 2), 96: Tile(64, 128, 8, 3, 1), 192: Tile(32, 128, 8, 3, 1)}
 _SMALL = Tile(32, 64, 4, 2, 1)
-_PARTS, _NUMBERS = 32, 128  # sums of programs that are added at once, and numbers of a program that adds
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_parts"])
@@ -88,8 +87,11 @@ def _mlp_bwd_kernel(
                 d_b1 += tl.sum(d_h, 1)
             d_h = d_h.to(x_1.dtype)
             if STORES:
-                place = d_hidden_ptr + rows.to(tl.int64)[None, :] * HIDDEN + hidden[:, None]
-                tl.store(place, d_h, mask=(rows < n_rows)[None, :] & ((hidden < HIDDEN) | whole)[:, None])
+                if BLOCK > 64:  # what is quicker, by measurement
+                    store(d_hidden_ptr, tl.trans(d_h), rows, hidden, n_rows, HIDDEN, HIDDEN, 1, whole)
+                else:
+                    place = d_hidden_ptr + rows.to(tl.int64)[None, :] * HIDDEN + hidden[:, None]
+                    tl.store(place, d_h, mask=(rows < n_rows)[None, :] & ((hidden < HIDDEN) | whole)[:, None])
             if SUMS_W1:
                 d_w1_1 = tl.dot(d_h, x_1, acc=d_w1_1)
                 if IN_2 > 0:
@@ -126,7 +128,7 @@ def mlp_backward(
     d_hidden = x.new_empty((*x.shape[:-1], len(w1))) if wanted[0] else None
     parts = _sums(grad, x, w1, b1, w2, d_hidden, wanted[1:]) if any(wanted) else [None] * 4
     d_x = empty_gradient(x) if d_hidden is None else d_hidden @ w1
-    return d_x, *(empty_gradient(x) if part is None else _add_up(part, x.dtype) for part in parts)
+    return d_x, *(empty_gradient(x) if part is None else sum_of_parts(part, x.dtype) for part in parts)
 
 
 def _sums(
@@ -162,14 +164,3 @@ def _sums(
         COLUMNS=triton.next_power_of_2(triton.cdiv(out_dim, n_blocks)), **widths_of(dim, out_dim), **tile.constants,
     )  # fmt: skip
     return parts
-
-
-def _add_up(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum along the first axis, in its order."""
-    total = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    size = total.numel()
-    launch(
-        add_parts_kernel, (1, triton.cdiv(size, _NUMBERS)), parts, total, total, len(parts),
-        HAS_BIAS=True, DIM=size, TAPS=0, PARTS=_PARTS, CHANNELS=_NUMBERS, num_warps=8, num_stages=1,
-    )  # fmt: skip
-    return total

@@ -24,7 +24,7 @@ ones are 51 microseconds at 3 TB/s, and 59 GFLOP, 60 at the tensor cores' peak. 
 come from the second-level cache once a tile of rows, and GELU, evaluated 154 million times: with ReLU in its place that
 case took 152 in place of 198 (in tiles of 64 x 64), with `tl.erf` 337.
 
-Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, with biases, CUDA-graph replay), microseconds:
+Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, with biases, CUDA-graph replay), microseconds forward:
 
 ============  ======  =====  =======  ========  ==================
 rows          hidden  fused  PyTorch  compiled  bytes at 3 TB/s
@@ -39,7 +39,7 @@ rows          hidden  fused  PyTorch  compiled  bytes at 3 TB/s
 25088 x 384   1536    210.7  158.9    162.9     12.8
 ============  ======  =====  =======  ========  ==================
 
-The last one, the best of five tilings, is why wider rows are the reference's. Few rows leave multiprocessors idle: 3136
+The last one, the best of five tilings, is why wider rows are the reference's, forward. Few rows leave multiprocessors idle: 3136
 of 96 took 9.5 (PyTorch 11.4), of 192 and of 256 channels 24 and 27 (15 and 16); 12544 took 11.9, 24.8 and 28.8 (20.8,
 37.0 and 39.2).
 
@@ -47,6 +47,35 @@ Tried and rejected: programs that keep all weights in shared memory and walk ove
 for 64); 8 warps for 96 channels (212.7) and 4 stages (206.9); a shorter polynomial for GELU, good for bfloat16 alone
 (190.4 where 198.4 was). Adding the block's residual here takes 34 for 401408 x 96 and 12 for 100352 x 192, by itself 76
 and 38; but then a hook on the layer would see the sum.
+
+Backward. Four products and GELU with its derivative leave 27 instructions a hidden value (96 channels; Triton 3.8 for
+sm_90), half as long again as the products take. Measured there: the kernel (W) and PyTorch's product (X), which with
+the addition of the programs' sums (20 to 40) make the backward; the backward; both directions; and both in PyTorch:
+
+============  ======  =====  =====  ========  =====  =======  ========
+rows          hidden  W      X      backward  both   PyTorch  compiled
+============  ======  =====  =====  ========  =====  =======  ========
+401408 x 64   192     155.1   75.4  256.3     340.3  1012.9   837.5
+401408 x 96   384     345.6  137.5  513.1     704.8  1688.1   1582.5
+100352 x 128  384     126.9   42.1  194.5     257.8  599.2    452.4
+100352 x 192  768     411.8   75.4  528.6     683.2  965.9    820.7
+25088 x 192   768     116.2   22.8  177.9     224.1  307.0    241.1
+8192 x 64     192       9.6    5.4   27.5      33.3  63.5     43.2
+8192 x 96     384      15.3    6.4   38.9      47.8  80.6     58.7
+8192 x 128    384      19.3    5.7   42.3      53.3  86.9     59.8
+8192 x 192    768      47.3    7.6   91.0     114.6  126.3    91.5
+============  ======  =====  =====  ========  =====  =======  ========
+
+256 channels (25088 rows, 768 hidden) take 128 and 61 in a launch for each weight, 217 in one; with the product (23),
+the sums and the forward (59) that is no less than the compiled 253: in training they are the reference's.
+
+Tried and rejected in the backward: a kernel of tiles of rows that computes the hidden gradient a second time for the
+rows' gradient (324 for 401408 x 96, 119 for 401408 x 64, 100 for 100352 x 128, the best of six tilings or more; to
+write it costs 80, 20 and 24, and the product X), or that writes both hidden maps for PyTorch's products (643 for
+401408 x 96, 471 for 100352 x 192, then 143 and 145, 74 and 80 for the weights); a launch for each weight (263 + 148 for
+100352 x 192); two stages (504 for 401408 x 96); tiles of 64 hidden channels where the sums of the last bias take the
+last registers (568 for 401408 x 96, 432 without them); PyTorch's sum for that bias (93 for 401408 x 96; here it is
+free).
 """
 
 from vitrail.kernels.mlp.triton.backward import mlp_backward

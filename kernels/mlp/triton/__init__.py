@@ -39,18 +39,19 @@ rows          hidden  fused  PyTorch  compiled  bytes at 3 TB/s
 25088 x 384   1536    210.7  158.9    162.9     12.8
 ============  ======  =====  =======  ========  ==================
 
-The last one, the best of five tilings, is why wider rows are the reference's, forward. Few rows leave multiprocessors idle: 3136
+The last one, the best of five tilings, is why wider rows are the reference's. Few rows leave multiprocessors idle: 3136
 of 96 took 9.5 (PyTorch 11.4), of 192 and of 256 channels 24 and 27 (15 and 16); 12544 took 11.9, 24.8 and 28.8 (20.8,
 37.0 and 39.2).
 
-Tried and rejected: programs that keep all weights in shared memory and walk over the rows (225.8 for 96 channels, 78.6
-for 64); 8 warps for 96 channels (212.7) and 4 stages (206.9); a shorter polynomial for GELU, good for bfloat16 alone
-(190.4 where 198.4 was). Adding the block's residual here takes 34 for 401408 x 96 and 12 for 100352 x 192, by itself 76
-and 38; but then a hook on the layer would see the sum.
+Tried and rejected forward: programs that keep all weights in shared memory and walk over the rows (225.8 for 96
+channels, 78.6 for 64); 8 warps for 96 channels (212.7) and 4 stages (206.9); a shorter polynomial for GELU, good for
+bfloat16 alone (190.4 where 198.4 was). Adding the block's residual here takes 34 for 401408 x 96 and 12 for 100352 x
+192, by itself 76 and 38; but then a hook on the layer would see the sum.
 
-Backward. Four products and GELU with its derivative leave 27 instructions a hidden value (96 channels; Triton 3.8 for
-sm_90), half as long again as the products take. Measured there: the kernel (W) and PyTorch's product (X), which with
-the addition of the programs' sums (20 to 40) make the backward; the backward; both directions; and both in PyTorch:
+Backward. GELU, its derivative and the rest are 27 instructions a hidden value (96 channels; Triton 3.8 for sm_90),
+which take about as long as the four products at the tensor cores' peak. Measured there: the kernel (W) and PyTorch's
+product (X), which with the addition of the programs' sums (20 to 40) make the backward; it; both directions; and both
+in PyTorch:
 
 ============  ======  =====  =====  ========  =====  =======  ========
 rows          hidden  W      X      backward  both   PyTorch  compiled

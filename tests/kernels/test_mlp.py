@@ -268,7 +268,7 @@ def use_small_tiles(monkeypatch: pytest.MonkeyPatch, draw: random.Random) -> Non
     forward = pytest.importorskip("vitrail.kernels.mlp.triton.forward")
     backward = pytest.importorskip("vitrail.kernels.mlp.triton.backward")
     for kernels in (forward, backward):
-        tile = kernels.Tile(16, draw.choice([16, 32]), 4, 2, draw.choice([1, 4, 9]))
+        tile = kernels.Tile(16, draw.choice([16, 32]), 4, 2, draw.choice([1, 12]))
         monkeypatch.setattr(kernels, "TILES", {1000: tile})
 
 
@@ -281,7 +281,7 @@ def test_fused_is_as_exact_as_eager(
     draw = random.Random(seed)
     use_small_tiles(monkeypatch, draw)
     dims = [1, 7, 16, 20, 33, 48, 96, 40]
-    n_rows, hidden = draw.choice([1, 5, 16, 37]), draw.choice([1, 9, 32, 40, 70])
+    n_rows, hidden = draw.choice([1, 37, 52, 70]), draw.choice([1, 9, 32, 40, 70])
     assert_exact(*draw_case(seed, dtype, n_rows, draw.choice(dims), hidden, draw.choice(dims)))
 
 

@@ -1,4 +1,4 @@
-"""The feed-forward layer of transformers with timm's parameters, by a fused operator in inference."""
+"""The feed-forward layer of transformers with timm's parameters, by a fused operator."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import timm.layers
 import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as watched
 
 from vitrail.kernels._common.dispatch import settings
@@ -13,7 +14,7 @@ from vitrail.kernels._common.recording import records_graph
 from vitrail.kernels.mlp import mlp
 from vitrail.kernels.mlp.api import runs_fused
 
-# Rows from which the kernel fills a GPU: with fewer, 192 channels take longer than PyTorch's own products.
+# Rows from which the kernels fill a GPU: with fewer, 192 channels take longer than PyTorch's own products.
 _FEWEST_ROWS = 8192
 _PARTS = (
     ("fc1", nn.Linear),
@@ -23,17 +24,19 @@ _PARTS = (
     ("fc2", nn.Linear),
     ("drop2", nn.Dropout),
 )
-_PLAIN_TENSORS = (nn.Parameter, Tensor)
+_PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)  # the last ones stand for the others in runs without data
 
 
 @register_notrace_module
 class Mlp(timm.layers.Mlp):
-    """timm's `Mlp` with a fused operator in inference: same arguments, parameters and results.
+    """timm's `Mlp` with a fused operator: same arguments, parameters and results.
 
-    In evaluation mode where no gradient is recorded, on a GPU, `vitrail.kernels.mlp` computes it at once for the dtypes
-    and widths that its kernel takes, from 8192 rows on, or for any number where `VITRAIL_BACKEND` is "triton".
-    Everywhere else each part is called on its own, as in timm: in training, in exported models, and where a part is not
-    the plain one, such as a layer that was quantised or has an adapter, a hook or a norm in between.
+    On a GPU `vitrail.kernels.mlp` computes it at once for the dtypes and widths that its kernels take (fewer channels
+    in training than in inference), from 8192 rows on, or for any number where `VITRAIL_BACKEND` is "triton"; for the
+    backward nothing is kept but the layer's input.
+    Everywhere else each part is called on its own, as in timm: where training drops hidden values, in exported models,
+    and where a part is not the plain one, such as a layer that was quantised or has an adapter, a hook or a norm in
+    between.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,20 +49,28 @@ class Mlp(timm.layers.Mlp):
 
     @torch.jit.unused
     def _runs_fused(self, x: Tensor) -> bool:
-        if self.training or not self._is_plain() or records_graph():
+        if not self._is_plain() or self._drops() or records_graph():
             return False
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
-            return False
-        return _is_worth_it(x) and runs_fused(x, self.fc2.weight)
+        return _is_worth_it(x) and runs_fused(x, self.fc2.weight, self._trains(x))
+
+    def _trains(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+
+    def _drops(self) -> bool:
+        return any(part.training and part.p > 0 for part in (self.drop1, self.drop2))
 
     def _is_plain(self) -> bool:
         """Whether the operator computes what the parts would; what replaces or watches one of them wants its call."""
         if watched._global_forward_hooks or watched._global_forward_pre_hooks:
             return False
+        if watched._global_backward_hooks or watched._global_backward_pre_hooks:
+            return False
         parts = self._modules  # quicker than attributes: this is a part of every call
         for name, kind in _PARTS:
             part = parts[name]
             if type(part) is not kind or part._forward_hooks or part._forward_pre_hooks:
+                return False
+            if part._backward_hooks or part._backward_pre_hooks:
                 return False
             # Quantised weights are tensors of their own kinds inside of plain layers.
             if kind is nn.Linear and type(part._parameters["weight"]) not in _PLAIN_TENSORS:

@@ -159,7 +159,10 @@ def _mlp(dtype: torch.dtype, channels: int) -> None:
     for hidden, biases in ((4 * channels, True), (3 * channels + 8, False)):
         b1, b2 = (_input(dtype, size) if biases else None for size in (hidden, channels))
         _train(mlp, x, _input(dtype, hidden, channels), b1, _input(dtype, channels, hidden), b2)
-    _train(mlp, x, _input(dtype, hidden, channels), None, _input(dtype, out_channels, hidden), None)
+    w1, w2 = _input(dtype, hidden, channels), _input(dtype, out_channels, hidden)
+    _train(mlp, x, w1, None, w2, None)
+    _train(mlp, x, w1.detach(), None, w2.detach(), None)
+    _train(mlp, x.detach(), w1, None, w2, None)
 
 
 def _depthwise_conv(dtype: torch.dtype, kernel: int) -> None:

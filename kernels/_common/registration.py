@@ -36,6 +36,7 @@ def register_operator(
     fake_forward: Callable[..., Tensor] = like_first,
     fake_backward: Callable[..., tuple[Tensor, ...]] | None = None,
     adds_last: bool = False,
+    tells_needed: bool = False,
 ) -> Operator:
     """Defines `vitrail::NAME` and `vitrail::NAME_backward`, which PyTorch's autograd runs behind it.
 
@@ -51,6 +52,8 @@ def register_operator(
         fake_backward: Shapes of the gradients; by default those of their inputs, contiguous, and empty where absent.
         adds_last: The last tensor is added to the result: it is not saved, the backward does not take it, and its
             gradient is the result's own.
+        tells_needed: The backward's last argument says of every gradient whether it is needed; those that are not may
+            be left empty.
 
     Returns:
         The operator, to be called with all its arguments by position.
@@ -58,30 +61,35 @@ def register_operator(
     described = [argument.strip() for argument in arguments.split(",")]
     n_tensors = sum(argument.startswith("Tensor") for argument in described)
     n_saved = n_tensors - adds_last
-    backward_arguments = ", ".join(["Tensor grad", *described[:n_saved], *described[n_tensors:]])
+    needs = ["bool[] needed"] if tells_needed else []
+    backward_arguments = ", ".join(["Tensor grad", *described[:n_saved], *described[n_tensors:], *needs])
     results = ", ".join(f"Tensor {gradient}" for gradient in gradients)
 
     def fake_gradients_of_inputs(grad: Tensor, *inputs: Any) -> Tensor | tuple[Tensor, ...]:
-        fakes = fake_gradients(grad, inputs[: len(gradients)])
+        needed = inputs[-1] if tells_needed else (True,) * len(gradients)
+        wanted = [tensor if is_needed else None for tensor, is_needed in zip(inputs, needed, strict=False)]
+        fakes = fake_gradients(grad, wanted)
         return fakes if len(fakes) > 1 else fakes[0]
 
     def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:n_saved])
         ctx.constants = inputs[n_tensors:]
 
-    def run_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def run_backward(ctx: Any, grad: Tensor, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
         tensors: list[Tensor] = []
         inputs = (grad, *ctx.saved_tensors, *ctx.constants)
+        if tells_needed:
+            inputs = (*inputs, list(needed[: len(gradients)]))
         kind = None if torch.is_grad_enabled() else direct_kind(inputs, tensors)
         if kind is None:
             found = getattr(torch.ops.vitrail, f"{name}_backward")(*inputs)
         else:
             found = replayed_backward.run(kind, tensors, inputs)
         found = found if len(gradients) > 1 else (found,)
-        return (*found, grad) if adds_last else found
+        return requested_gradients(needed, (*found, grad) if adds_last else found)
 
     def run_dispatched_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return requested_gradients(ctx.needs_input_grad, run_backward(ctx, grad))
+        return run_backward(ctx, grad, ctx.needs_input_grad)
 
     replayed = _implement(name, arguments, "Tensor", forward)
     replayed_backward = _implement(f"{name}_backward", backward_arguments, f"({results})", backward)
@@ -131,7 +139,7 @@ def _differentiable(
 
     def run_direct_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, _, *needed = ctx.needs_input_grad
-        return None, None, *requested_gradients(needed, run_backward(ctx, grad))
+        return None, None, *run_backward(ctx, grad, needed)
 
     methods = {"forward": staticmethod(run_forward), "backward": staticmethod(run_direct_backward)}
     function: Any = type(name, (torch.autograd.Function,), methods)

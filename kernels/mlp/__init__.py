@@ -1,4 +1,4 @@
-"""Two linear layers with GELU between them, for inference: the hidden map never reaches memory."""
+"""Two linear layers with GELU between them: the forward leaves the hidden map in registers, the backward renews it."""
 
 from vitrail.kernels.mlp.api import mlp
 

@@ -20,8 +20,9 @@ def mlp(
 ) -> Tensor:
     r"""Two linear layers with the exact GELU between them: :math:`y = W_2\,\mathrm{gelu}(W_1 x + b_1) + b_2`.
 
-    Meant for inference on many narrow rows, where moving the hidden map takes longer than the products: the fused
-    kernel keeps it in registers, in float32 up to GELU and in x's dtype behind it. The backward computes it again.
+    Meant for many narrow rows, where moving the hidden map takes longer than the products: the fused kernels keep it in
+    registers, in float32 up to GELU and in x's dtype behind it. The inputs alone are saved for the backward, which
+    computes the hidden map again, and computes those gradients only that are asked for.
 
     Args:
         x: Rows of any number and shape, (..., C), any floating dtype.
@@ -29,8 +30,8 @@ def mlp(
         b1: (H,); zeros by default.
         w2: (C_out, H).
         b2: (C_out,); zeros by default.
-        backend: "auto", "eager" or "triton"; see `vitrail.kernels._common.dispatch`. The kernel takes float16 and
-            bfloat16 and up to 256 channels of x and of the result; the reference takes all else.
+        backend: "auto", "eager" or "triton"; see `vitrail.kernels._common.dispatch`. The kernels take float16 and
+            bfloat16 and up to 256 channels of x and of the result, backward up to 192; the reference takes all else.
 
     Returns:
         (..., C_out) in x's dtype. Under autocast all inputs are cast to the autocast dtype.
@@ -50,12 +51,12 @@ def mlp(
     return mlp_reference(x, w1, b1, w2, b2)
 
 
-def runs_fused(x: Tensor, w2: Tensor) -> bool:
-    """Whether `mlp` would run its kernel on such inputs; never raises."""
+def runs_fused(x: Tensor, w2: Tensor, backward: bool = False) -> bool:
+    """Whether `mlp` would run its kernel on such inputs, and with `backward` that of the gradients; never raises."""
     if settings.default_backend == "eager" or not (x.is_cuda or settings.default_backend == "triton"):
         return False
     dtype = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype
-    return fused_support(x, w2, dtype).ok
+    return fused_support(x, w2, dtype, backward).ok
 
 
 def _check(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> None:

@@ -1,12 +1,14 @@
 """Registration of `vitrail::mlp` with PyTorch.
 
-The operator runs on any device: what `fused_support` accepts goes to the Triton kernel, everything else to the
-reference. It saves its inputs only; the backward, in PyTorch's own products, computes the hidden map again.
+The operator runs on any device: what `fused_support` accepts goes to the Triton kernels, everything else to the
+reference. It saves its inputs only; the backward computes the hidden map again, and only those gradients that are
+needed.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,19 +20,25 @@ from vitrail.kernels._common.launch import shared_memory
 from vitrail.kernels._common.registration import register_operator
 from vitrail.kernels.mlp.reference import mlp_gradients, mlp_reference
 
-MOST_CHANNELS = 256  # of a row and of a result: wider ones are no faster than PyTorch's products
+# Of a row and of a result, forward and backward: wider ones are no faster than PyTorch's products.
+MOST_CHANNELS, MOST_TRAINED = 256, 192
 _SMALL, _LARGE_TILES = 128, 193 * 1024  # channels, and bytes of shared memory that programs for more of them take
 
 
 @torch.compiler.assume_constant_result
-def _most_channels(device: torch.device) -> int:
-    return MOST_CHANNELS if shared_memory(device) >= _LARGE_TILES else _SMALL
+def has_room(device: torch.device) -> bool:
+    """Whether a device has the shared memory that the tiles of wide rows take."""
+    return shared_memory(device) >= _LARGE_TILES
 
 
-def fused_support(x: Tensor, w2: Tensor, dtype: torch.dtype | None = None) -> Support:
-    """The one place that says when the MLP is handed to the reference, and why; `dtype` stands for x's own."""
+def fused_support(x: Tensor, w2: Tensor, dtype: torch.dtype | None = None, backward: bool = False) -> Support:
+    """The one place that says when the MLP, or its backward, is handed to the reference, and why.
+
+    `dtype` stands for x's own.
+    """
     dtype = dtype or x.dtype
-    most, (out_channels, hidden) = _most_channels(x.device), w2.shape
+    most = (MOST_TRAINED if backward else MOST_CHANNELS) if has_room(x.device) else _SMALL
+    out_channels, hidden = w2.shape
     widest = max(x.shape[-1], out_channels)
     if widest > most:
         return Support(False, f"the Triton kernel takes up to {most} channels here, the input or output has {widest}")
@@ -50,6 +58,22 @@ def _forward(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | 
     return mlp_reference(x, w1, b1, w2, b2).contiguous()
 
 
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    needed: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    if fused_support(x, w2, backward=True).ok:
+        from vitrail.kernels.mlp.triton import mlp_backward
+
+        return mlp_backward(grad, x, w1, b1, w2, b2, needed)
+    return mlp_gradients(grad, x, w1, b1, w2, b2, needed)
+
+
 def _fake_forward(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
     return torch.empty((*x.shape[:-1], w2.shape[0]), dtype=x.dtype, device=x.device)
 
@@ -59,8 +83,9 @@ run_mlp = register_operator(
     "Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2",
     ("d_x", "d_w1", "d_b1", "d_w2", "d_b2"),
     _forward,
-    mlp_gradients,
+    _backward,
     _fake_forward,
+    tells_needed=True,
 )
 
 
@@ -76,7 +101,11 @@ def _forward_flops(x_shape: Any, w1_shape: Any, b1: Any, w2_shape: Any, *_: Any,
 
 
 @register_flop_formula(torch.ops.vitrail.mlp_backward)
-def _backward_flops(grad: Any, x_shape: Any, w1_shape: Any, b1: Any, w2_shape: Any, *_: Any, **__: Any) -> int:
-    """The first product once more, and two for the gradients of each."""
+def _backward_flops(
+    grad: Any, x_shape: Any, w1_shape: Any, b1: Any, w2_shape: Any, b2: Any, needed: Sequence[bool], *_: Any, **__: Any
+) -> int:
+    """The first product once more, the gradient of the hidden map, and a product for each that is needed."""
     first, second = _product_flops(x_shape, w1_shape, w2_shape)
-    return 3 * first + 2 * second
+    need_x, need_w1, need_b1, need_w2, _need_b2 = needed
+    hidden = (need_x or need_w1 or need_b1) * second + (need_x or need_w1 or need_b1 or need_w2) * first
+    return hidden + need_x * first + need_w1 * first + need_w2 * second

@@ -19,18 +19,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitrail.kernels._common.dispatch import HAS_TRITON, record_choices, settings
 from vitrail.kernels.mlp import mlp
 from vitrail.kernels.mlp.api import runs_fused
+from vitrail.kernels.mlp.op import fused_support
 
 if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from vitrail.kernels._common.triton import gelu_16
+    from vitrail.kernels._common.triton import gelu_16, gelu_16_and_slope
 
     @triton.jit
-    def _gelu_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    def _gelu_kernel(x_ptr, y_ptr, again_ptr, slope_ptr, n, BLOCK: tl.constexpr):
         places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + places, mask=places < n, other=0.0)
         tl.store(y_ptr + places, gelu_16(x), mask=places < n)
+        again, slope = gelu_16_and_slope(x)
+        tl.store(again_ptr + places, again, mask=places < n)
+        tl.store(slope_ptr + places, slope, mask=places < n)
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,7 +113,7 @@ def test_registration(dtype: torch.dtype) -> None:
         torch.library.opcheck(torch.ops.vitrail.mlp.default, tuple(inputs))
 
 
-def test_only_inputs_are_saved_and_only_wanted_gradients_returned() -> None:
+def test_only_inputs_are_saved_and_only_wanted_gradients_computed() -> None:
     x, w1, b1, w2, b2 = make_inputs((2, 3), 4, 5, 3)
     w2.requires_grad_()
     saved: list[int] = []
@@ -121,7 +125,9 @@ def test_only_inputs_are_saved_and_only_wanted_gradients_returned() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = torch.ops.vitrail.mlp(x, w1, b1, w2, b2)
     assert set(saved) <= {t.data_ptr() for t in (x, w1, b1, w2, b2)}
-    out.sum().backward()
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * 6 * (4 * 5 + 5 * 3)  # the hidden map again, and the weight's gradient
     assert w2.grad is not None
     assert x.grad is w1.grad is b1.grad is b2.grad is None
 
@@ -218,8 +224,11 @@ def test_devices_with_less_shared_memory_take_fewer_channels(monkeypatch: pytest
         return choices[0].reason
 
     assert "up to 256 channels" in most()
+    inputs = make_inputs((2,), 193, 5, 3, torch.float16)
+    assert "up to 192 channels" in fused_support(inputs[0], inputs[3], backward=True).reason
     monkeypatch.setattr("vitrail.kernels.mlp.op.shared_memory", lambda device: 163 * 1024)  # an A100's
     assert "up to 128 channels" in most()
+    assert "up to 128 channels" in fused_support(inputs[0], inputs[3], backward=True).reason
 
 
 def results(inputs: list[Any], grad: Tensor, backend: str) -> list[Tensor]:
@@ -254,19 +263,39 @@ def draw_case(seed: int, dtype: torch.dtype, n_rows: int, dim: int, hidden: int,
     return without([x, *parameters], *draw.choice([(), (), (2,), (4,), (2, 4)])), grad
 
 
+def use_small_tiles(monkeypatch: pytest.MonkeyPatch, draw: random.Random) -> None:
+    """Several programs and blocks on few rows."""
+    forward = pytest.importorskip("vitrail.kernels.mlp.triton.forward")
+    backward = pytest.importorskip("vitrail.kernels.mlp.triton.backward")
+    for kernels in (forward, backward):
+        tile = kernels.Tile(16, draw.choice([16, 32]), 4, 2, draw.choice([1, 12]))
+        monkeypatch.setattr(kernels, "TILES", {1000: tile})
+
+
 @needs_triton
 @_DTYPES
 @pytest.mark.parametrize("seed", seeds(12))
 def test_fused_is_as_exact_as_eager(
     seed: int, dtype: torch.dtype, poison: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels = pytest.importorskip("vitrail.kernels.mlp.triton")
     draw = random.Random(seed)
-    tile = kernels.Tile(16, draw.choice([16, 32]), 4, 2)
-    monkeypatch.setattr(kernels, "_TILES", {1000: tile})  # several programs and blocks on few rows
+    use_small_tiles(monkeypatch, draw)
     dims = [1, 7, 16, 20, 33, 48, 96, 40]
-    n_rows, hidden = draw.choice([1, 5, 16, 37]), draw.choice([1, 9, 32, 40, 70])
+    n_rows, hidden = draw.choice([1, 37, 52, 70]), draw.choice([1, 9, 32, 40, 70])
     assert_exact(*draw_case(seed, dtype, n_rows, draw.choice(dims), hidden, draw.choice(dims)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=needs_triton)], ids=str)
+def test_gradients_that_are_not_needed_are_left_out(dtype: torch.dtype) -> None:
+    """By the reference and by the kernel; those that are needed are the same numbers."""
+    inputs = [t.to(DEVICE) for t in make_inputs((5,), 5, 9, 6, dtype)]
+    grad = torch.randn((5, 6), device=DEVICE).to(dtype)
+    whole = torch.ops.vitrail.mlp_backward(grad, *inputs, [True] * 5)
+    for subset in ("x", "w1", "b1", "w2", "b2", "x w2 b2", "w1 b1 w2", ""):
+        needed = [name in subset.split() for name in ("x", "w1", "b1", "w2", "b2")]
+        found = torch.ops.vitrail.mlp_backward(grad, *inputs, needed)
+        for gradient, full, is_needed in zip(found, whole, needed, strict=True):
+            torch.testing.assert_close(gradient, full if is_needed else full.new_empty(0))
 
 
 @pytest.mark.gpu
@@ -284,22 +313,27 @@ def test_fused_on_a_gpu(seed: int, dtype: torch.dtype, poison: None) -> None:
 def test_gelu_for_16_bits() -> None:
     """Between its own bounds of float64, on small numbers, the curve, both tails and what is beyond."""
 
-    def fused(x: Tensor) -> Tensor:
-        y = torch.empty_like(x)
-        _gelu_kernel[(triton.cdiv(len(x), 4096),)](x, y, len(x), BLOCK=4096)
-        return y
+    def fused(x: Tensor) -> tuple[Tensor, Tensor]:
+        y, again, slope = (torch.empty_like(x) for _ in range(3))
+        _gelu_kernel[(triton.cdiv(len(x), 4096),)](x, y, again, slope, len(x), BLOCK=4096)
+        torch.testing.assert_close(again, y, rtol=0, atol=0, equal_nan=True)
+        return y, slope
 
     powers = torch.logspace(-30, 30, 4001)
     x = torch.cat((torch.linspace(-9, 9, 60_001), powers, -powers, torch.zeros(1))).to(DEVICE)
     exact = 0.5 * x.double() * torch.special.erfc(-x.double() / math.sqrt(2))
-    error = (fused(x).double() - exact).abs()
+    found, slope = fused(x)
+    error = (found.double() - exact).abs()
     assert (error <= 7e-6 * exact.abs() + 6e-9).all()
     assert (error <= 7e-6 * exact.abs())[exact.abs() >= 1e-4].all()
     small = x.abs() < 1e-3
     assert (error <= 7e-6 * exact.abs() + 1e-37)[small].all()
+    assert ((slope.double() - torch.ops.aten.gelu_backward(torch.ones_like(exact), x.double())).abs() <= 4e-6).all()
     special = torch.tensor([math.inf, -math.inf, math.nan, 0.0], device=DEVICE)
-    assert fused(special)[[0, 3]].tolist() == [math.inf, 0.0]
-    assert fused(special)[2].isnan()
+    found, slope = fused(special)
+    assert found[[0, 3]].tolist() == [math.inf, 0.0]
+    assert found[2].isnan()
+    assert slope[:3].isnan().all()  # as PyTorch's
 
 
 @needs_triton
@@ -335,6 +369,23 @@ def test_fused_runs_in_a_cuda_graph() -> None:
         got = mlp(*inputs, backend="triton")
     graph.replay()
     assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_training_runs_in_a_cuda_graph() -> None:
+    inputs = [t.cuda().requires_grad_() for t in make_inputs((5, 40), 192, 768, 192, torch.bfloat16)]
+    run = lambda: torch.autograd.grad(mlp(*inputs, backend="triton").square().sum(), inputs)  # noqa: E731
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, and is recorded for replays
+            want = run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    graph.replay()
+    assert all(map(torch.equal, got, want))
 
 
 @pytest.mark.gpu

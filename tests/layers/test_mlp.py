@@ -1,4 +1,4 @@
-"""The feed-forward layer: timm's results and parameters, and the operator only where it is inference on plain parts."""
+"""The feed-forward layer: timm's results and parameters, and the operator only where all parts are plain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from _graphs import keep_graphs
 from timm.layers import is_notrace_module
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -86,20 +86,47 @@ def test_the_operator_computes_what_the_parts_do(options: dict[str, Any], on_req
 
 
 @needs_triton
-def test_operator_runs_in_inference_alone(on_request: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_operator_runs(on_request: None, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = alike()[0], rows(3)
-    assert not runs_fused(layer, x)  # gradients are recorded
     with torch.no_grad():
         assert runs_fused(layer, x)
-        assert not runs_fused(layer.train(), x)
-    with torch.inference_mode():
-        assert runs_fused(layer.eval(), x)
-    layer.requires_grad_(False)
-    assert runs_fused(layer, x)
-    assert not runs_fused(layer, x.clone().requires_grad_())
+    assert runs_fused(layer, x)  # gradients are recorded
+    assert runs_fused(layer.train(), x)
     assert not runs_fused(layer.float(), x.float())
+    dropping = alike(drop=(0.0, 0.5))[0]
+    assert runs_fused(dropping, x)
+    assert not runs_fused(dropping.train(), x)
+    assert runs_fused(dropping.eval(), x)
     monkeypatch.setattr(settings, "default_backend", "eager")
     assert not runs_fused(layer.half(), x)
+
+
+@needs_triton
+@pytest.mark.parametrize("frozen", [(), ("x",), ("fc1.weight", "fc2.bias"), ("x", "fc1.weight", "fc1.bias")], ids=str)
+@pytest.mark.parametrize("casts", [False, True], ids=["float16", "autocast"])
+def test_gradients_of_the_operator_are_the_parts_own(on_request: None, casts: bool, frozen: tuple[str, ...]) -> None:
+    """Under autocast of float32 weights as well; at most twice as far from the truth as PyTorch's parts."""
+    layers = [layer.train() for layer in alike()]
+    exact = copy.deepcopy(layers[1]).double()
+    x = rows(2, 3, 5)
+    grad = torch.randn((2, 3, 5, 20), device=DEVICE, dtype=torch.float16)
+    if casts:
+        layers, x = [layer.float() for layer in layers], x.float()
+    found = []
+    for layer in (*layers, exact):
+        leaf = x.detach().to(torch.float64 if layer is exact else x.dtype).requires_grad_("x" not in frozen)
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        with torch.autocast(DEVICE, torch.float16, enabled=casts and layer is not exact):
+            out = layer(leaf)
+        out.backward(grad.to(out.dtype))
+        found.append({"x": leaf.grad} | {name: parameter.grad for name, parameter in layer.named_parameters()})
+    for name, (ours, theirs, truth) in zip(found[0], zip(*(one.values() for one in found), strict=True), strict=True):
+        assert (ours is None) is (theirs is None) is (name in frozen)
+        if ours is not None:
+            assert ours.dtype == theirs.dtype
+            errors = [(gradient - truth).norm() for gradient in (ours, theirs)]
+            assert errors[0] <= 2 * errors[1] + 1e-3 * truth.norm()
 
 
 class _Quantised(Tensor):
@@ -130,6 +157,8 @@ CHANGES: dict[str, Callable[[Mlp], Any]] = {
     "hook before drop1": lambda layer: layer.drop1.register_forward_pre_hook(lambda *_: None),
     "hook before fc2": lambda layer: layer.fc2.register_forward_pre_hook(lambda *_: None),
     "hook on drop2": lambda layer: layer.drop2.register_forward_hook(lambda *_: None),
+    "hook on gradients of fc1": lambda layer: layer.fc1.register_full_backward_hook(lambda *_: None),
+    "hook before gradients of act": lambda layer: layer.act.register_full_backward_pre_hook(lambda *_: None),
     "adapter": lambda layer: _replace(layer, "fc1", _Adapted),
     "parametrisation": _parametrised,
     "quantised weight": _quantised,
@@ -172,16 +201,32 @@ def test_a_compiled_layer_holds_the_operator(on_request: None) -> None:
     assert len(graphs) == 1  # any size
 
 
-def test_training_compiles_in_one_graph_and_is_checkpointed() -> None:
-    layer = alike()[0].float().train()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    x = rows(2, 3).float().requires_grad_()
-    torch.testing.assert_close(compiled(x), layer(x))
-    for reentrant in (False, True):
-        (want,) = torch.autograd.grad(layer(x).square().sum(), x)
-        x.grad = None
-        checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
-        torch.testing.assert_close(x.grad, want)
+@needs_triton
+def test_training_compiles_in_one_graph_of_any_size(on_request: None) -> None:
+    layer = alike()[0].train()
+    layer.fc1.weight.requires_grad_(False)
+    backend, graphs = keep_graphs()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
+    wanted = [layer.fc1.bias, layer.fc2.weight, layer.fc2.bias]
+    for leading in ((2, 3), (5, 7)):
+        x = rows(*leading).requires_grad_()
+        found, want = (torch.autograd.grad(run(x).square().sum(), [x, *wanted]) for run in (compiled, layer))
+        torch.testing.assert_close(found, want, rtol=0, atol=0)
+    assert len(graphs) == 2  # forward and backward
+    for graph, name in zip(graphs, ("mlp", "mlp_backward"), strict=True):
+        assert graph.count(f"vitrail.{name}.default") == 1
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved tensors", "reentrant"])
+def test_training_is_checkpointed(on_request: None, dtype: torch.dtype, reentrant: bool) -> None:
+    """By the parts and by the operator."""
+    layer = alike()[0].to(dtype).train()
+    x = rows(2, 3).to(dtype).requires_grad_()
+    (want,) = torch.autograd.grad(layer(x).square().sum(), x)
+    checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
+    torch.testing.assert_close(x.grad, want)
 
 
 @torch.no_grad()
@@ -212,15 +257,30 @@ def test_hooks_of_all_modules_see_the_parts(on_request: None) -> None:
 
 @needs_triton
 @torch.no_grad()
-def test_few_rows_are_not_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_are_not_worth_it() -> None:
     """On a GPU, without data."""
-    monkeypatch.setattr("vitrail.layers.mlp._PLAIN_TENSORS", (FakeTensor,))
     with FakeTensorMode():
         layer = Mlp(16, 24, 20, device="cuda", dtype=torch.float16).eval()
         for leading, fused in (((3,), False), ((8, 32, 31), False), ((8, 32, 32), True), ((9000,), True)):
             x = torch.empty((*leading, 16), device="cuda", dtype=torch.float16)
             assert layer._runs_fused(x) is fused
             assert layer(x).shape == (*leading, 20)
+
+
+@needs_triton
+def test_wide_rows_are_worth_it_in_inference_alone() -> None:
+    """On a GPU, without data; what counts is whether anything needs a gradient."""
+    with FakeTensorMode():
+        layer = Mlp(256, 8, device="cuda", dtype=torch.float16)
+        x = torch.empty((9000, 256), device="cuda", dtype=torch.float16)
+        assert not layer._runs_fused(x)
+        layer.requires_grad_(False)
+        assert layer._runs_fused(x)
+        assert not layer._runs_fused(x.requires_grad_())
+        with torch.no_grad():
+            assert layer._runs_fused(x)
+        narrow = Mlp(192, 8, device="cuda", dtype=torch.float16)
+        assert narrow._runs_fused(x[:, :192])
 
 
 @torch.no_grad()

@@ -146,17 +146,15 @@ def _gelu_slope(x, SHORT: tl.constexpr):
 
 
 @triton.jit
-def _bits(x, end, exists, COUNT: tl.constexpr):
-    """Which of COUNT columns from x on lie in [0, end), one bit each."""
-    left = tl.minimum(tl.maximum(-x, 0), COUNT)
-    right = tl.minimum(tl.maximum(end - x, 0), COUNT)
-    return tl.where(exists, ((1 << right) - 1)[:, None] & (-1 << left)[:, None], 0)
+def _ends(x, end, exists):
+    """How many columns from x on lie below `end`; none where `exists` is false."""
+    return tl.where(exists, (end - x)[:, None], 0)
 
 
 @triton.jit
-def _rows(row, first, end, bits):
-    """The columns' bits if a row lies in [first, end), else none."""
-    return tl.where((row >= first) & (row < end), bits, 0)
+def _rows(row, first, end, ends):
+    """As many columns if a row lies in [first, end), else none."""
+    return tl.where((row >= first) & (row < end), ends, 0)
 
 
 @triton.jit
@@ -204,39 +202,46 @@ def _convolve_row(tiles, weights, sums, start, K: tl.constexpr, COLUMNS: tl.cons
 
 
 @triton.jit
-def _load(corner, bits, COUNT: tl.constexpr, PIXEL: tl.constexpr):
-    """COUNT neighbouring pixels, as they are in memory; zeros where a bit is missing."""
+def _load(corner, starts, ends, COUNT: tl.constexpr, HALO: tl.constexpr, PIXEL: tl.constexpr):
+    """COUNT neighbouring pixels, as they are in memory; zeros outside [starts, ends), HALO <= starts."""
     tiles = ()
     for i in tl.static_range(COUNT):
-        tiles = tiles + (tl.load(corner + i * PIXEL, mask=(bits & (1 << i)) != 0, other=0),)
+        inside = i < ends
+        if i < HALO:
+            inside = inside & (i >= starts)
+        tiles = tiles + (tl.load(corner + i * PIXEL, mask=inside, other=0),)
     return tiles
 
 
 @triton.jit
 def _load_rows(
-    corner, row, first, end, bits, stride, ROWS: tl.constexpr, COUNT: tl.constexpr, PIXEL: tl.constexpr
+    corner, row, first, end, starts, ends, stride,
+    ROWS: tl.constexpr, COUNT: tl.constexpr, HALO: tl.constexpr, PIXEL: tl.constexpr,
 ):  # fmt: skip
     """COUNT pixels of each of ROWS rows; zeros for rows outside [first, end)."""
     tiles = ()
     for i in tl.static_range(ROWS):
-        tiles = tiles + _load(corner + i * stride, _rows(row + i, first, end, bits), COUNT, PIXEL)
+        tiles = tiles + _load(corner + i * stride, starts, _rows(row + i, first, end, ends), COUNT, HALO, PIXEL)
     return tiles
 
 
 @triton.jit
-def _converted(raw, pad, pad_bits, HAS_PAD: tl.constexpr, DTYPE: tl.constexpr, PAIRS: tl.constexpr):
-    """Loaded pixels in float32, what the padding holds where a bit is set."""
+def _converted(raw, pad, starts, ends, pad_ends, HALO: tl.constexpr, HAS_PAD: tl.constexpr, DTYPE: tl.constexpr, PAIRS: tl.constexpr):
+    """Loaded pixels in float32, what the padding holds from `ends` to `pad_ends`."""
     tiles = ()
     for i in tl.static_range(len(raw)):
         tile = _float32(raw[i], DTYPE, PAIRS)
         if HAS_PAD:
-            tile = tl.where((pad_bits & (1 << i)) != 0, pad, tile)
+            padded = (i >= ends) & (i < pad_ends)
+            if i < HALO:
+                padded = padded & (i >= starts)
+            tile = tl.where(padded, pad, tile)
         tiles = tiles + (tile,)
     return tiles
 
 
 @triton.jit
-def _store(corner, bits, totals, others, GELU: tl.constexpr, OTHER: tl.constexpr, PIXEL: tl.constexpr):
+def _store(corner, ends, totals, others, GELU: tl.constexpr, OTHER: tl.constexpr, PIXEL: tl.constexpr):
     """Finishes and writes a row of pixels."""
     short: tl.constexpr = corner.dtype.scalar.element_ty != tl.float32
     for i in tl.static_range(len(totals)):
@@ -247,7 +252,7 @@ def _store(corner, bits, totals, others, GELU: tl.constexpr, OTHER: tl.constexpr
             total += others[i]
         if OTHER == "slope":
             total = others[i] * _gelu_slope(total, short)
-        tl.store(corner + i * PIXEL, total.to(corner.dtype.scalar.element_ty), mask=(bits & (1 << i)) != 0)
+        tl.store(corner + i * PIXEL, total.to(corner.dtype.scalar.element_ty), mask=i < ends)
 
 
 @triton.jit(
@@ -304,14 +309,17 @@ def _depthwise_conv_kernel(
         last = end_out + shift
         last_in = tl.maximum(tl.minimum(last, height + pad_bottom), first)
         end_real = tl.minimum(last_in, height)
-        bits = _bits(x, width, real & in_map, wide)
-        real_bits = bits
-        pad_bits = bits
+        starts = tl.where(real, -x[:, None], 0)
+        ends = _ends(x, width, real & in_map)
+        real_starts = starts
+        real_ends = ends
+        pad_ends = ends
         if HAS_PAD:
-            real_bits = _bits(x, width, known & in_map, wide)
-            pad_bits = _bits(x, width + pad_right, known & in_map, wide)
-        out_bits = _bits(out_x, out_width, known & in_map, COLUMNS)
-        other_bits = _bits(out_x, out_width, real & in_map, COLUMNS)
+            real_starts = tl.where(known, -x[:, None], 0)
+            real_ends = _ends(x, width, known & in_map)
+            pad_ends = _ends(x, width + pad_right, known & in_map)
+        out_ends = _ends(out_x, out_width, known & in_map)
+        other_ends = _ends(out_x, out_width, real & in_map)
         corner = _corner(_words(x_ptr, PAIRS), (x_strides[0] // n, x_row), image, first, x, words, PIXEL // n)
         stride_y = out_width.to(tl.int64) * DIM
         out_strides = (out_height * stride_y, stride_y)
@@ -324,39 +332,42 @@ def _depthwise_conv_kernel(
                 OTHER_PIXEL // n,
             )  # fmt: skip
             others = _load_rows(
-                other_corner, first - shift, first_out, end_out, other_bits, other_row, STEP, COLUMNS, OTHER_PIXEL // n
+                other_corner, first - shift, first_out, end_out, starts, other_ends, other_row, STEP, COLUMNS, 0, OTHER_PIXEL // n
             )
             other_corner += STEP * other_row
         # Rows of outputs that the next row of inputs meets, but for the last of them.
         sums = _filled(start, (K - 1) * COLUMNS)
         steps = tl.cdiv(last_in - first, STEP)
-        ahead = _load_rows(corner, first, first, end_real, bits, x_row, STEP, wide, PIXEL // n)
+        ahead = _load_rows(corner, first, first, end_real, starts, ends, x_row, STEP, wide, reach, PIXEL // n)
         corner += STEP * x_row
         for step in range(steps):
             for i in tl.static_range(STEP):
                 y = first + step * STEP + i
-                done = _rows(y - shift, first_out, end_out, out_bits)
-                padded = _rows(y, first, last_in, pad_bits) & ~_rows(y, first, end_real, real_bits)
-                tiles = _converted(ahead[:wide], pad, padded, HAS_PAD, dtype, PAIRS)
-                ahead = ahead[wide:] + _load(corner, tl.where(y + STEP < end_real, bits, 0), wide, PIXEL // n)
+                done = _rows(y - shift, first_out, end_out, out_ends)
+                padded = _rows(y, first, last_in, pad_ends)
+                tiles = _converted(
+                    ahead[:wide], pad, real_starts, _rows(y, first, end_real, real_ends), padded, reach, HAS_PAD, dtype, PAIRS
+                )
+                wanted = tl.where(y + STEP < end_real, ends, 0)
+                ahead = ahead[wide:] + _load(corner, starts, wanted, wide, reach, PIXEL // n)
                 corner += x_row
                 sums = _convolve_row(tiles, weights, sums, start, K, COLUMNS)
-                other = _converted(others[:COLUMNS], pad, done, False, dtype, PAIRS)
+                other = _converted(others[:COLUMNS], pad, done, done, done, 0, False, dtype, PAIRS)
                 _store(out_corner, done, sums[:COLUMNS], other, GELU, OTHER, DIM)
                 if OTHER is not None:
-                    wanted = _rows(y - shift + STEP, first_out, end_out, other_bits)
-                    others = others[COLUMNS:] + _load(other_corner, wanted, COLUMNS, OTHER_PIXEL // n)
+                    wanted = _rows(y - shift + STEP, first_out, end_out, other_ends)
+                    others = others[COLUMNS:] + _load(other_corner, starts, wanted, COLUMNS, 0, OTHER_PIXEL // n)
                     other_corner += other_row
                 out_corner += stride_y
                 sums = sums[COLUMNS:]
         # Rows of outputs that see the map's last rows.
         for y in range(first + steps * STEP, last):
-            done = _rows(y - shift, first_out, end_out, out_bits)
-            other = _converted(others[:COLUMNS], pad, done, False, dtype, PAIRS)
+            done = _rows(y - shift, first_out, end_out, out_ends)
+            other = _converted(others[:COLUMNS], pad, done, done, done, 0, False, dtype, PAIRS)
             _store(out_corner, done, sums[:COLUMNS], other, GELU, OTHER, DIM)
             if OTHER is not None:
-                wanted = _rows(y - shift + STEP, first_out, end_out, other_bits)
-                others = others[COLUMNS:] + _load(other_corner, wanted, COLUMNS, OTHER_PIXEL // n)
+                wanted = _rows(y - shift + STEP, first_out, end_out, other_ends)
+                others = others[COLUMNS:] + _load(other_corner, starts, wanted, COLUMNS, 0, OTHER_PIXEL // n)
                 other_corner += other_row
             out_corner += stride_y
             sums = sums[COLUMNS:] + _filled(start, COLUMNS)
@@ -402,12 +413,13 @@ def _gradients_kernel(
         end_real = tl.minimum(end_own, height)
         first = tl.maximum(first_own - reach, 0)
         last = tl.maximum(tl.minimum(end_own + reach, height), first)
-        grad_bits = _bits(x - reach, width, real_words & in_map, wide)
-        bits = _bits(x, width, real_words & in_map, COLUMNS)
-        out_bits = _bits(x, width, known & in_map, COLUMNS)
-        pad_bits = out_bits
+        starts = tl.where(real_words, (reach - x)[:, None], 0)
+        grad_ends = _ends(x - reach, width, real_words & in_map)
+        ends = _ends(x, width, real_words & in_map)
+        out_ends = _ends(x, width, known & in_map)
+        pad_ends = out_ends
         if HAS_PAD:
-            pad_bits = _bits(x, width + pad_right, known & in_map, COLUMNS)
+            pad_ends = _ends(x, width + pad_right, known & in_map)
         grad_corner = _corner(
             _words(grad_ptr, PAIRS), (grad_strides[0] // n, grad_row), image, first, x - reach, words, GRAD_PIXEL // n
         )
@@ -419,12 +431,12 @@ def _gradients_kernel(
         outs = _filled(zero, (K - 1) * COLUMNS)
         for i in tl.static_range(K - 1):
             row = first - reach + i
-            real = _rows(row, first_own, end_real, bits)
-            padded = _rows(row, first_own, end_own, pad_bits) & ~_rows(row, first_own, end_real, out_bits)
-            pixels = pixels + _converted(_load(corner, real, COLUMNS, PIXEL // n), pad, padded, HAS_PAD, dtype, PAIRS)
+            raw = _load(corner, starts, _rows(row, first_own, end_real, ends), COLUMNS, 0, PIXEL // n)
+            real, padded = _rows(row, first_own, end_real, out_ends), _rows(row, first_own, end_own, pad_ends)
+            pixels = pixels + _converted(raw, pad, starts, real, padded, 0, HAS_PAD, dtype, PAIRS)
             corner += x_row
-        grads_ahead = _load_rows(grad_corner, first, first, last, grad_bits, grad_row, STEP, wide, GRAD_PIXEL // n)
-        ahead = _load_rows(corner, first + reach, first_own, end_real, bits, x_row, STEP, COLUMNS, PIXEL // n)
+        grads_ahead = _load_rows(grad_corner, first, first, last, starts, grad_ends, grad_row, STEP, wide, reach, GRAD_PIXEL // n)
+        ahead = _load_rows(corner, first + reach, first_own, end_real, starts, ends, x_row, STEP, COLUMNS, 0, PIXEL // n)
         grad_corner += STEP * grad_row
         corner += STEP * x_row
         steps = tl.cdiv(last - first, STEP)
@@ -432,13 +444,13 @@ def _gradients_kernel(
             for i in tl.static_range(STEP):
                 y = first + step * STEP + i
                 row = y + reach
-                padded = _rows(row, first_own, end_own, pad_bits) & ~_rows(row, first_own, end_real, out_bits)
-                grads = _converted(grads_ahead[:wide], pad, padded, False, dtype, PAIRS)
-                pixels = pixels + _converted(ahead[:COLUMNS], pad, padded, HAS_PAD, dtype, PAIRS)
-                wanted = tl.where(y + STEP < last, grad_bits, 0)
-                grads_ahead = grads_ahead[wide:] + _load(grad_corner, wanted, wide, GRAD_PIXEL // n)
-                wanted = _rows(row + STEP, first_own, end_real, bits)
-                ahead = ahead[COLUMNS:] + _load(corner, wanted, COLUMNS, PIXEL // n)
+                real, padded = _rows(row, first_own, end_real, out_ends), _rows(row, first_own, end_own, pad_ends)
+                grads = _converted(grads_ahead[:wide], pad, starts, real, padded, 0, False, dtype, PAIRS)
+                pixels = pixels + _converted(ahead[:COLUMNS], pad, starts, real, padded, 0, HAS_PAD, dtype, PAIRS)
+                wanted = tl.where(y + STEP < last, grad_ends, 0)
+                grads_ahead = grads_ahead[wide:] + _load(grad_corner, starts, wanted, wide, reach, GRAD_PIXEL // n)
+                wanted = _rows(row + STEP, first_own, end_real, ends)
+                ahead = ahead[COLUMNS:] + _load(corner, starts, wanted, COLUMNS, 0, PIXEL // n)
                 grad_corner += grad_row
                 corner += x_row
                 updated = ()
@@ -456,13 +468,13 @@ def _gradients_kernel(
                 pixels = pixels[COLUMNS:]
                 if OF_MAP:
                     outs = _convolve_row(grads, weights, outs, zero, K, COLUMNS)
-                    done = _rows(y - reach, first_own, end_real, out_bits)
+                    done = _rows(y - reach, first_own, end_real, out_ends)
                     _store(out_corner, done, outs[:COLUMNS], (), False, None, DIM)
                     out_corner += stride_y
                     outs = outs[COLUMNS:]
         if OF_MAP:
             for y in range(first + steps * STEP, end_real + reach):
-                _store(out_corner, _rows(y - reach, first_own, end_real, out_bits), outs[:COLUMNS], (), False, None, DIM)
+                _store(out_corner, _rows(y - reach, first_own, end_real, out_ends), outs[:COLUMNS], (), False, None, DIM)
                 out_corner += stride_y
                 outs = outs[COLUMNS:] + _filled(zero, COLUMNS)
     outs = block * CHANNELS + tl.arange(0, CHANNELS)

@@ -57,7 +57,7 @@ from torch import Tensor
 
 from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
 from vitrail.kernels._common.launch import launch
-from vitrail.kernels._common.triton import add_parts_kernel, gelu_16, normal_tail
+from vitrail.kernels._common.triton import add_parts_kernel, exp2_normal, gelu_16, normal_tail
 
 _JOINT_SIZES = (3, 5)  # filters whose gradient, and the map's, fit into the registers of one thread
 _PARTS = 64  # sums of programs that are added at once
@@ -142,7 +142,7 @@ def _gelu_slope(x, SHORT: tl.constexpr):
         normal = tl.where(x < 0, tail, 1.0 - tail)
     else:
         normal = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-    return normal + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    return normal + x * exp2_normal(x * x * -0.7213475204444817) * 0.3989422804014327
 
 
 @triton.jit

@@ -1,0 +1,615 @@
+"""Triton kernels of depth-wise convolution: index map, tiling and numerics.
+
+Index map. Maps are read where they lie, with any stride over images and rows: the values inside a packed projection
+are not copied. Positions outside the map are masked; at the bottom and right `pad_value` may take their place. The
+gradient of the map is the same kernel with the filter turned by 180 degrees. Adding the input (`skip`) is a one added
+to the filter's centre, so that it costs nothing, forward and backward.
+
+Tiling. A thread owns two channels and walks down strips of the map, `COLUMNS` outputs wide; a tile's first axis are
+strips side by side, which go through all images. Triton cannot index into registers, so that a thread holds tuples of
+tiles, one for each pixel, and loops over columns and taps are unrolled; the loop over rows is not, which keeps the
+code small (950 instructions for 5x5 where patches of 4 x 4 took 1600) and its compilation short. Every input pixel of
+a row and its halo is loaded and converted once, then multiplied by all taps that meet it: K rows of outputs are begun
+at once, the first of them is done and leaves. The filter stays in registers, which two channels a thread allow for 7x7
+(98 numbers), more do not. `STEP` rows of inputs are under way. Which columns lie in the map is a word of bits, so that
+a mask is one instruction. All programs get the same number of rows, which may begin and end inside a strip. The
+distance of pixels is a constant of the kernel (it is the model's width), so that it becomes an immediate offset of the
+loads.
+
+Gradients. The same walk over `grad` and its halo meets K rows of x, without halo, and takes the filter's gradient; for
+3x3 and 5x5 it takes the map's gradient from the same loads. A program keeps all taps' sums in registers and leaves
+them in a workspace, and a second kernel adds the workspace up in a fixed order.
+
+Numerics. Everything is accumulated in float32. GELU is the exact one, for results of 16 bits closer than their rounding
+(`gelu_16`); its backward recomputes the convolution. No atomics.
+
+Roofline. For 56x56x96 and batch 64 in bfloat16 the bytes of a forward take 25.7 microseconds at 3 TB/s on an H100,
+38.5 with residual; 132 x 128 lanes issue the multiply-adds of 3x3, 5x5 and 7x7 in 6, 16 and 32, and all instructions
+of the loop (19, 40 and 75 an output) in 13, 26 and 49.
+
+Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, batch 64, CUDA-graph replay), microseconds at 56x56x96 /
+28x28x192 / 14x14x384, the filter's copy included. Forward: 5x5 with residual 66.3 / 38.0 / 19.4, 7x7 with GELU 68.8 /
+42.6 / 26.3, 3x3 with `skip` 36.2 at 56x56x96 (18.0 / 10.3 with programs of one strip each, at the smaller maps). Both
+gradients: 3x3 56.9 at 56x56x96, 5x5 96.5 / 55.3 / 35.6; the filter's alone, 7x7: 79.8 / 55.5 / 35.3. Slope of GELU,
+7x7: 102.5 / 60.4 / 35.7. GELU's polynomial had two terms more then.
+
+Tried and rejected, at the same sizes: patches of 4 x 4 with all rows unrolled, forward at 56x56x96 33 (3x3), 70 (5x5)
+and 105 (7x7, GELU by `tl.erf`); two columns a thread, mostly 15 to 35% slower than four, seven 3 to 9%; fetching rows
+into the L2 cache ahead of the loads, no faster; reading 5x5 and 7x7 filters without the copy, 2 to 70% slower; fewer
+registers by force (7x7, 168), 80% slower. On tensor cores (bands of Toeplitz matrices) the convolution took 108, 164
+and 116 for 3x3, 5x5 and 7x7, the gradient of 7x7 filters 65.6 / 52.1 / 25.7: not worth a second form.
+"""
+
+# Kernels build tuples by adding to them: they cannot unpack.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, var-annotated"
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
+from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
+from vitrail.kernels._common.launch import launch
+from vitrail.kernels._common.triton import add_parts_kernel, gelu_16, normal_tail
+
+_JOINT_SIZES = (3, 5)  # filters whose gradient, and the map's, fit into the registers of one thread
+_PARTS = 64  # sums of programs that are added at once
+
+
+class Tile(NamedTuple):
+    """Columns and channels of a thread, warps of a program, and rows of inputs that are under way.
+
+    The rows of all strips are shared out among programs: `rows` to each at least, to `most_warps` warps at most.
+    """
+
+    rows: int
+    columns: int
+    channels: int
+    warps: int
+    step: int
+    most_warps: int
+
+
+_TILES = {3: Tile(4, 4, 2, 4, 4, 1584), 5: Tile(4, 4, 2, 4, 1, 1584), 7: Tile(4, 4, 2, 4, 2, 1056)}
+# One warp owns whole strips: nothing is exchanged when a program ends.
+_GRADIENT_TILES = {3: Tile(4, 4, 2, 1, 4, 1056), 5: Tile(4, 4, 2, 1, 2, 1056), 7: Tile(4, 4, 2, 1, 1, 1056)}
+
+
+@triton.jit
+def _channels(block, DIM: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Channels of a block and whether they exist, (STRIPS, CHANNELS) each.
+
+    Whole tiles, also of what depends on channels only: loads then have one layout, and nothing is exchanged.
+    """
+    channels = tl.zeros((STRIPS, 1), tl.int32) + block * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    return channels, (channels < DIM) | (DIM % CHANNELS == 0)
+
+
+@triton.jit
+def _float32(tile, PAIRS: tl.constexpr):
+    """Converts to float32. PAIRS: a thread holds pairs of bfloat16, which take one instruction each, not two."""
+    if PAIRS and tile.dtype == tl.bfloat16:
+        tile = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [tile], tl.float32, is_pure=True, pack=2
+        )
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def _corner(ptr, strides, image, y, x, channels, PIXEL: tl.constexpr):
+    """Pointers to the channels of row y and column x, (STRIPS, CHANNELS); x is (STRIPS,), y a number."""
+    base = image.to(tl.int64) * strides[0] + y.to(tl.int64) * strides[1] + x.to(tl.int64) * PIXEL
+    return ptr + base[:, None] + channels
+
+
+@triton.jit
+def _load_pad(pad_ptr, channels, exists, x_ptr, HAS_PAD: tl.constexpr):
+    """What the padding holds, (STRIPS, CHANNELS) in x's dtype; nothing of use without it."""
+    if HAS_PAD:
+        return tl.load(pad_ptr + channels, mask=exists, other=0.0).to(x_ptr.dtype.element_ty)
+    else:
+        return exists
+
+
+@triton.jit
+def _gelu(x, SHORT: tl.constexpr):
+    """SHORT: for results of 16 bits."""
+    return gelu_16(x) if SHORT else 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _gelu_slope(x, SHORT: tl.constexpr):
+    if SHORT:
+        tail = normal_tail(tl.minimum(tl.abs(x), 6.0))
+        normal = tl.where(x < 0, tail, 1.0 - tail)
+    else:
+        normal = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    return normal + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+
+
+@triton.jit
+def _bits(x, end, exists, COUNT: tl.constexpr):
+    """Which of COUNT columns from x on lie in [0, end), one bit each."""
+    left = tl.minimum(tl.maximum(-x, 0), COUNT)
+    right = tl.minimum(tl.maximum(end - x, 0), COUNT)
+    return tl.where(exists, ((1 << right) - 1)[:, None] & (-1 << left)[:, None], 0)
+
+
+@triton.jit
+def _rows(row, first, end, bits):
+    """The columns' bits if a row lies in [first, end), else none."""
+    return tl.where((row >= first) & (row < end), bits, 0)
+
+
+@triton.jit
+def _filled(tile, COUNT: tl.constexpr):
+    """A tuple of COUNT times the same."""
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def _columns(strip, width, COLUMNS: tl.constexpr):
+    """(image, first column) of strips, which go through all images."""
+    per_row = tl.cdiv(width, COLUMNS)
+    return strip // per_row, strip % per_row * COLUMNS
+
+
+@triton.jit
+def _load_filter(
+    weight_ptr, channels, exists, TAP: tl.constexpr, CHANNEL: tl.constexpr, K: tl.constexpr,
+    TURNED: tl.constexpr, SKIP: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """All taps, (STRIPS, CHANNELS) each."""
+    weights = ()
+    for tap in tl.static_range(K * K):
+        place = weight_ptr + channels * CHANNEL + ((K * K - 1 - tap) if TURNED else tap) * TAP
+        weight = _float32(tl.load(place, mask=exists, other=0.0), PAIRS)
+        if SKIP and tap == K * K // 2:
+            weight += 1.0
+        weights = weights + (weight,)
+    return weights
+
+
+@triton.jit
+def _convolve_row(tiles, weights, sums, start, K: tl.constexpr, COLUMNS: tl.constexpr):
+    """Adds a row of inputs to the rows of outputs that it meets: K - 1 begun ones, and one that begins."""
+    updated = ()
+    for i in tl.static_range(K * COLUMNS):
+        total = sums[i] if i < (K - 1) * COLUMNS else start
+        for dx in tl.static_range(K):
+            total = tl.fma(tiles[i % COLUMNS + dx], weights[(K - 1 - i // COLUMNS) * K + dx], total)
+        updated = updated + (total,)
+    return updated
+
+
+@triton.jit
+def _load(corner, bits, COUNT: tl.constexpr, PIXEL: tl.constexpr):
+    """COUNT neighbouring pixels, as they are in memory; zeros where a bit is missing."""
+    tiles = ()
+    for i in tl.static_range(COUNT):
+        tiles = tiles + (tl.load(corner + i * PIXEL, mask=(bits & (1 << i)) != 0, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def _load_rows(
+    corner, row, first, end, bits, strides, ROWS: tl.constexpr, COUNT: tl.constexpr, PIXEL: tl.constexpr
+):  # fmt: skip
+    """COUNT pixels of each of ROWS rows; zeros for rows outside [first, end)."""
+    tiles = ()
+    for i in tl.static_range(ROWS):
+        tiles = tiles + _load(corner + i * strides[1], _rows(row + i, first, end, bits), COUNT, PIXEL)
+    return tiles
+
+
+@triton.jit
+def _converted(raw, pad, pad_bits, HAS_PAD: tl.constexpr, PAIRS: tl.constexpr):
+    """Loaded pixels in float32, what the padding holds where a bit is set."""
+    tiles = ()
+    for i in tl.static_range(len(raw)):
+        tile = raw[i]
+        if HAS_PAD:
+            tile = tl.where((pad_bits & (1 << i)) != 0, pad, tile)
+        tiles = tiles + (_float32(tile, PAIRS),)
+    return tiles
+
+
+@triton.jit
+def _store(corner, bits, totals, others, GELU: tl.constexpr, OTHER: tl.constexpr, PIXEL: tl.constexpr):
+    """Finishes and writes a row of pixels."""
+    short: tl.constexpr = corner.dtype.scalar.element_ty != tl.float32
+    for i in tl.static_range(len(totals)):
+        total = totals[i]
+        if GELU:
+            total = _gelu(total, short)
+        if OTHER == "add":
+            total += others[i]
+        if OTHER == "slope":
+            total = others[i] * _gelu_slope(total, short)
+        tl.store(corner + i * PIXEL, total.to(corner.dtype.scalar.element_ty), mask=(bits & (1 << i)) != 0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "height",
+        "width",
+        "pad_bottom",
+        "pad_right",
+        "out_height",
+        "out_width",
+        "origin_y",
+        "origin_x",
+        "n_strips",
+        "rows",
+    ]
+)
+def _depthwise_conv_kernel(
+    x_ptr, weight_ptr, bias_ptr, pad_ptr, other_ptr, out_ptr, x_strides, other_strides,
+    height, width, pad_bottom, pad_right, out_height, out_width, origin_y, origin_x, n_strips, rows,
+    DIM: tl.constexpr, PIXEL: tl.constexpr, OTHER_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
+    K: tl.constexpr, TURNED: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
+    GELU: tl.constexpr, OTHER: tl.constexpr,
+    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """One program's rows of strips. The output's first pixel is (origin_y, origin_x) of the input.
+
+    OTHER: None, "add" to add a second map, or "slope" to multiply it by the slope of GELU at the convolution.
+    """
+    n_blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
+    reach: tl.constexpr = K // 2
+    wide: tl.constexpr = COLUMNS + K - 1
+    block = tl.program_id(0) % n_blocks
+    channels, known = _channels(block, DIM, STRIPS, CHANNELS)
+    pad = _load_pad(pad_ptr, channels, known, x_ptr, HAS_PAD)
+    weights = _load_filter(weight_ptr, channels, known, TAP, CHANNEL, K, TURNED, SKIP, PAIRS)
+    start = tl.zeros((STRIPS, CHANNELS), tl.float32)
+    if HAS_BIAS:
+        start = _float32(tl.load(bias_ptr + channels, mask=known, other=0.0), PAIRS)
+    shift = origin_y + reach  # from a row of outputs to the last row of inputs that it sees
+    begin = tl.program_id(0) // n_blocks * rows
+    end = tl.minimum(begin + rows, tl.cdiv(n_strips, STRIPS) * out_height)
+    for group in range(begin // out_height, tl.cdiv(end, out_height)):
+        strip = group * STRIPS + tl.arange(0, STRIPS)
+        image, out_x = _columns(strip, out_width, COLUMNS)
+        x = out_x + origin_x - reach
+        exists = known & (strip < n_strips)[:, None]
+        first_out = tl.maximum(begin - group * out_height, 0)
+        end_out = tl.minimum(end - group * out_height, out_height)
+        first = tl.maximum(first_out + origin_y - reach, 0)
+        last = end_out + shift
+        last_in = tl.maximum(tl.minimum(last, height + pad_bottom), first)
+        end_real = tl.minimum(last_in, height)
+        bits = _bits(x, width, exists, wide)
+        pad_bits = bits
+        if HAS_PAD:
+            pad_bits = _bits(x, width + pad_right, exists, wide)
+        out_bits = _bits(out_x, out_width, exists, COLUMNS)
+        corner = _corner(x_ptr, x_strides, image, first, x, channels, PIXEL)
+        stride_y = out_width.to(tl.int64) * DIM
+        out_strides = (out_height * stride_y, stride_y)
+        out_corner = _corner(out_ptr, out_strides, image, first - shift, out_x, channels, DIM)
+        other_corner = out_corner
+        if OTHER is not None:
+            other_corner = _corner(other_ptr, other_strides, image, first - shift, out_x, channels, OTHER_PIXEL)
+        # Rows of outputs that the next row of inputs meets, but for the last of them.
+        sums = _filled(start, (K - 1) * COLUMNS)
+        steps = tl.cdiv(last_in - first, STEP)
+        ahead = _load_rows(corner, first, first, end_real, bits, x_strides, STEP, wide, PIXEL)
+        corner += STEP * x_strides[1]
+        for step in range(steps):
+            for i in tl.static_range(STEP):
+                y = first + step * STEP + i
+                done = _rows(y - shift, first_out, end_out, out_bits)
+                others = ()
+                if OTHER is not None:
+                    others = _load(other_corner, done, COLUMNS, OTHER_PIXEL)
+                    other_corner += other_strides[1]
+                padded = _rows(y, first, last_in, pad_bits) & ~_rows(y, first, end_real, bits)
+                tiles = _converted(ahead[:wide], pad, padded, HAS_PAD, PAIRS)
+                ahead = ahead[wide:] + _load(corner, tl.where(y + STEP < end_real, bits, 0), wide, PIXEL)
+                corner += x_strides[1]
+                sums = _convolve_row(tiles, weights, sums, start, K, COLUMNS)
+                others = _converted(others, pad, done, False, PAIRS)
+                _store(out_corner, done, sums[:COLUMNS], others, GELU, OTHER, DIM)
+                out_corner += stride_y
+                sums = sums[COLUMNS:]
+        # Rows of outputs that see the map's last rows.
+        for y in range(first + steps * STEP, last):
+            done = _rows(y - shift, first_out, end_out, out_bits)
+            others = ()
+            if OTHER is not None:
+                others = _load(other_corner, done, COLUMNS, OTHER_PIXEL)
+                other_corner += other_strides[1]
+            others = _converted(others, pad, done, False, PAIRS)
+            _store(out_corner, done, sums[:COLUMNS], others, GELU, OTHER, DIM)
+            out_corner += stride_y
+            sums = sums[COLUMNS:] + _filled(start, COLUMNS)
+
+
+@triton.jit(do_not_specialize=["height", "width", "pad_bottom", "pad_right", "n_strips", "rows"])
+def _gradients_kernel(
+    x_ptr, grad_ptr, weight_ptr, pad_ptr, out_ptr, parts_ptr, x_strides, grad_strides,
+    height, width, pad_bottom, pad_right, n_strips, rows,
+    DIM: tl.constexpr, PIXEL: tl.constexpr, GRAD_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
+    K: tl.constexpr, OF_MAP: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
+    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """The map's gradient in one program's rows of strips (OF_MAP), and its sums (parts, K * K + 1, DIM).
+
+    The sums are those of `grad * x` at every tap, then of `grad`. Strips are of the padded map.
+    """
+    n_blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
+    reach: tl.constexpr = K // 2
+    wide: tl.constexpr = COLUMNS + K - 1
+    block = tl.program_id(0) % n_blocks
+    part = tl.program_id(0) // n_blocks
+    own_height = height + pad_bottom
+    channels, known = _channels(block, DIM, STRIPS, CHANNELS)
+    pad = _load_pad(pad_ptr, channels, known, x_ptr, HAS_PAD)
+    zero = tl.zeros((STRIPS, CHANNELS), tl.float32)
+    weights = ()
+    if OF_MAP:
+        weights = _load_filter(weight_ptr, channels, known, TAP, CHANNEL, K, True, SKIP, PAIRS)
+    sums = _filled(zero, K * K + 1)
+    begin = part * rows
+    end = tl.minimum(begin + rows, tl.cdiv(n_strips, STRIPS) * own_height)
+    for group in range(begin // own_height, tl.cdiv(end, own_height)):
+        strip = group * STRIPS + tl.arange(0, STRIPS)
+        image, x = _columns(strip, width + pad_right, COLUMNS)
+        exists = known & (strip < n_strips)[:, None]
+        first_own = tl.maximum(begin - group * own_height, 0)
+        end_own = tl.minimum(end - group * own_height, own_height)
+        end_real = tl.minimum(end_own, height)
+        first = tl.maximum(first_own - reach, 0)
+        last = tl.maximum(tl.minimum(end_own + reach, height), first)
+        grad_bits = _bits(x - reach, width, exists, wide)
+        bits = _bits(x, width, exists, COLUMNS)
+        pad_bits = bits
+        if HAS_PAD:
+            pad_bits = _bits(x, width + pad_right, exists, COLUMNS)
+        grad_corner = _corner(grad_ptr, grad_strides, image, first, x - reach, channels, GRAD_PIXEL)
+        corner = _corner(x_ptr, x_strides, image, first - reach, x, channels, PIXEL)
+        stride_y = width.to(tl.int64) * DIM
+        out_corner = _corner(out_ptr, (height * stride_y, stride_y), image, first - reach, x, channels, DIM)
+        # Rows of x, and of its gradient, that the next row of `grad` meets, but for the last of each.
+        pixels = ()
+        outs = _filled(zero, (K - 1) * COLUMNS)
+        for i in tl.static_range(K - 1):
+            row = first - reach + i
+            real = _rows(row, first_own, end_real, bits)
+            padded = _rows(row, first_own, end_own, pad_bits) & ~real
+            pixels = pixels + _converted(_load(corner, real, COLUMNS, PIXEL), pad, padded, HAS_PAD, PAIRS)
+            corner += x_strides[1]
+        grads_ahead = _load_rows(grad_corner, first, first, last, grad_bits, grad_strides, STEP, wide, GRAD_PIXEL)
+        ahead = _load_rows(corner, first + reach, first_own, end_real, bits, x_strides, STEP, COLUMNS, PIXEL)
+        grad_corner += STEP * grad_strides[1]
+        corner += STEP * x_strides[1]
+        steps = tl.cdiv(last - first, STEP)
+        for step in range(steps):
+            for i in tl.static_range(STEP):
+                y = first + step * STEP + i
+                row = y + reach
+                padded = _rows(row, first_own, end_own, pad_bits) & ~_rows(row, first_own, end_real, bits)
+                grads = _converted(grads_ahead[:wide], pad, padded, False, PAIRS)
+                pixels = pixels + _converted(ahead[:COLUMNS], pad, padded, HAS_PAD, PAIRS)
+                wanted = tl.where(y + STEP < last, grad_bits, 0)
+                grads_ahead = grads_ahead[wide:] + _load(grad_corner, wanted, wide, GRAD_PIXEL)
+                wanted = _rows(row + STEP, first_own, end_real, bits)
+                ahead = ahead[COLUMNS:] + _load(corner, wanted, COLUMNS, PIXEL)
+                grad_corner += grad_strides[1]
+                corner += x_strides[1]
+                updated = ()
+                for tap in tl.static_range(K * K):
+                    total = sums[tap]
+                    for column in tl.static_range(COLUMNS):
+                        total = tl.fma(grads[column + K - 1 - tap % K], pixels[tap // K * COLUMNS + column], total)
+                    updated = updated + (total,)
+                total = sums[K * K]
+                if HAS_BIAS:
+                    own = tl.where((y >= first_own) & (y < end_own), 1.0, 0.0)
+                    for column in tl.static_range(COLUMNS):
+                        total = tl.fma(grads[column + reach], own, total)
+                sums = updated + (total,)
+                pixels = pixels[COLUMNS:]
+                if OF_MAP:
+                    outs = _convolve_row(grads, weights, outs, zero, K, COLUMNS)
+                    done = _rows(y - reach, first_own, end_real, bits)
+                    _store(out_corner, done, outs[:COLUMNS], (), False, None, DIM)
+                    out_corner += stride_y
+                    outs = outs[COLUMNS:]
+        if OF_MAP:
+            for y in range(first + steps * STEP, end_real + reach):
+                _store(out_corner, _rows(y - reach, first_own, end_real, bits), outs[:COLUMNS], (), False, None, DIM)
+                out_corner += stride_y
+                outs = outs[COLUMNS:] + _filled(zero, COLUMNS)
+    outs = block * CHANNELS + tl.arange(0, CHANNELS)
+    for tap in tl.static_range(K * K + HAS_BIAS):
+        place = (part * (K * K + 1) + tap) * DIM + outs
+        tl.store(parts_ptr + place, tl.sum(sums[tap], 0), mask=outs < DIM)
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """(C, 1, K, K) -> (K * K, C), channels side by side: a copy that pays from 5x5 on."""
+    taps = weight.flatten(1).t()
+    return taps if weight.shape[-1] == 3 else taps.contiguous()
+
+
+def _as_map(x: Tensor) -> Tensor:
+    """The kernels step through channels one by one, over pixels by a constant; other layouts are copied."""
+    stride = x.stride(2)
+    return x if x.stride(3) == 1 and stride % x.shape[3] == 0 and stride <= 4 * x.shape[3] else x.contiguous()
+
+
+def _tile_options(tile: Tile, dim: int) -> dict[str, Any]:
+    """What the kernels' tiles have in common."""
+    channels = math.gcd(dim, 64)
+    if channels < 16:  # no whole tiles: masked ones
+        channels = max(16, min(64, triton.next_power_of_2(dim)))
+    channels = min(channels, 32 * tile.warps * tile.channels)
+    return {
+        "DIM": dim,
+        "COLUMNS": tile.columns,
+        "STEP": tile.step,
+        "CHANNELS": channels,
+        "STRIPS": 32 * tile.warps * tile.channels // channels,
+        "PAIRS": tile.channels % 2 == 0 and not TRITON_INTERPRETED,
+        "num_warps": tile.warps,
+        "num_stages": 1,
+    }
+
+
+def _shares(n_strips: int, height: int, tile: Tile, options: dict[str, Any]) -> tuple[int, int]:
+    """How the rows of all strips are shared out: rows of a program, and programs."""
+    n_rows = triton.cdiv(n_strips, options["STRIPS"]) * height
+    n_blocks = triton.cdiv(options["DIM"], options["CHANNELS"])
+    rows = max(tile.rows, triton.cdiv(n_rows * n_blocks * tile.warps, tile.most_warps))
+    return rows, triton.cdiv(n_rows, rows) * n_blocks
+
+
+def _convolve(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None = None,
+    pad_value: Tensor | None = None,
+    pads: Sequence[int] = (0, 0),
+    other: Tensor | None = None,
+    role: str | None = None,
+    gelu: bool = False,
+    turned: bool = False,
+    skip: bool = False,
+    size: Sequence[int] | None = None,
+    origin: Sequence[int] = (0, 0),
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """One launch; `role` says what happens to `other`, `size` and `origin` cut another window than the map itself."""
+    x = _as_map(x)
+    batch, height, width, dim = x.shape
+    out_height, out_width = (height, width) if size is None else size
+    out = torch.empty((batch, out_height, out_width, dim), dtype=dtype or x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    kernel_size = math.isqrt(len(taps))
+    tile = _TILES[kernel_size]
+    options = _tile_options(tile, dim)
+    n_strips = batch * triton.cdiv(out_width, tile.columns)
+    rows, n_programs = _shares(n_strips, out_height, tile, options)
+    added = x if other is None else _as_map(other)
+    launch(
+        _depthwise_conv_kernel, (n_programs,),
+        x, taps, taps if bias is None else bias, x if pad_value is None else pad_value, added, out,
+        x.stride()[:2], added.stride()[:2], height, width, *pads, out_height, out_width, *origin, n_strips, rows,
+        PIXEL=x.stride(2), OTHER_PIXEL=added.stride(2), TAP=taps.stride(0), CHANNEL=taps.stride(1),
+        K=kernel_size, TURNED=turned, SKIP=skip, HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, GELU=gelu,
+        OTHER=role if other is not None else None, **options,
+    )  # fmt: skip
+    return out
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    pad_value: Tensor | None,
+    pads: Sequence[int],
+    of_map: bool,
+    skip: bool,
+) -> tuple[Tensor, Tensor]:
+    """The programs' sums of the filter's gradient, and the gradient of x (empty unless `of_map`)."""
+    batch, height, width, dim = x.shape
+    kernel_size = math.isqrt(len(taps))
+    tile = _GRADIENT_TILES[kernel_size]
+    if x.element_size() == 4:  # rows under way would take twice the registers
+        tile = tile._replace(step=1)
+    options = _tile_options(tile, dim)
+    n_strips = batch * triton.cdiv(width + pads[1], tile.columns)
+    rows, n_programs = _shares(n_strips, height + pads[0], tile, options)
+    n_parts = n_programs // triton.cdiv(dim, options["CHANNELS"])
+    parts = torch.empty((n_parts, kernel_size**2 + 1, dim), dtype=torch.float32, device=x.device)
+    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if of_map else empty_gradient(x)
+    launch(
+        _gradients_kernel, (n_programs,),
+        x, grad, taps, x if pad_value is None else pad_value, d_x, parts, x.stride()[:2], grad.stride()[:2],
+        height, width, *pads, n_strips, rows,
+        PIXEL=x.stride(2), GRAD_PIXEL=grad.stride(2), TAP=taps.stride(0), CHANNEL=taps.stride(1),
+        K=kernel_size, OF_MAP=of_map, SKIP=skip, HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, **options,
+    )  # fmt: skip
+    return parts, d_x
+
+
+def _add_parts(parts: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of the filter and of the bias (empty if there is none) from sums (parts, K * K + 1, C)."""
+    d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    d_bias = empty_gradient(weight) if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    n_parts, sums, dim = parts.shape
+    launch(
+        add_parts_kernel, (sums - (bias is None), triton.cdiv(dim, 16)), parts, d_weight, d_bias, n_parts,
+        HAS_BIAS=bias is not None, DIM=dim, TAPS=sums - 1, PARTS=_PARTS, CHANNELS=16, num_warps=4,
+    )  # fmt: skip
+    return d_weight, d_bias
+
+
+def _pad_gradient(grad: Tensor, taps: Tensor, pads: Sequence[int]) -> Tensor:
+    """Gradient of what the padding holds: the map's gradient, summed over what lies below and beside the map."""
+    height, width = grad.shape[1:3]
+    reach = math.isqrt(len(taps)) // 2
+    bottom, right = min(pads[0], reach), min(pads[1], reach)
+    below = _convolve(
+        grad, taps, turned=True, size=(bottom, width + right), origin=(height, 0), dtype=torch.float32
+    )  # fmt: skip
+    beside = _convolve(grad, taps, turned=True, size=(height, right), origin=(0, width), dtype=torch.float32)
+    return below.sum((0, 1, 2)) + beside.sum((0, 1, 2))
+
+
+def depthwise_conv_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pad_value: Tensor | None,
+    residual: Tensor | None,
+    pads: Sequence[int],
+    gelu: bool,
+    skip: bool,
+) -> Tensor:
+    """Fused forward; arguments as in `depthwise_conv_reference`."""
+    if skip and gelu:  # behind GELU the input cannot be part of the filter
+        residual = x if residual is None else residual + x
+    return _convolve(x, _taps(weight), bias, pad_value, pads, residual, "add", gelu=gelu, skip=skip and not gelu)
+
+
+def depthwise_conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pad_value: Tensor | None,
+    pads: Sequence[int],
+    gelu: bool,
+    skip: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fused gradients of x, weight, bias and pad_value, empty for those that are absent."""
+    if x.numel() == 0:
+        zeros = [zeros_or_empty(x, tensor) for tensor in (x, weight, bias, pad_value)]
+        return zeros[0], zeros[1], zeros[2], zeros[3]
+    taps = _taps(weight)
+    passed = grad if skip and gelu else None
+    if gelu:
+        grad = _convolve(x, taps, bias, pad_value, pads, grad, "slope")
+    x, grad = _as_map(x), _as_map(grad)
+    is_joint = weight.shape[-1] in _JOINT_SIZES and passed is None
+    parts, d_x = _gradients(grad, x, taps, bias, pad_value, pads, is_joint, skip)
+    if not is_joint:
+        d_x = _convolve(grad, taps, other=passed, role="add", turned=True, skip=skip and not gelu)
+    d_pad = empty_gradient(x) if pad_value is None else _pad_gradient(grad, taps, pads).to(pad_value.dtype)
+    return d_x, *_add_parts(parts, weight, bias), d_pad

@@ -75,6 +75,7 @@ class Tile(NamedTuple):
     warps: int
     step: int
     most_warps: int
+    unroll: int = 0
 
 
 _TILES = {3: Tile(4, 4, 2, 4, 4, 1584), 5: Tile(4, 4, 2, 4, 1, 1584), 7: Tile(4, 4, 2, 4, 2, 1056)}
@@ -276,6 +277,7 @@ def _depthwise_conv_kernel(
     K: tl.constexpr, TURNED: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
     GELU: tl.constexpr, OTHER: tl.constexpr,
     COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One program's rows of strips. The output's first pixel is (origin_y, origin_x) of the input.
 
@@ -337,12 +339,12 @@ def _depthwise_conv_kernel(
             other_corner += STEP * other_row
         # Rows of outputs that the next row of inputs meets, but for the last of them.
         sums = _filled(start, (K - 1) * COLUMNS)
-        steps = tl.cdiv(last_in - first, STEP)
+        steps = tl.cdiv(last_in - first, UNROLL)
         ahead = _load_rows(corner, first, first, end_real, starts, ends, x_row, STEP, wide, reach, PIXEL // n)
         corner += STEP * x_row
         for step in range(steps):
-            for i in tl.static_range(STEP):
-                y = first + step * STEP + i
+            for i in tl.static_range(UNROLL):
+                y = first + step * UNROLL + i
                 done = _rows(y - shift, first_out, end_out, out_ends)
                 padded = _rows(y, first, last_in, pad_ends)
                 tiles = _converted(
@@ -361,7 +363,7 @@ def _depthwise_conv_kernel(
                 out_corner += stride_y
                 sums = sums[COLUMNS:]
         # Rows of outputs that see the map's last rows.
-        for y in range(first + steps * STEP, last):
+        for y in range(first + steps * UNROLL, last):
             done = _rows(y - shift, first_out, end_out, out_ends)
             other = _converted(others[:COLUMNS], pad, done, done, done, 0, False, dtype, PAIRS)
             _store(out_corner, done, sums[:COLUMNS], other, GELU, OTHER, DIM)
@@ -380,6 +382,7 @@ def _gradients_kernel(
     DIM: tl.constexpr, PIXEL: tl.constexpr, GRAD_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
     K: tl.constexpr, OF_MAP: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
     COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """The map's gradient in one program's rows of strips (OF_MAP), and its sums (parts, K * K + 1, DIM).
 
@@ -439,10 +442,10 @@ def _gradients_kernel(
         ahead = _load_rows(corner, first + reach, first_own, end_real, starts, ends, x_row, STEP, COLUMNS, 0, PIXEL // n)
         grad_corner += STEP * grad_row
         corner += STEP * x_row
-        steps = tl.cdiv(last - first, STEP)
+        steps = tl.cdiv(last - first, UNROLL)
         for step in range(steps):
-            for i in tl.static_range(STEP):
-                y = first + step * STEP + i
+            for i in tl.static_range(UNROLL):
+                y = first + step * UNROLL + i
                 row = y + reach
                 real, padded = _rows(row, first_own, end_real, out_ends), _rows(row, first_own, end_own, pad_ends)
                 grads = _converted(grads_ahead[:wide], pad, starts, real, padded, 0, False, dtype, PAIRS)
@@ -473,7 +476,7 @@ def _gradients_kernel(
                     out_corner += stride_y
                     outs = outs[COLUMNS:]
         if OF_MAP:
-            for y in range(first + steps * STEP, end_real + reach):
+            for y in range(first + steps * UNROLL, end_real + reach):
                 _store(out_corner, _rows(y - reach, first_own, end_real, out_ends), outs[:COLUMNS], (), False, None, DIM)
                 out_corner += stride_y
                 outs = outs[COLUMNS:] + _filled(zero, COLUMNS)
@@ -506,6 +509,7 @@ def _tile_options(tile: Tile, dim: int, *maps: Tensor) -> dict[str, Any]:
         "DIM": dim,
         "COLUMNS": tile.columns,
         "STEP": tile.step,
+        "UNROLL": tile.unroll or tile.step,
         "CHANNELS": channels,
         "STRIPS": 32 * tile.warps * tile.channels // channels,
         "PAIRS": tile.channels % 2 == 0 and pairs,

@@ -94,40 +94,36 @@ def _channels(block, DIM: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.const
 
 
 @triton.jit
-def _words(ptr, PAIRS: tl.constexpr):
-    """PAIRS: a pointer to words of 32 bits that hold two channels each."""
-    return ptr.to(tl.pointer_type(tl.int32)) if PAIRS else ptr
+def _words(ptr, WORD: tl.constexpr):
+    """A pointer to words of WORD channels."""
+    return ptr.to(tl.pointer_type(tl.int32)) if WORD == 2 else ptr
 
 
 @triton.jit
-def _float32(word, dtype: tl.constexpr, PAIRS: tl.constexpr):
+def _float32(words, dtype: tl.constexpr, WORD: tl.constexpr):
     """Channels in float32, (STRIPS, CHANNELS), of words as they are in memory."""
-    if not PAIRS:
-        return word.to(tl.float32)
+    if WORD == 1:
+        return words.to(tl.float32)
     elif dtype == tl.bfloat16:
-        low = (word << 16).to(tl.float32, bitcast=True)
-        high = (word & -65536).to(tl.float32, bitcast=True)
+        low = (words << 16).to(tl.float32, bitcast=True)
+        high = (words & -65536).to(tl.float32, bitcast=True)
     else:
-        low = word.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-        high = (word >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-    return tl.reshape(tl.join(low, high), (word.shape[0], 2 * word.shape[1]))
+        low = words.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        high = (words >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return tl.reshape(tl.join(low, high), (words.shape[0], 2 * words.shape[1]))
 
 
 @triton.jit
-def _corner(ptr, strides, image, y, x, channels, PIXEL: tl.constexpr):
-    """Pointers to the words of row y and column x, (STRIPS, words); x is (STRIPS,), y a number."""
+def _corner(ptr, strides, image, y, x, words, PIXEL: tl.constexpr):
+    """Pointers to row y and column x, (STRIPS, words); x is (STRIPS,), y a number. Strides count words."""
     base = image.to(tl.int64) * strides[0] + y.to(tl.int64) * strides[1] + x.to(tl.int64) * PIXEL
-    return ptr + base[:, None] + channels
+    return ptr + base[:, None] + words
 
 
 @triton.jit
-def _load_pad(pad_ptr, channels, exists, x_ptr, HAS_PAD: tl.constexpr):
-    """What the padding holds in x's dtype, (STRIPS, CHANNELS) in float32; nothing of use without it."""
-    if HAS_PAD:
-        pad = tl.load(pad_ptr + channels, mask=exists, other=0.0).to(x_ptr.dtype.element_ty)
-        return pad.to(tl.float32)
-    else:
-        return exists
+def _load_pad(pad_ptr, words, exists, HAS_PAD: tl.constexpr, WORD: tl.constexpr):
+    """What the padding holds, (STRIPS, words); nothing of use without it."""
+    return tl.load(_words(pad_ptr, WORD) + words, mask=exists, other=0) if HAS_PAD else words
 
 
 @triton.jit
@@ -216,28 +212,37 @@ def _load(corner, starts, ends, COUNT: tl.constexpr, HALO: tl.constexpr, PIXEL: 
 
 @triton.jit
 def _load_rows(
-    corner, row, first, end, starts, ends, stride,
+    corner, row, first, end, starts, ends, strides,
     ROWS: tl.constexpr, COUNT: tl.constexpr, HALO: tl.constexpr, PIXEL: tl.constexpr,
 ):  # fmt: skip
     """COUNT pixels of each of ROWS rows; zeros for rows outside [first, end)."""
     tiles = ()
     for i in tl.static_range(ROWS):
-        tiles = tiles + _load(corner + i * stride, starts, _rows(row + i, first, end, ends), COUNT, HALO, PIXEL)
+        tiles = tiles + _load(corner + i * strides[1], starts, _rows(row + i, first, end, ends), COUNT, HALO, PIXEL)
     return tiles
 
 
 @triton.jit
-def _converted(raw, pad, starts, ends, pad_ends, HALO: tl.constexpr, HAS_PAD: tl.constexpr, DTYPE: tl.constexpr, PAIRS: tl.constexpr):
-    """Loaded pixels in float32, what the padding holds from `ends` to `pad_ends`."""
+def _padded(raw, pad, starts, ends, pad_ends, HALO: tl.constexpr, HAS_PAD: tl.constexpr):
+    """Loaded pixels, with what the padding holds from `ends` to `pad_ends`, HALO <= starts."""
     tiles = ()
     for i in tl.static_range(len(raw)):
-        tile = _float32(raw[i], DTYPE, PAIRS)
+        tile = raw[i]
         if HAS_PAD:
-            padded = (i >= ends) & (i < pad_ends)
+            is_pad = (i >= ends) & (i < pad_ends)
             if i < HALO:
-                padded = padded & (i >= starts)
-            tile = tl.where(padded, pad, tile)
+                is_pad = is_pad & (i >= starts)
+            tile = tl.where(is_pad, pad, tile)
         tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def _converted(raw, dtype: tl.constexpr, WORD: tl.constexpr):
+    """Loaded pixels in float32."""
+    tiles = ()
+    for i in tl.static_range(len(raw)):
+        tiles = tiles + (_float32(raw[i], dtype, WORD),)
     return tiles
 
 
@@ -276,7 +281,7 @@ def _depthwise_conv_kernel(
     DIM: tl.constexpr, PIXEL: tl.constexpr, OTHER_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
     K: tl.constexpr, TURNED: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
     GELU: tl.constexpr, OTHER: tl.constexpr,
-    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
+    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, WORD: tl.constexpr, STEP: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One program's rows of strips. The output's first pixel is (origin_y, origin_x) of the input.
@@ -287,16 +292,14 @@ def _depthwise_conv_kernel(
     reach: tl.constexpr = K // 2
     wide: tl.constexpr = COLUMNS + K - 1
     block = tl.program_id(0) % n_blocks
-    n: tl.constexpr = 2 if PAIRS else 1  # channels of a word
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     channels, known = _channels(block, DIM, STRIPS, CHANNELS)
-    words, real = _channels(block, DIM // n, STRIPS, CHANNELS // n)
-    pad = _load_pad(pad_ptr, channels, known, x_ptr, HAS_PAD)
+    words, real = _channels(block, DIM // WORD, STRIPS, CHANNELS // WORD)
+    pad = _load_pad(pad_ptr, words, real, HAS_PAD, WORD)
     weights = _load_filter(weight_ptr, channels, known, TAP, CHANNEL, K, TURNED, SKIP)
     start = tl.zeros((STRIPS, CHANNELS), tl.float32)
     if HAS_BIAS:
         start = tl.load(bias_ptr + channels, mask=known, other=0.0).to(tl.float32)
-    x_row, other_row = x_strides[1] // n, other_strides[1] // n
     shift = origin_y + reach  # from a row of outputs to the last row of inputs that it sees
     begin = tl.program_id(0) // n_blocks * rows
     end = tl.minimum(begin + rows, tl.cdiv(n_strips, STRIPS) * out_height)
@@ -304,73 +307,61 @@ def _depthwise_conv_kernel(
         strip = group * STRIPS + tl.arange(0, STRIPS)
         image, out_x = _columns(strip, out_width, COLUMNS)
         x = out_x + origin_x - reach
-        in_map = (strip < n_strips)[:, None]
+        exists = (strip < n_strips)[:, None]
         first_out = tl.maximum(begin - group * out_height, 0)
         end_out = tl.minimum(end - group * out_height, out_height)
         first = tl.maximum(first_out + origin_y - reach, 0)
         last = end_out + shift
         last_in = tl.maximum(tl.minimum(last, height + pad_bottom), first)
         end_real = tl.minimum(last_in, height)
-        starts = tl.where(real, -x[:, None], 0)
-        ends = _ends(x, width, real & in_map)
-        real_starts = starts
-        real_ends = ends
-        pad_ends = ends
-        if HAS_PAD:
-            real_starts = tl.where(known, -x[:, None], 0)
-            real_ends = _ends(x, width, known & in_map)
-            pad_ends = _ends(x, width + pad_right, known & in_map)
-        out_ends = _ends(out_x, out_width, known & in_map)
-        other_ends = _ends(out_x, out_width, real & in_map)
-        corner = _corner(_words(x_ptr, PAIRS), (x_strides[0] // n, x_row), image, first, x, words, PIXEL // n)
+        starts = -x[:, None]
+        ends, pad_ends = _ends(x, width, real & exists), _ends(x, width + pad_right, real & exists)
+        other_ends, out_ends = _ends(out_x, out_width, real & exists), _ends(out_x, out_width, known & exists)
+        corner = _corner(_words(x_ptr, WORD), x_strides, image, first, x, words, PIXEL)
         stride_y = out_width.to(tl.int64) * DIM
         out_strides = (out_height * stride_y, stride_y)
         out_corner = _corner(out_ptr, out_strides, image, first - shift, out_x, channels, DIM)
         other_corner = out_corner
         others = ()
         if OTHER is not None:
-            other_corner = _corner(
-                _words(other_ptr, PAIRS), (other_strides[0] // n, other_row), image, first - shift, out_x, words,
-                OTHER_PIXEL // n,
-            )  # fmt: skip
+            row = first - shift
+            other_corner = _corner(_words(other_ptr, WORD), other_strides, image, row, out_x, words, OTHER_PIXEL)
             others = _load_rows(
-                other_corner, first - shift, first_out, end_out, starts, other_ends, other_row, STEP, COLUMNS, 0, OTHER_PIXEL // n
+                other_corner, row, first_out, end_out, starts, other_ends, other_strides, STEP, COLUMNS, 0, OTHER_PIXEL
             )
-            other_corner += STEP * other_row
+            other_corner += STEP * other_strides[1]
         # Rows of outputs that the next row of inputs meets, but for the last of them.
         sums = _filled(start, (K - 1) * COLUMNS)
         steps = tl.cdiv(last_in - first, UNROLL)
-        ahead = _load_rows(corner, first, first, end_real, starts, ends, x_row, STEP, wide, reach, PIXEL // n)
-        corner += STEP * x_row
+        ahead = _load_rows(corner, first, first, end_real, starts, ends, x_strides, STEP, wide, reach, PIXEL)
+        corner += STEP * x_strides[1]
         for step in range(steps):
             for i in tl.static_range(UNROLL):
                 y = first + step * UNROLL + i
                 done = _rows(y - shift, first_out, end_out, out_ends)
-                padded = _rows(y, first, last_in, pad_ends)
-                tiles = _converted(
-                    ahead[:wide], pad, real_starts, _rows(y, first, end_real, real_ends), padded, reach, HAS_PAD, dtype, PAIRS
-                )
-                wanted = tl.where(y + STEP < end_real, ends, 0)
-                ahead = ahead[wide:] + _load(corner, starts, wanted, wide, reach, PIXEL // n)
-                corner += x_row
+                is_real, is_pad = _rows(y, first, end_real, ends), _rows(y, first, last_in, pad_ends)
+                tiles = _converted(_padded(ahead[:wide], pad, starts, is_real, is_pad, reach, HAS_PAD), dtype, WORD)
+                wanted = _rows(y + STEP, first, end_real, ends)
+                ahead = ahead[wide:] + _load(corner, starts, wanted, wide, reach, PIXEL)
+                corner += x_strides[1]
                 sums = _convolve_row(tiles, weights, sums, start, K, COLUMNS)
-                other = _converted(others[:COLUMNS], pad, done, done, done, 0, False, dtype, PAIRS)
+                other = _converted(others[:COLUMNS], dtype, WORD)
                 _store(out_corner, done, sums[:COLUMNS], other, GELU, OTHER, DIM)
                 if OTHER is not None:
                     wanted = _rows(y - shift + STEP, first_out, end_out, other_ends)
-                    others = others[COLUMNS:] + _load(other_corner, starts, wanted, COLUMNS, 0, OTHER_PIXEL // n)
-                    other_corner += other_row
+                    others = others[COLUMNS:] + _load(other_corner, starts, wanted, COLUMNS, 0, OTHER_PIXEL)
+                    other_corner += other_strides[1]
                 out_corner += stride_y
                 sums = sums[COLUMNS:]
         # Rows of outputs that see the map's last rows.
         for y in range(first + steps * UNROLL, last):
             done = _rows(y - shift, first_out, end_out, out_ends)
-            other = _converted(others[:COLUMNS], pad, done, done, done, 0, False, dtype, PAIRS)
+            other = _converted(others[:COLUMNS], dtype, WORD)
             _store(out_corner, done, sums[:COLUMNS], other, GELU, OTHER, DIM)
             if OTHER is not None:
                 wanted = _rows(y - shift + STEP, first_out, end_out, other_ends)
-                others = others[COLUMNS:] + _load(other_corner, starts, wanted, COLUMNS, 0, OTHER_PIXEL // n)
-                other_corner += other_row
+                others = others[COLUMNS:] + _load(other_corner, starts, wanted, COLUMNS, 0, OTHER_PIXEL)
+                other_corner += other_strides[1]
             out_corner += stride_y
             sums = sums[COLUMNS:] + _filled(start, COLUMNS)
 
@@ -381,7 +372,7 @@ def _gradients_kernel(
     height, width, pad_bottom, pad_right, n_strips, rows,
     DIM: tl.constexpr, PIXEL: tl.constexpr, GRAD_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
     K: tl.constexpr, OF_MAP: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
-    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
+    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, WORD: tl.constexpr, STEP: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
     """The map's gradient in one program's rows of strips (OF_MAP), and its sums (parts, K * K + 1, DIM).
@@ -394,12 +385,10 @@ def _gradients_kernel(
     block = tl.program_id(0) % n_blocks
     part = tl.program_id(0) // n_blocks
     own_height = height + pad_bottom
-    n: tl.constexpr = 2 if PAIRS else 1  # channels of a word
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     channels, known = _channels(block, DIM, STRIPS, CHANNELS)
-    words, real_words = _channels(block, DIM // n, STRIPS, CHANNELS // n)
-    x_row, grad_row = x_strides[1] // n, grad_strides[1] // n
-    pad = _load_pad(pad_ptr, channels, known, x_ptr, HAS_PAD)
+    words, real = _channels(block, DIM // WORD, STRIPS, CHANNELS // WORD)
+    pad = _load_pad(pad_ptr, words, real, HAS_PAD, WORD)
     zero = tl.zeros((STRIPS, CHANNELS), tl.float32)
     weights = ()
     if OF_MAP:
@@ -410,23 +399,17 @@ def _gradients_kernel(
     for group in range(begin // own_height, tl.cdiv(end, own_height)):
         strip = group * STRIPS + tl.arange(0, STRIPS)
         image, x = _columns(strip, width + pad_right, COLUMNS)
-        in_map = (strip < n_strips)[:, None]
+        exists = (strip < n_strips)[:, None]
         first_own = tl.maximum(begin - group * own_height, 0)
         end_own = tl.minimum(end - group * own_height, own_height)
         end_real = tl.minimum(end_own, height)
         first = tl.maximum(first_own - reach, 0)
         last = tl.maximum(tl.minimum(end_own + reach, height), first)
-        starts = tl.where(real_words, (reach - x)[:, None], 0)
-        grad_ends = _ends(x - reach, width, real_words & in_map)
-        ends = _ends(x, width, real_words & in_map)
-        out_ends = _ends(x, width, known & in_map)
-        pad_ends = out_ends
-        if HAS_PAD:
-            pad_ends = _ends(x, width + pad_right, known & in_map)
-        grad_corner = _corner(
-            _words(grad_ptr, PAIRS), (grad_strides[0] // n, grad_row), image, first, x - reach, words, GRAD_PIXEL // n
-        )
-        corner = _corner(_words(x_ptr, PAIRS), (x_strides[0] // n, x_row), image, first - reach, x, words, PIXEL // n)
+        starts = (reach - x)[:, None]
+        grad_ends, out_ends = _ends(x - reach, width, real & exists), _ends(x, width, known & exists)
+        ends, pad_ends = _ends(x, width, real & exists), _ends(x, width + pad_right, real & exists)
+        grad_corner = _corner(_words(grad_ptr, WORD), grad_strides, image, first, x - reach, words, GRAD_PIXEL)
+        corner = _corner(_words(x_ptr, WORD), x_strides, image, first - reach, x, words, PIXEL)
         stride_y = width.to(tl.int64) * DIM
         out_corner = _corner(out_ptr, (height * stride_y, stride_y), image, first - reach, x, channels, DIM)
         # Rows of x, and of its gradient, that the next row of `grad` meets, but for the last of each.
@@ -434,28 +417,28 @@ def _gradients_kernel(
         outs = _filled(zero, (K - 1) * COLUMNS)
         for i in tl.static_range(K - 1):
             row = first - reach + i
-            raw = _load(corner, starts, _rows(row, first_own, end_real, ends), COLUMNS, 0, PIXEL // n)
-            real, padded = _rows(row, first_own, end_real, out_ends), _rows(row, first_own, end_own, pad_ends)
-            pixels = pixels + _converted(raw, pad, starts, real, padded, 0, HAS_PAD, dtype, PAIRS)
-            corner += x_row
-        grads_ahead = _load_rows(grad_corner, first, first, last, starts, grad_ends, grad_row, STEP, wide, reach, GRAD_PIXEL // n)
-        ahead = _load_rows(corner, first + reach, first_own, end_real, starts, ends, x_row, STEP, COLUMNS, 0, PIXEL // n)
-        grad_corner += STEP * grad_row
-        corner += STEP * x_row
+            is_real, is_pad = _rows(row, first_own, end_real, ends), _rows(row, first_own, end_own, pad_ends)
+            raw = _load(corner, starts, is_real, COLUMNS, 0, PIXEL)
+            pixels = pixels + _converted(_padded(raw, pad, starts, is_real, is_pad, 0, HAS_PAD), dtype, WORD)
+            corner += x_strides[1]
+        grads_ahead = _load_rows(grad_corner, first, first, last, starts, grad_ends, grad_strides, STEP, wide, reach, GRAD_PIXEL)
+        ahead = _load_rows(corner, first + reach, first_own, end_real, starts, ends, x_strides, STEP, COLUMNS, 0, PIXEL)
+        grad_corner += STEP * grad_strides[1]
+        corner += STEP * x_strides[1]
         steps = tl.cdiv(last - first, UNROLL)
         for step in range(steps):
             for i in tl.static_range(UNROLL):
                 y = first + step * UNROLL + i
                 row = y + reach
-                real, padded = _rows(row, first_own, end_real, out_ends), _rows(row, first_own, end_own, pad_ends)
-                grads = _converted(grads_ahead[:wide], pad, starts, real, padded, 0, False, dtype, PAIRS)
-                pixels = pixels + _converted(ahead[:COLUMNS], pad, starts, real, padded, 0, HAS_PAD, dtype, PAIRS)
-                wanted = tl.where(y + STEP < last, grad_ends, 0)
-                grads_ahead = grads_ahead[wide:] + _load(grad_corner, starts, wanted, wide, reach, GRAD_PIXEL // n)
+                is_real, is_pad = _rows(row, first_own, end_real, ends), _rows(row, first_own, end_own, pad_ends)
+                raw = _padded(ahead[:COLUMNS], pad, starts, is_real, is_pad, 0, HAS_PAD)
+                grads, pixels = _converted(grads_ahead[:wide], dtype, WORD), pixels + _converted(raw, dtype, WORD)
+                wanted = _rows(y + STEP, first, last, grad_ends)
+                grads_ahead = grads_ahead[wide:] + _load(grad_corner, starts, wanted, wide, reach, GRAD_PIXEL)
                 wanted = _rows(row + STEP, first_own, end_real, ends)
-                ahead = ahead[COLUMNS:] + _load(corner, starts, wanted, COLUMNS, 0, PIXEL // n)
-                grad_corner += grad_row
-                corner += x_row
+                ahead = ahead[COLUMNS:] + _load(corner, starts, wanted, COLUMNS, 0, PIXEL)
+                grad_corner += grad_strides[1]
+                corner += x_strides[1]
                 updated = ()
                 for tap in tl.static_range(K * K):
                     total = sums[tap]
@@ -498,9 +481,11 @@ def _as_map(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 and stride % x.shape[3] == 0 and stride <= 4 * x.shape[3] else x.contiguous()
 
 
-def _tile_options(tile: Tile, dim: int, *maps: Tensor) -> dict[str, Any]:
-    """What the kernels' tiles have in common."""
-    pairs = all(x.element_size() == 2 and not any(n % 2 for n in (dim, x.storage_offset(), *x.stride()[:3])) for x in maps)
+def _tile_options(tile: Tile, dim: int, *loaded: Tensor) -> dict[str, Any]:
+    """What the kernels' tiles have in common. Of 16 bits two channels are loaded as one word, if all begin at one."""
+    is_even = dim % 2 == 0 and all(
+        x.element_size() == 2 and not any(n % 2 for n in (x.storage_offset(), *x.stride()[:-1])) for x in loaded
+    )
     channels = math.gcd(dim, 64)
     if channels < 16:  # no whole tiles: masked ones
         channels = max(16, min(64, triton.next_power_of_2(dim)))
@@ -512,10 +497,15 @@ def _tile_options(tile: Tile, dim: int, *maps: Tensor) -> dict[str, Any]:
         "UNROLL": tile.unroll or tile.step,
         "CHANNELS": channels,
         "STRIPS": 32 * tile.warps * tile.channels // channels,
-        "PAIRS": tile.channels % 2 == 0 and pairs,
+        "WORD": 2 if is_even else 1,
         "num_warps": tile.warps,
         "num_stages": 1,
     }
+
+
+def _strides(x: Tensor, word: int) -> tuple[int, int]:
+    """From image to image and from row to row, in words."""
+    return x.stride(0) // word, x.stride(1) // word
 
 
 def _shares(n_strips: int, height: int, tile: Tile, options: dict[str, Any]) -> tuple[int, int]:
@@ -551,14 +541,16 @@ def _convolve(
     kernel_size = math.isqrt(len(taps))
     tile = _TILES[kernel_size]
     added = x if other is None else _as_map(other)
-    options = _tile_options(tile, dim, x, added)
+    pad = x if pad_value is None else pad_value.to(x.dtype)
+    options = _tile_options(tile, dim, x, added, pad)
+    word = options["WORD"]
     n_strips = batch * triton.cdiv(out_width, tile.columns)
     rows, n_programs = _shares(n_strips, out_height, tile, options)
     launch(
         _depthwise_conv_kernel, (n_programs,),
-        x, taps, taps if bias is None else bias, x if pad_value is None else pad_value, added, out,
-        x.stride()[:2], added.stride()[:2], height, width, *pads, out_height, out_width, *origin, n_strips, rows,
-        PIXEL=x.stride(2), OTHER_PIXEL=added.stride(2), TAP=taps.stride(0), CHANNEL=taps.stride(1),
+        x, taps, taps if bias is None else bias, pad, added, out,
+        _strides(x, word), _strides(added, word), height, width, *pads, out_height, out_width, *origin, n_strips, rows,
+        PIXEL=x.stride(2) // word, OTHER_PIXEL=added.stride(2) // word, TAP=taps.stride(0), CHANNEL=taps.stride(1),
         K=kernel_size, TURNED=turned, SKIP=skip, HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, GELU=gelu,
         OTHER=role if other is not None else None, **options,
     )  # fmt: skip
@@ -581,7 +573,9 @@ def _gradients(
     tile = _GRADIENT_TILES[kernel_size]
     if x.element_size() == 4:  # rows under way would take twice the registers
         tile = tile._replace(step=1)
-    options = _tile_options(tile, dim, x, grad)
+    pad = x if pad_value is None else pad_value.to(x.dtype)
+    options = _tile_options(tile, dim, x, grad, pad)
+    word = options["WORD"]
     n_strips = batch * triton.cdiv(width + pads[1], tile.columns)
     rows, n_programs = _shares(n_strips, height + pads[0], tile, options)
     n_parts = n_programs // triton.cdiv(dim, options["CHANNELS"])
@@ -589,9 +583,9 @@ def _gradients(
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if of_map else empty_gradient(x)
     launch(
         _gradients_kernel, (n_programs,),
-        x, grad, taps, x if pad_value is None else pad_value, d_x, parts, x.stride()[:2], grad.stride()[:2],
+        x, grad, taps, pad, d_x, parts, _strides(x, word), _strides(grad, word),
         height, width, *pads, n_strips, rows,
-        PIXEL=x.stride(2), GRAD_PIXEL=grad.stride(2), TAP=taps.stride(0), CHANNEL=taps.stride(1),
+        PIXEL=x.stride(2) // word, GRAD_PIXEL=grad.stride(2) // word, TAP=taps.stride(0), CHANNEL=taps.stride(1),
         K=kernel_size, OF_MAP=of_map, SKIP=skip, HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, **options,
     )  # fmt: skip
     return parts, d_x

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
 
-_INTERPRETED = tl.constexpr(TRITON_INTERPRETED)
+INTERPRETED = tl.constexpr(TRITON_INTERPRETED)
 
 
 @triton.jit
@@ -125,7 +125,7 @@ def relu(x):
 @triton.jit
 def exp2_normal(x):
     """2**x in float32, or zero below the smallest normal number: one instruction where `tl.exp2` takes four."""
-    if _INTERPRETED:
+    if INTERPRETED:
         return tl.exp2(x)
     else:
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)

@@ -57,7 +57,7 @@ from torch import Tensor
 
 from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
 from vitrail.kernels._common.launch import launch
-from vitrail.kernels._common.triton import add_parts_kernel, exp2_normal, gelu_16, normal_tail
+from vitrail.kernels._common.triton import INTERPRETED, add_parts_kernel, exp2_normal, gelu_16, normal_tail
 
 _JOINT_SIZES = (3, 5)  # filters whose gradient, and the map's, fit into the registers of one thread
 _PARTS = 64  # sums of programs that are added at once
@@ -144,8 +144,8 @@ def _gelu_slope(x, SHORT: tl.constexpr):
 
 @triton.jit
 def _ends(x, end, exists):
-    """How many columns from x on lie below `end`; none where `exists` is false."""
-    return tl.where(exists, (end - x)[:, None], 0)
+    """How many columns from x on lie below `end`, (STRIPS, 1); none where a strip does not exist."""
+    return tl.where(exists, end - x, 0)[:, None]
 
 
 @triton.jit
@@ -199,39 +199,51 @@ def _convolve_row(tiles, weights, sums, start, K: tl.constexpr, COLUMNS: tl.cons
 
 
 @triton.jit
-def _load(corner, starts, ends, COUNT: tl.constexpr, HALO: tl.constexpr, PIXEL: tl.constexpr):
-    """COUNT neighbouring pixels, as they are in memory; zeros outside [starts, ends), HALO <= starts."""
+def _alone(x):
+    """x itself, hidden from LLVM's vectoriser.
+
+    It would pack the masks of many pixels into words: more instructions, of which ptxas 12.8 makes wrong code.
+    """
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _load(corner, exists, starts, ends, COUNT: tl.constexpr, HALO: tl.constexpr, PIXEL: tl.constexpr):
+    """COUNT neighbouring pixels, as they are in memory; zeros outside [starts, ends), starts <= HALO."""
     tiles = ()
     for i in tl.static_range(COUNT):
-        inside = i < ends
+        inside = exists & (i < _alone(ends))
         if i < HALO:
-            inside = inside & (i >= starts)
+            inside = inside & (i >= _alone(starts))
         tiles = tiles + (tl.load(corner + i * PIXEL, mask=inside, other=0),)
     return tiles
 
 
 @triton.jit
 def _load_rows(
-    corner, row, first, end, starts, ends, strides,
+    corner, exists, row, first, end, starts, ends, strides,
     ROWS: tl.constexpr, COUNT: tl.constexpr, HALO: tl.constexpr, PIXEL: tl.constexpr,
 ):  # fmt: skip
     """COUNT pixels of each of ROWS rows; zeros for rows outside [first, end)."""
     tiles = ()
     for i in tl.static_range(ROWS):
-        tiles = tiles + _load(corner + i * strides[1], starts, _rows(row + i, first, end, ends), COUNT, HALO, PIXEL)
+        tiles = tiles + _load(corner + i * strides[1], exists, starts, _rows(row + i, first, end, ends), COUNT, HALO, PIXEL)
     return tiles
 
 
 @triton.jit
 def _padded(raw, pad, starts, ends, pad_ends, HALO: tl.constexpr, HAS_PAD: tl.constexpr):
-    """Loaded pixels, with what the padding holds from `ends` to `pad_ends`, HALO <= starts."""
+    """Loaded pixels, with what the padding holds from `ends` to `pad_ends`, starts <= HALO."""
     tiles = ()
     for i in tl.static_range(len(raw)):
         tile = raw[i]
         if HAS_PAD:
-            is_pad = (i >= ends) & (i < pad_ends)
+            is_pad = (i >= _alone(ends)) & (i < _alone(pad_ends))
             if i < HALO:
-                is_pad = is_pad & (i >= starts)
+                is_pad = is_pad & (i >= _alone(starts))
             tile = tl.where(is_pad, pad, tile)
         tiles = tiles + (tile,)
     return tiles
@@ -247,7 +259,7 @@ def _converted(raw, dtype: tl.constexpr, WORD: tl.constexpr):
 
 
 @triton.jit
-def _store(corner, ends, totals, others, GELU: tl.constexpr, OTHER: tl.constexpr, PIXEL: tl.constexpr):
+def _store(corner, exists, ends, totals, others, GELU: tl.constexpr, OTHER: tl.constexpr, PIXEL: tl.constexpr):
     """Finishes and writes a row of pixels."""
     short: tl.constexpr = corner.dtype.scalar.element_ty != tl.float32
     for i in tl.static_range(len(totals)):
@@ -258,7 +270,7 @@ def _store(corner, ends, totals, others, GELU: tl.constexpr, OTHER: tl.constexpr
             total += others[i]
         if OTHER == "slope":
             total = others[i] * _gelu_slope(total, short)
-        tl.store(corner + i * PIXEL, total.to(corner.dtype.scalar.element_ty), mask=i < ends)
+        tl.store(corner + i * PIXEL, total.to(corner.dtype.scalar.element_ty), mask=exists & (i < _alone(ends)))
 
 
 @triton.jit(
@@ -307,7 +319,7 @@ def _depthwise_conv_kernel(
         strip = group * STRIPS + tl.arange(0, STRIPS)
         image, out_x = _columns(strip, out_width, COLUMNS)
         x = out_x + origin_x - reach
-        exists = (strip < n_strips)[:, None]
+        exists = strip < n_strips
         first_out = tl.maximum(begin - group * out_height, 0)
         end_out = tl.minimum(end - group * out_height, out_height)
         first = tl.maximum(first_out + origin_y - reach, 0)
@@ -315,8 +327,8 @@ def _depthwise_conv_kernel(
         last_in = tl.maximum(tl.minimum(last, height + pad_bottom), first)
         end_real = tl.minimum(last_in, height)
         starts = -x[:, None]
-        ends, pad_ends = _ends(x, width, real & exists), _ends(x, width + pad_right, real & exists)
-        other_ends, out_ends = _ends(out_x, out_width, real & exists), _ends(out_x, out_width, known & exists)
+        ends, pad_ends = _ends(x, width, exists), _ends(x, width + pad_right, exists)
+        other_ends, out_ends = _ends(out_x, out_width, exists), _ends(out_x, out_width, exists)
         corner = _corner(_words(x_ptr, WORD), x_strides, image, first, x, words, PIXEL)
         stride_y = out_width.to(tl.int64) * DIM
         out_strides = (out_height * stride_y, stride_y)
@@ -327,13 +339,13 @@ def _depthwise_conv_kernel(
             row = first - shift
             other_corner = _corner(_words(other_ptr, WORD), other_strides, image, row, out_x, words, OTHER_PIXEL)
             others = _load_rows(
-                other_corner, row, first_out, end_out, starts, other_ends, other_strides, STEP, COLUMNS, 0, OTHER_PIXEL
+                other_corner, real, row, first_out, end_out, starts, other_ends, other_strides, STEP, COLUMNS, 0, OTHER_PIXEL
             )
             other_corner += STEP * other_strides[1]
         # Rows of outputs that the next row of inputs meets, but for the last of them.
         sums = _filled(start, (K - 1) * COLUMNS)
         steps = tl.cdiv(last_in - first, UNROLL)
-        ahead = _load_rows(corner, first, first, end_real, starts, ends, x_strides, STEP, wide, reach, PIXEL)
+        ahead = _load_rows(corner, real, first, first, end_real, starts, ends, x_strides, STEP, wide, reach, PIXEL)
         corner += STEP * x_strides[1]
         for step in range(steps):
             for i in tl.static_range(UNROLL):
@@ -342,14 +354,14 @@ def _depthwise_conv_kernel(
                 is_real, is_pad = _rows(y, first, end_real, ends), _rows(y, first, last_in, pad_ends)
                 tiles = _converted(_padded(ahead[:wide], pad, starts, is_real, is_pad, reach, HAS_PAD), dtype, WORD)
                 wanted = _rows(y + STEP, first, end_real, ends)
-                ahead = ahead[wide:] + _load(corner, starts, wanted, wide, reach, PIXEL)
+                ahead = ahead[wide:] + _load(corner, real, starts, wanted, wide, reach, PIXEL)
                 corner += x_strides[1]
                 sums = _convolve_row(tiles, weights, sums, start, K, COLUMNS)
                 other = _converted(others[:COLUMNS], dtype, WORD)
-                _store(out_corner, done, sums[:COLUMNS], other, GELU, OTHER, DIM)
+                _store(out_corner, known, done, sums[:COLUMNS], other, GELU, OTHER, DIM)
                 if OTHER is not None:
                     wanted = _rows(y - shift + STEP, first_out, end_out, other_ends)
-                    others = others[COLUMNS:] + _load(other_corner, starts, wanted, COLUMNS, 0, OTHER_PIXEL)
+                    others = others[COLUMNS:] + _load(other_corner, real, starts, wanted, COLUMNS, 0, OTHER_PIXEL)
                     other_corner += other_strides[1]
                 out_corner += stride_y
                 sums = sums[COLUMNS:]
@@ -357,10 +369,10 @@ def _depthwise_conv_kernel(
         for y in range(first + steps * UNROLL, last):
             done = _rows(y - shift, first_out, end_out, out_ends)
             other = _converted(others[:COLUMNS], dtype, WORD)
-            _store(out_corner, done, sums[:COLUMNS], other, GELU, OTHER, DIM)
+            _store(out_corner, known, done, sums[:COLUMNS], other, GELU, OTHER, DIM)
             if OTHER is not None:
                 wanted = _rows(y - shift + STEP, first_out, end_out, other_ends)
-                others = others[COLUMNS:] + _load(other_corner, starts, wanted, COLUMNS, 0, OTHER_PIXEL)
+                others = others[COLUMNS:] + _load(other_corner, real, starts, wanted, COLUMNS, 0, OTHER_PIXEL)
                 other_corner += other_strides[1]
             out_corner += stride_y
             sums = sums[COLUMNS:] + _filled(start, COLUMNS)
@@ -399,32 +411,36 @@ def _gradients_kernel(
     for group in range(begin // own_height, tl.cdiv(end, own_height)):
         strip = group * STRIPS + tl.arange(0, STRIPS)
         image, x = _columns(strip, width + pad_right, COLUMNS)
-        exists = (strip < n_strips)[:, None]
+        exists = strip < n_strips
         first_own = tl.maximum(begin - group * own_height, 0)
         end_own = tl.minimum(end - group * own_height, own_height)
         end_real = tl.minimum(end_own, height)
         first = tl.maximum(first_own - reach, 0)
         last = tl.maximum(tl.minimum(end_own + reach, height), first)
         starts = (reach - x)[:, None]
-        grad_ends, out_ends = _ends(x - reach, width, real & exists), _ends(x, width, known & exists)
-        ends, pad_ends = _ends(x, width, real & exists), _ends(x, width + pad_right, real & exists)
+        grad_ends, out_ends = _ends(x - reach, width, exists), _ends(x, width, exists)
+        ends, pad_ends = _ends(x, width, exists), _ends(x, width + pad_right, exists)
         grad_corner = _corner(_words(grad_ptr, WORD), grad_strides, image, first, x - reach, words, GRAD_PIXEL)
         corner = _corner(_words(x_ptr, WORD), x_strides, image, first - reach, x, words, PIXEL)
         stride_y = width.to(tl.int64) * DIM
         out_corner = _corner(out_ptr, (height * stride_y, stride_y), image, first - reach, x, channels, DIM)
+        row = first - reach
+        grads_ahead = _load_rows(
+            grad_corner, real, first, first, last, starts, grad_ends, grad_strides, STEP, wide, reach, GRAD_PIXEL
+        )
+        raw = _load_rows(
+            corner, real, row, first_own, end_real, starts, ends, x_strides, K - 1 + STEP, COLUMNS, 0, PIXEL
+        )
+        grad_corner += STEP * grad_strides[1]
+        corner += (K - 1 + STEP) * x_strides[1]
         # Rows of x, and of its gradient, that the next row of `grad` meets, but for the last of each.
         pixels = ()
         outs = _filled(zero, (K - 1) * COLUMNS)
         for i in tl.static_range(K - 1):
-            row = first - reach + i
-            is_real, is_pad = _rows(row, first_own, end_real, ends), _rows(row, first_own, end_own, pad_ends)
-            raw = _load(corner, starts, is_real, COLUMNS, 0, PIXEL)
-            pixels = pixels + _converted(_padded(raw, pad, starts, is_real, is_pad, 0, HAS_PAD), dtype, WORD)
-            corner += x_strides[1]
-        grads_ahead = _load_rows(grad_corner, first, first, last, starts, grad_ends, grad_strides, STEP, wide, reach, GRAD_PIXEL)
-        ahead = _load_rows(corner, first + reach, first_own, end_real, starts, ends, x_strides, STEP, COLUMNS, 0, PIXEL)
-        grad_corner += STEP * grad_strides[1]
-        corner += STEP * x_strides[1]
+            is_real, is_pad = _rows(row + i, first_own, end_real, ends), _rows(row + i, first_own, end_own, pad_ends)
+            tiles = _padded(raw[i * COLUMNS : (i + 1) * COLUMNS], pad, starts, is_real, is_pad, 0, HAS_PAD)
+            pixels = pixels + _converted(tiles, dtype, WORD)
+        ahead = raw[(K - 1) * COLUMNS :]
         steps = tl.cdiv(last - first, UNROLL)
         for step in range(steps):
             for i in tl.static_range(UNROLL):
@@ -434,9 +450,9 @@ def _gradients_kernel(
                 raw = _padded(ahead[:COLUMNS], pad, starts, is_real, is_pad, 0, HAS_PAD)
                 grads, pixels = _converted(grads_ahead[:wide], dtype, WORD), pixels + _converted(raw, dtype, WORD)
                 wanted = _rows(y + STEP, first, last, grad_ends)
-                grads_ahead = grads_ahead[wide:] + _load(grad_corner, starts, wanted, wide, reach, GRAD_PIXEL)
+                grads_ahead = grads_ahead[wide:] + _load(grad_corner, real, starts, wanted, wide, reach, GRAD_PIXEL)
                 wanted = _rows(row + STEP, first_own, end_real, ends)
-                ahead = ahead[COLUMNS:] + _load(corner, starts, wanted, COLUMNS, 0, PIXEL)
+                ahead = ahead[COLUMNS:] + _load(corner, real, starts, wanted, COLUMNS, 0, PIXEL)
                 grad_corner += grad_strides[1]
                 corner += x_strides[1]
                 updated = ()
@@ -455,12 +471,12 @@ def _gradients_kernel(
                 if OF_MAP:
                     outs = _convolve_row(grads, weights, outs, zero, K, COLUMNS)
                     done = _rows(y - reach, first_own, end_real, out_ends)
-                    _store(out_corner, done, outs[:COLUMNS], (), False, None, DIM)
+                    _store(out_corner, known, done, outs[:COLUMNS], (), False, None, DIM)
                     out_corner += stride_y
                     outs = outs[COLUMNS:]
         if OF_MAP:
             for y in range(first + steps * UNROLL, end_real + reach):
-                _store(out_corner, _rows(y - reach, first_own, end_real, out_ends), outs[:COLUMNS], (), False, None, DIM)
+                _store(out_corner, known, _rows(y - reach, first_own, end_real, out_ends), outs[:COLUMNS], (), False, None, DIM)
                 out_corner += stride_y
                 outs = outs[COLUMNS:] + _filled(zero, COLUMNS)
     outs = block * CHANNELS + tl.arange(0, CHANNELS)

@@ -424,12 +424,12 @@ def _gradients_kernel(
         corner = _corner(_words(x_ptr, WORD), x_strides, image, first - reach, x, words, PIXEL)
         stride_y = width.to(tl.int64) * DIM
         out_corner = _corner(out_ptr, (height * stride_y, stride_y), image, first - reach, x, channels, DIM)
-        row = first - reach
+        top = first - reach
         grads_ahead = _load_rows(
             grad_corner, real, first, first, last, starts, grad_ends, grad_strides, STEP, wide, reach, GRAD_PIXEL
         )
-        raw = _load_rows(
-            corner, real, row, first_own, end_real, starts, ends, x_strides, K - 1 + STEP, COLUMNS, 0, PIXEL
+        begun = _load_rows(
+            corner, real, top, first_own, end_real, starts, ends, x_strides, K - 1 + STEP, COLUMNS, 0, PIXEL
         )
         grad_corner += STEP * grad_strides[1]
         corner += (K - 1 + STEP) * x_strides[1]
@@ -437,10 +437,10 @@ def _gradients_kernel(
         pixels = ()
         outs = _filled(zero, (K - 1) * COLUMNS)
         for i in tl.static_range(K - 1):
-            is_real, is_pad = _rows(row + i, first_own, end_real, ends), _rows(row + i, first_own, end_own, pad_ends)
-            tiles = _padded(raw[i * COLUMNS : (i + 1) * COLUMNS], pad, starts, is_real, is_pad, 0, HAS_PAD)
-            pixels = pixels + _converted(tiles, dtype, WORD)
-        ahead = raw[(K - 1) * COLUMNS :]
+            is_real, is_pad = _rows(top + i, first_own, end_real, ends), _rows(top + i, first_own, end_own, pad_ends)
+            begin_tiles = _padded(begun[i * COLUMNS : (i + 1) * COLUMNS], pad, starts, is_real, is_pad, 0, HAS_PAD)
+            pixels = pixels + _converted(begin_tiles, dtype, WORD)
+        ahead = begun[(K - 1) * COLUMNS :]
         steps = tl.cdiv(last - first, UNROLL)
         for step in range(steps):
             for i in tl.static_range(UNROLL):

@@ -60,6 +60,7 @@ from vitrail.kernels._common.launch import launch
 from vitrail.kernels._common.triton import INTERPRETED, add_parts_kernel, exp2_normal, gelu_16, normal_tail
 
 _JOINT_SIZES = (3, 5)  # filters whose gradient, and the map's, fit into the registers of one thread
+_WAIT = 2  # rows that could be computed while a strip's first ones come
 _PARTS = 64  # sums of programs that are added at once
 
 
@@ -524,11 +525,17 @@ def _strides(x: Tensor, word: int) -> tuple[int, int]:
     return x.stride(0) // word, x.stride(1) // word
 
 
-def _shares(n_strips: int, height: int, tile: Tile, options: dict[str, Any]) -> tuple[int, int]:
-    """How the rows of all strips are shared out: rows of a program, and programs."""
+def _shares(n_strips: int, height: int, halo: int, tile: Tile, options: dict[str, Any]) -> tuple[int, int]:
+    """How the rows of all strips are shared out: rows of a program, and programs.
+
+    A strip that is cut costs `halo` rows more, and a wait for the first of them.
+    """
     n_rows = triton.cdiv(n_strips, options["STRIPS"]) * height
     n_blocks = triton.cdiv(options["DIM"], options["CHANNELS"])
     rows = max(tile.rows, triton.cdiv(n_rows * n_blocks * tile.warps, tile.most_warps))
+    whole = triton.cdiv(rows, height) * height
+    if whole <= rows + halo + _WAIT:
+        rows = whole
     return rows, triton.cdiv(n_rows, rows) * n_blocks
 
 
@@ -561,7 +568,7 @@ def _convolve(
     options = _tile_options(tile, dim, x, added, pad)
     word = options["WORD"]
     n_strips = batch * triton.cdiv(out_width, tile.columns)
-    rows, n_programs = _shares(n_strips, out_height, tile, options)
+    rows, n_programs = _shares(n_strips, out_height, kernel_size - 1, tile, options)
     launch(
         _depthwise_conv_kernel, (n_programs,),
         x, taps, taps if bias is None else bias, pad, added, out,
@@ -593,7 +600,7 @@ def _gradients(
     options = _tile_options(tile, dim, x, grad, pad)
     word = options["WORD"]
     n_strips = batch * triton.cdiv(width + pads[1], tile.columns)
-    rows, n_programs = _shares(n_strips, height + pads[0], tile, options)
+    rows, n_programs = _shares(n_strips, height + pads[0], kernel_size - 1, tile, options)
     n_parts = n_programs // triton.cdiv(dim, options["CHANNELS"])
     parts = torch.empty((n_parts, kernel_size**2 + 1, dim), dtype=torch.float32, device=x.device)
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if of_map else empty_gradient(x)

@@ -76,12 +76,16 @@ class Tile(NamedTuple):
     warps: int
     step: int
     most_warps: int
-    unroll: int = 0
+    registers: int | None = None
 
 
-_TILES = {3: Tile(4, 4, 2, 4, 4, 1584), 5: Tile(4, 4, 2, 4, 1, 1584), 7: Tile(4, 4, 2, 4, 2, 1056)}
+_TILES = {
+    3: Tile(4, 7, 2, 4, 2, 1584),
+    5: Tile(4, 4, 2, 4, 2, 1584, 168),
+    7: Tile(4, 4, 2, 4, 2, 1056),
+}
 # One warp owns whole strips: nothing is exchanged when a program ends.
-_GRADIENT_TILES = {3: Tile(4, 4, 2, 1, 4, 1056), 5: Tile(4, 4, 2, 1, 2, 1056), 7: Tile(4, 4, 2, 1, 1, 1056)}
+_GRADIENT_TILES = {3: Tile(4, 4, 2, 1, 4, 1056), 5: Tile(4, 4, 2, 1, 2, 1056), 7: Tile(4, 4, 2, 1, 2, 1056)}
 
 
 @triton.jit
@@ -105,13 +109,14 @@ def _float32(words, dtype: tl.constexpr, WORD: tl.constexpr):
     """Channels in float32, (STRIPS, CHANNELS), of words as they are in memory."""
     if WORD == 1:
         return words.to(tl.float32)
-    elif dtype == tl.bfloat16:
-        low = (words << 16).to(tl.float32, bitcast=True)
-        high = (words & -65536).to(tl.float32, bitcast=True)
     else:
-        low = words.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-        high = (words >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-    return tl.reshape(tl.join(low, high), (words.shape[0], 2 * words.shape[1]))
+        if dtype == tl.bfloat16:
+            low = (words << 16).to(tl.float32, bitcast=True)
+            high = (words & -65536).to(tl.float32, bitcast=True)
+        else:
+            low = words.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+            high = (words >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        return tl.reshape(tl.join(low, high), (words.shape[0], 2 * words.shape[1]))
 
 
 @triton.jit
@@ -295,7 +300,6 @@ def _depthwise_conv_kernel(
     K: tl.constexpr, TURNED: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
     GELU: tl.constexpr, OTHER: tl.constexpr,
     COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, WORD: tl.constexpr, STEP: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One program's rows of strips. The output's first pixel is (origin_y, origin_x) of the input.
 
@@ -345,12 +349,12 @@ def _depthwise_conv_kernel(
             other_corner += STEP * other_strides[1]
         # Rows of outputs that the next row of inputs meets, but for the last of them.
         sums = _filled(start, (K - 1) * COLUMNS)
-        steps = tl.cdiv(last_in - first, UNROLL)
+        steps = tl.cdiv(last_in - first, STEP)
         ahead = _load_rows(corner, real, first, first, end_real, starts, ends, x_strides, STEP, wide, reach, PIXEL)
         corner += STEP * x_strides[1]
         for step in range(steps):
-            for i in tl.static_range(UNROLL):
-                y = first + step * UNROLL + i
+            for i in tl.static_range(STEP):
+                y = first + step * STEP + i
                 done = _rows(y - shift, first_out, end_out, out_ends)
                 is_real, is_pad = _rows(y, first, end_real, ends), _rows(y, first, last_in, pad_ends)
                 tiles = _converted(_padded(ahead[:wide], pad, starts, is_real, is_pad, reach, HAS_PAD), dtype, WORD)
@@ -367,7 +371,7 @@ def _depthwise_conv_kernel(
                 out_corner += stride_y
                 sums = sums[COLUMNS:]
         # Rows of outputs that see the map's last rows.
-        for y in range(first + steps * UNROLL, last):
+        for y in range(first + steps * STEP, last):
             done = _rows(y - shift, first_out, end_out, out_ends)
             other = _converted(others[:COLUMNS], dtype, WORD)
             _store(out_corner, known, done, sums[:COLUMNS], other, GELU, OTHER, DIM)
@@ -386,7 +390,6 @@ def _gradients_kernel(
     DIM: tl.constexpr, PIXEL: tl.constexpr, GRAD_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
     K: tl.constexpr, OF_MAP: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
     COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, WORD: tl.constexpr, STEP: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """The map's gradient in one program's rows of strips (OF_MAP), and its sums (parts, K * K + 1, DIM).
 
@@ -442,10 +445,10 @@ def _gradients_kernel(
             begin_tiles = _padded(begun[i * COLUMNS : (i + 1) * COLUMNS], pad, starts, is_real, is_pad, 0, HAS_PAD)
             pixels = pixels + _converted(begin_tiles, dtype, WORD)
         ahead = begun[(K - 1) * COLUMNS :]
-        steps = tl.cdiv(last - first, UNROLL)
+        steps = tl.cdiv(last - first, STEP)
         for step in range(steps):
-            for i in tl.static_range(UNROLL):
-                y = first + step * UNROLL + i
+            for i in tl.static_range(STEP):
+                y = first + step * STEP + i
                 row = y + reach
                 is_real, is_pad = _rows(row, first_own, end_real, ends), _rows(row, first_own, end_own, pad_ends)
                 raw = _padded(ahead[:COLUMNS], pad, starts, is_real, is_pad, 0, HAS_PAD)
@@ -476,7 +479,7 @@ def _gradients_kernel(
                     out_corner += stride_y
                     outs = outs[COLUMNS:]
         if OF_MAP:
-            for y in range(first + steps * UNROLL, end_real + reach):
+            for y in range(first + steps * STEP, end_real + reach):
                 _store(out_corner, known, _rows(y - reach, first_own, end_real, out_ends), outs[:COLUMNS], (), False, None, DIM)
                 out_corner += stride_y
                 outs = outs[COLUMNS:] + _filled(zero, COLUMNS)
@@ -498,6 +501,12 @@ def _as_map(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 and stride % x.shape[3] == 0 and stride <= 4 * x.shape[3] else x.contiguous()
 
 
+def _tile(tiles: dict[int, Tile], kernel_size: int, x: Tensor) -> Tile:
+    """How a map is cut. Of 32 bits, rows under way would take twice the registers."""
+    tile = tiles[kernel_size]
+    return tile._replace(step=1) if x.element_size() == 4 else tile
+
+
 def _tile_options(tile: Tile, dim: int, *loaded: Tensor) -> dict[str, Any]:
     """What the kernels' tiles have in common. Of 16 bits two channels are loaded as one word, if all begin at one."""
     is_even = dim % 2 == 0 and all(
@@ -511,7 +520,7 @@ def _tile_options(tile: Tile, dim: int, *loaded: Tensor) -> dict[str, Any]:
         "DIM": dim,
         "COLUMNS": tile.columns,
         "STEP": tile.step,
-        "UNROLL": tile.unroll or tile.step,
+        "maxnreg": tile.registers,
         "CHANNELS": channels,
         "STRIPS": 32 * tile.warps * tile.channels // channels,
         "WORD": 2 if is_even else 1,
@@ -562,7 +571,7 @@ def _convolve(
     if out.numel() == 0:
         return out
     kernel_size = math.isqrt(len(taps))
-    tile = _TILES[kernel_size]
+    tile = _tile(_TILES, kernel_size, x)
     added = x if other is None else _as_map(other)
     pad = x if pad_value is None else pad_value.to(x.dtype)
     options = _tile_options(tile, dim, x, added, pad)
@@ -593,9 +602,7 @@ def _gradients(
     """The programs' sums of the filter's gradient, and the gradient of x (empty unless `of_map`)."""
     batch, height, width, dim = x.shape
     kernel_size = math.isqrt(len(taps))
-    tile = _GRADIENT_TILES[kernel_size]
-    if x.element_size() == 4:  # rows under way would take twice the registers
-        tile = tile._replace(step=1)
+    tile = _tile(_GRADIENT_TILES, kernel_size, x)
     pad = x if pad_value is None else pad_value.to(x.dtype)
     options = _tile_options(tile, dim, x, grad, pad)
     word = options["WORD"]

@@ -55,10 +55,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
 from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
 from vitrail.kernels._common.launch import launch
-from vitrail.kernels._common.triton import add_parts_kernel, gelu_16, normal_tail
+from vitrail.kernels._common.triton import add_parts_kernel, exp2_normal, gelu_16, normal_tail
 
 _JOINT_SIZES = (3, 5)  # filters whose gradient, and the map's, fit into the registers of one thread
 _PARTS = 64  # sums of programs that are added at once
@@ -76,6 +75,7 @@ class Tile(NamedTuple):
     warps: int
     step: int
     most_warps: int
+    unroll: int = 0
 
 
 _TILES = {3: Tile(4, 4, 2, 4, 4, 1584), 5: Tile(4, 4, 2, 4, 1, 1584), 7: Tile(4, 4, 2, 4, 2, 1056)}
@@ -94,27 +94,38 @@ def _channels(block, DIM: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.const
 
 
 @triton.jit
-def _float32(tile, PAIRS: tl.constexpr):
-    """Converts to float32. PAIRS: a thread holds pairs of bfloat16, which take one instruction each, not two."""
-    if PAIRS and tile.dtype == tl.bfloat16:
-        tile = tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [tile], tl.float32, is_pure=True, pack=2
-        )
-    return tile.to(tl.float32)
+def _words(ptr, PAIRS: tl.constexpr):
+    """PAIRS: a pointer to words of 32 bits that hold two channels each."""
+    return ptr.to(tl.pointer_type(tl.int32)) if PAIRS else ptr
+
+
+@triton.jit
+def _float32(word, dtype: tl.constexpr, PAIRS: tl.constexpr):
+    """Channels in float32, (STRIPS, CHANNELS), of words as they are in memory."""
+    if not PAIRS:
+        return word.to(tl.float32)
+    elif dtype == tl.bfloat16:
+        low = (word << 16).to(tl.float32, bitcast=True)
+        high = (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        low = word.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        high = (word >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return tl.reshape(tl.join(low, high), (word.shape[0], 2 * word.shape[1]))
 
 
 @triton.jit
 def _corner(ptr, strides, image, y, x, channels, PIXEL: tl.constexpr):
-    """Pointers to the channels of row y and column x, (STRIPS, CHANNELS); x is (STRIPS,), y a number."""
+    """Pointers to the words of row y and column x, (STRIPS, words); x is (STRIPS,), y a number."""
     base = image.to(tl.int64) * strides[0] + y.to(tl.int64) * strides[1] + x.to(tl.int64) * PIXEL
     return ptr + base[:, None] + channels
 
 
 @triton.jit
 def _load_pad(pad_ptr, channels, exists, x_ptr, HAS_PAD: tl.constexpr):
-    """What the padding holds, (STRIPS, CHANNELS) in x's dtype; nothing of use without it."""
+    """What the padding holds in x's dtype, (STRIPS, CHANNELS) in float32; nothing of use without it."""
     if HAS_PAD:
-        return tl.load(pad_ptr + channels, mask=exists, other=0.0).to(x_ptr.dtype.element_ty)
+        pad = tl.load(pad_ptr + channels, mask=exists, other=0.0).to(x_ptr.dtype.element_ty)
+        return pad.to(tl.float32)
     else:
         return exists
 
@@ -132,21 +143,19 @@ def _gelu_slope(x, SHORT: tl.constexpr):
         normal = tl.where(x < 0, tail, 1.0 - tail)
     else:
         normal = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-    return normal + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    return normal + x * exp2_normal(x * x * -0.7213475204444817) * 0.3989422804014327
 
 
 @triton.jit
-def _bits(x, end, exists, COUNT: tl.constexpr):
-    """Which of COUNT columns from x on lie in [0, end), one bit each."""
-    left = tl.minimum(tl.maximum(-x, 0), COUNT)
-    right = tl.minimum(tl.maximum(end - x, 0), COUNT)
-    return tl.where(exists, ((1 << right) - 1)[:, None] & (-1 << left)[:, None], 0)
+def _ends(x, end, exists):
+    """How many columns from x on lie below `end`; none where `exists` is false."""
+    return tl.where(exists, (end - x)[:, None], 0)
 
 
 @triton.jit
-def _rows(row, first, end, bits):
-    """The columns' bits if a row lies in [first, end), else none."""
-    return tl.where((row >= first) & (row < end), bits, 0)
+def _rows(row, first, end, ends):
+    """As many columns if a row lies in [first, end), else none."""
+    return tl.where((row >= first) & (row < end), ends, 0)
 
 
 @triton.jit
@@ -168,13 +177,13 @@ def _columns(strip, width, COLUMNS: tl.constexpr):
 @triton.jit
 def _load_filter(
     weight_ptr, channels, exists, TAP: tl.constexpr, CHANNEL: tl.constexpr, K: tl.constexpr,
-    TURNED: tl.constexpr, SKIP: tl.constexpr, PAIRS: tl.constexpr,
+    TURNED: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """All taps, (STRIPS, CHANNELS) each."""
     weights = ()
     for tap in tl.static_range(K * K):
         place = weight_ptr + channels * CHANNEL + ((K * K - 1 - tap) if TURNED else tap) * TAP
-        weight = _float32(tl.load(place, mask=exists, other=0.0), PAIRS)
+        weight = tl.load(place, mask=exists, other=0.0).to(tl.float32)
         if SKIP and tap == K * K // 2:
             weight += 1.0
         weights = weights + (weight,)
@@ -194,39 +203,46 @@ def _convolve_row(tiles, weights, sums, start, K: tl.constexpr, COLUMNS: tl.cons
 
 
 @triton.jit
-def _load(corner, bits, COUNT: tl.constexpr, PIXEL: tl.constexpr):
-    """COUNT neighbouring pixels, as they are in memory; zeros where a bit is missing."""
+def _load(corner, starts, ends, COUNT: tl.constexpr, HALO: tl.constexpr, PIXEL: tl.constexpr):
+    """COUNT neighbouring pixels, as they are in memory; zeros outside [starts, ends), HALO <= starts."""
     tiles = ()
     for i in tl.static_range(COUNT):
-        tiles = tiles + (tl.load(corner + i * PIXEL, mask=(bits & (1 << i)) != 0, other=0.0),)
+        inside = i < ends
+        if i < HALO:
+            inside = inside & (i >= starts)
+        tiles = tiles + (tl.load(corner + i * PIXEL, mask=inside, other=0),)
     return tiles
 
 
 @triton.jit
 def _load_rows(
-    corner, row, first, end, bits, strides, ROWS: tl.constexpr, COUNT: tl.constexpr, PIXEL: tl.constexpr
+    corner, row, first, end, starts, ends, stride,
+    ROWS: tl.constexpr, COUNT: tl.constexpr, HALO: tl.constexpr, PIXEL: tl.constexpr,
 ):  # fmt: skip
     """COUNT pixels of each of ROWS rows; zeros for rows outside [first, end)."""
     tiles = ()
     for i in tl.static_range(ROWS):
-        tiles = tiles + _load(corner + i * strides[1], _rows(row + i, first, end, bits), COUNT, PIXEL)
+        tiles = tiles + _load(corner + i * stride, starts, _rows(row + i, first, end, ends), COUNT, HALO, PIXEL)
     return tiles
 
 
 @triton.jit
-def _converted(raw, pad, pad_bits, HAS_PAD: tl.constexpr, PAIRS: tl.constexpr):
-    """Loaded pixels in float32, what the padding holds where a bit is set."""
+def _converted(raw, pad, starts, ends, pad_ends, HALO: tl.constexpr, HAS_PAD: tl.constexpr, DTYPE: tl.constexpr, PAIRS: tl.constexpr):
+    """Loaded pixels in float32, what the padding holds from `ends` to `pad_ends`."""
     tiles = ()
     for i in tl.static_range(len(raw)):
-        tile = raw[i]
+        tile = _float32(raw[i], DTYPE, PAIRS)
         if HAS_PAD:
-            tile = tl.where((pad_bits & (1 << i)) != 0, pad, tile)
-        tiles = tiles + (_float32(tile, PAIRS),)
+            padded = (i >= ends) & (i < pad_ends)
+            if i < HALO:
+                padded = padded & (i >= starts)
+            tile = tl.where(padded, pad, tile)
+        tiles = tiles + (tile,)
     return tiles
 
 
 @triton.jit
-def _store(corner, bits, totals, others, GELU: tl.constexpr, OTHER: tl.constexpr, PIXEL: tl.constexpr):
+def _store(corner, ends, totals, others, GELU: tl.constexpr, OTHER: tl.constexpr, PIXEL: tl.constexpr):
     """Finishes and writes a row of pixels."""
     short: tl.constexpr = corner.dtype.scalar.element_ty != tl.float32
     for i in tl.static_range(len(totals)):
@@ -237,7 +253,7 @@ def _store(corner, bits, totals, others, GELU: tl.constexpr, OTHER: tl.constexpr
             total += others[i]
         if OTHER == "slope":
             total = others[i] * _gelu_slope(total, short)
-        tl.store(corner + i * PIXEL, total.to(corner.dtype.scalar.element_ty), mask=(bits & (1 << i)) != 0)
+        tl.store(corner + i * PIXEL, total.to(corner.dtype.scalar.element_ty), mask=i < ends)
 
 
 @triton.jit(
@@ -261,6 +277,7 @@ def _depthwise_conv_kernel(
     K: tl.constexpr, TURNED: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
     GELU: tl.constexpr, OTHER: tl.constexpr,
     COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One program's rows of strips. The output's first pixel is (origin_y, origin_x) of the input.
 
@@ -270,12 +287,16 @@ def _depthwise_conv_kernel(
     reach: tl.constexpr = K // 2
     wide: tl.constexpr = COLUMNS + K - 1
     block = tl.program_id(0) % n_blocks
+    n: tl.constexpr = 2 if PAIRS else 1  # channels of a word
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     channels, known = _channels(block, DIM, STRIPS, CHANNELS)
+    words, real = _channels(block, DIM // n, STRIPS, CHANNELS // n)
     pad = _load_pad(pad_ptr, channels, known, x_ptr, HAS_PAD)
-    weights = _load_filter(weight_ptr, channels, known, TAP, CHANNEL, K, TURNED, SKIP, PAIRS)
+    weights = _load_filter(weight_ptr, channels, known, TAP, CHANNEL, K, TURNED, SKIP)
     start = tl.zeros((STRIPS, CHANNELS), tl.float32)
     if HAS_BIAS:
-        start = _float32(tl.load(bias_ptr + channels, mask=known, other=0.0), PAIRS)
+        start = tl.load(bias_ptr + channels, mask=known, other=0.0).to(tl.float32)
+    x_row, other_row = x_strides[1] // n, other_strides[1] // n
     shift = origin_y + reach  # from a row of outputs to the last row of inputs that it sees
     begin = tl.program_id(0) // n_blocks * rows
     end = tl.minimum(begin + rows, tl.cdiv(n_strips, STRIPS) * out_height)
@@ -283,56 +304,73 @@ def _depthwise_conv_kernel(
         strip = group * STRIPS + tl.arange(0, STRIPS)
         image, out_x = _columns(strip, out_width, COLUMNS)
         x = out_x + origin_x - reach
-        exists = known & (strip < n_strips)[:, None]
+        in_map = (strip < n_strips)[:, None]
         first_out = tl.maximum(begin - group * out_height, 0)
         end_out = tl.minimum(end - group * out_height, out_height)
         first = tl.maximum(first_out + origin_y - reach, 0)
         last = end_out + shift
         last_in = tl.maximum(tl.minimum(last, height + pad_bottom), first)
         end_real = tl.minimum(last_in, height)
-        bits = _bits(x, width, exists, wide)
-        pad_bits = bits
+        starts = tl.where(real, -x[:, None], 0)
+        ends = _ends(x, width, real & in_map)
+        real_starts = starts
+        real_ends = ends
+        pad_ends = ends
         if HAS_PAD:
-            pad_bits = _bits(x, width + pad_right, exists, wide)
-        out_bits = _bits(out_x, out_width, exists, COLUMNS)
-        corner = _corner(x_ptr, x_strides, image, first, x, channels, PIXEL)
+            real_starts = tl.where(known, -x[:, None], 0)
+            real_ends = _ends(x, width, known & in_map)
+            pad_ends = _ends(x, width + pad_right, known & in_map)
+        out_ends = _ends(out_x, out_width, known & in_map)
+        other_ends = _ends(out_x, out_width, real & in_map)
+        corner = _corner(_words(x_ptr, PAIRS), (x_strides[0] // n, x_row), image, first, x, words, PIXEL // n)
         stride_y = out_width.to(tl.int64) * DIM
         out_strides = (out_height * stride_y, stride_y)
         out_corner = _corner(out_ptr, out_strides, image, first - shift, out_x, channels, DIM)
         other_corner = out_corner
+        others = ()
         if OTHER is not None:
-            other_corner = _corner(other_ptr, other_strides, image, first - shift, out_x, channels, OTHER_PIXEL)
+            other_corner = _corner(
+                _words(other_ptr, PAIRS), (other_strides[0] // n, other_row), image, first - shift, out_x, words,
+                OTHER_PIXEL // n,
+            )  # fmt: skip
+            others = _load_rows(
+                other_corner, first - shift, first_out, end_out, starts, other_ends, other_row, STEP, COLUMNS, 0, OTHER_PIXEL // n
+            )
+            other_corner += STEP * other_row
         # Rows of outputs that the next row of inputs meets, but for the last of them.
         sums = _filled(start, (K - 1) * COLUMNS)
-        steps = tl.cdiv(last_in - first, STEP)
-        ahead = _load_rows(corner, first, first, end_real, bits, x_strides, STEP, wide, PIXEL)
-        corner += STEP * x_strides[1]
+        steps = tl.cdiv(last_in - first, UNROLL)
+        ahead = _load_rows(corner, first, first, end_real, starts, ends, x_row, STEP, wide, reach, PIXEL // n)
+        corner += STEP * x_row
         for step in range(steps):
-            for i in tl.static_range(STEP):
-                y = first + step * STEP + i
-                done = _rows(y - shift, first_out, end_out, out_bits)
-                others = ()
-                if OTHER is not None:
-                    others = _load(other_corner, done, COLUMNS, OTHER_PIXEL)
-                    other_corner += other_strides[1]
-                padded = _rows(y, first, last_in, pad_bits) & ~_rows(y, first, end_real, bits)
-                tiles = _converted(ahead[:wide], pad, padded, HAS_PAD, PAIRS)
-                ahead = ahead[wide:] + _load(corner, tl.where(y + STEP < end_real, bits, 0), wide, PIXEL)
-                corner += x_strides[1]
+            for i in tl.static_range(UNROLL):
+                y = first + step * UNROLL + i
+                done = _rows(y - shift, first_out, end_out, out_ends)
+                padded = _rows(y, first, last_in, pad_ends)
+                tiles = _converted(
+                    ahead[:wide], pad, real_starts, _rows(y, first, end_real, real_ends), padded, reach, HAS_PAD, dtype, PAIRS
+                )
+                wanted = tl.where(y + STEP < end_real, ends, 0)
+                ahead = ahead[wide:] + _load(corner, starts, wanted, wide, reach, PIXEL // n)
+                corner += x_row
                 sums = _convolve_row(tiles, weights, sums, start, K, COLUMNS)
-                others = _converted(others, pad, done, False, PAIRS)
-                _store(out_corner, done, sums[:COLUMNS], others, GELU, OTHER, DIM)
+                other = _converted(others[:COLUMNS], pad, done, done, done, 0, False, dtype, PAIRS)
+                _store(out_corner, done, sums[:COLUMNS], other, GELU, OTHER, DIM)
+                if OTHER is not None:
+                    wanted = _rows(y - shift + STEP, first_out, end_out, other_ends)
+                    others = others[COLUMNS:] + _load(other_corner, starts, wanted, COLUMNS, 0, OTHER_PIXEL // n)
+                    other_corner += other_row
                 out_corner += stride_y
                 sums = sums[COLUMNS:]
         # Rows of outputs that see the map's last rows.
-        for y in range(first + steps * STEP, last):
-            done = _rows(y - shift, first_out, end_out, out_bits)
-            others = ()
+        for y in range(first + steps * UNROLL, last):
+            done = _rows(y - shift, first_out, end_out, out_ends)
+            other = _converted(others[:COLUMNS], pad, done, done, done, 0, False, dtype, PAIRS)
+            _store(out_corner, done, sums[:COLUMNS], other, GELU, OTHER, DIM)
             if OTHER is not None:
-                others = _load(other_corner, done, COLUMNS, OTHER_PIXEL)
-                other_corner += other_strides[1]
-            others = _converted(others, pad, done, False, PAIRS)
-            _store(out_corner, done, sums[:COLUMNS], others, GELU, OTHER, DIM)
+                wanted = _rows(y - shift + STEP, first_out, end_out, other_ends)
+                others = others[COLUMNS:] + _load(other_corner, starts, wanted, COLUMNS, 0, OTHER_PIXEL // n)
+                other_corner += other_row
             out_corner += stride_y
             sums = sums[COLUMNS:] + _filled(start, COLUMNS)
 
@@ -344,6 +382,7 @@ def _gradients_kernel(
     DIM: tl.constexpr, PIXEL: tl.constexpr, GRAD_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
     K: tl.constexpr, OF_MAP: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
     COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """The map's gradient in one program's rows of strips (OF_MAP), and its sums (parts, K * K + 1, DIM).
 
@@ -355,31 +394,39 @@ def _gradients_kernel(
     block = tl.program_id(0) % n_blocks
     part = tl.program_id(0) // n_blocks
     own_height = height + pad_bottom
+    n: tl.constexpr = 2 if PAIRS else 1  # channels of a word
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     channels, known = _channels(block, DIM, STRIPS, CHANNELS)
+    words, real_words = _channels(block, DIM // n, STRIPS, CHANNELS // n)
+    x_row, grad_row = x_strides[1] // n, grad_strides[1] // n
     pad = _load_pad(pad_ptr, channels, known, x_ptr, HAS_PAD)
     zero = tl.zeros((STRIPS, CHANNELS), tl.float32)
     weights = ()
     if OF_MAP:
-        weights = _load_filter(weight_ptr, channels, known, TAP, CHANNEL, K, True, SKIP, PAIRS)
+        weights = _load_filter(weight_ptr, channels, known, TAP, CHANNEL, K, True, SKIP)
     sums = _filled(zero, K * K + 1)
     begin = part * rows
     end = tl.minimum(begin + rows, tl.cdiv(n_strips, STRIPS) * own_height)
     for group in range(begin // own_height, tl.cdiv(end, own_height)):
         strip = group * STRIPS + tl.arange(0, STRIPS)
         image, x = _columns(strip, width + pad_right, COLUMNS)
-        exists = known & (strip < n_strips)[:, None]
+        in_map = (strip < n_strips)[:, None]
         first_own = tl.maximum(begin - group * own_height, 0)
         end_own = tl.minimum(end - group * own_height, own_height)
         end_real = tl.minimum(end_own, height)
         first = tl.maximum(first_own - reach, 0)
         last = tl.maximum(tl.minimum(end_own + reach, height), first)
-        grad_bits = _bits(x - reach, width, exists, wide)
-        bits = _bits(x, width, exists, COLUMNS)
-        pad_bits = bits
+        starts = tl.where(real_words, (reach - x)[:, None], 0)
+        grad_ends = _ends(x - reach, width, real_words & in_map)
+        ends = _ends(x, width, real_words & in_map)
+        out_ends = _ends(x, width, known & in_map)
+        pad_ends = out_ends
         if HAS_PAD:
-            pad_bits = _bits(x, width + pad_right, exists, COLUMNS)
-        grad_corner = _corner(grad_ptr, grad_strides, image, first, x - reach, channels, GRAD_PIXEL)
-        corner = _corner(x_ptr, x_strides, image, first - reach, x, channels, PIXEL)
+            pad_ends = _ends(x, width + pad_right, known & in_map)
+        grad_corner = _corner(
+            _words(grad_ptr, PAIRS), (grad_strides[0] // n, grad_row), image, first, x - reach, words, GRAD_PIXEL // n
+        )
+        corner = _corner(_words(x_ptr, PAIRS), (x_strides[0] // n, x_row), image, first - reach, x, words, PIXEL // n)
         stride_y = width.to(tl.int64) * DIM
         out_corner = _corner(out_ptr, (height * stride_y, stride_y), image, first - reach, x, channels, DIM)
         # Rows of x, and of its gradient, that the next row of `grad` meets, but for the last of each.
@@ -387,28 +434,28 @@ def _gradients_kernel(
         outs = _filled(zero, (K - 1) * COLUMNS)
         for i in tl.static_range(K - 1):
             row = first - reach + i
-            real = _rows(row, first_own, end_real, bits)
-            padded = _rows(row, first_own, end_own, pad_bits) & ~real
-            pixels = pixels + _converted(_load(corner, real, COLUMNS, PIXEL), pad, padded, HAS_PAD, PAIRS)
-            corner += x_strides[1]
-        grads_ahead = _load_rows(grad_corner, first, first, last, grad_bits, grad_strides, STEP, wide, GRAD_PIXEL)
-        ahead = _load_rows(corner, first + reach, first_own, end_real, bits, x_strides, STEP, COLUMNS, PIXEL)
-        grad_corner += STEP * grad_strides[1]
-        corner += STEP * x_strides[1]
-        steps = tl.cdiv(last - first, STEP)
+            raw = _load(corner, starts, _rows(row, first_own, end_real, ends), COLUMNS, 0, PIXEL // n)
+            real, padded = _rows(row, first_own, end_real, out_ends), _rows(row, first_own, end_own, pad_ends)
+            pixels = pixels + _converted(raw, pad, starts, real, padded, 0, HAS_PAD, dtype, PAIRS)
+            corner += x_row
+        grads_ahead = _load_rows(grad_corner, first, first, last, starts, grad_ends, grad_row, STEP, wide, reach, GRAD_PIXEL // n)
+        ahead = _load_rows(corner, first + reach, first_own, end_real, starts, ends, x_row, STEP, COLUMNS, 0, PIXEL // n)
+        grad_corner += STEP * grad_row
+        corner += STEP * x_row
+        steps = tl.cdiv(last - first, UNROLL)
         for step in range(steps):
-            for i in tl.static_range(STEP):
-                y = first + step * STEP + i
+            for i in tl.static_range(UNROLL):
+                y = first + step * UNROLL + i
                 row = y + reach
-                padded = _rows(row, first_own, end_own, pad_bits) & ~_rows(row, first_own, end_real, bits)
-                grads = _converted(grads_ahead[:wide], pad, padded, False, PAIRS)
-                pixels = pixels + _converted(ahead[:COLUMNS], pad, padded, HAS_PAD, PAIRS)
-                wanted = tl.where(y + STEP < last, grad_bits, 0)
-                grads_ahead = grads_ahead[wide:] + _load(grad_corner, wanted, wide, GRAD_PIXEL)
-                wanted = _rows(row + STEP, first_own, end_real, bits)
-                ahead = ahead[COLUMNS:] + _load(corner, wanted, COLUMNS, PIXEL)
-                grad_corner += grad_strides[1]
-                corner += x_strides[1]
+                real, padded = _rows(row, first_own, end_real, out_ends), _rows(row, first_own, end_own, pad_ends)
+                grads = _converted(grads_ahead[:wide], pad, starts, real, padded, 0, False, dtype, PAIRS)
+                pixels = pixels + _converted(ahead[:COLUMNS], pad, starts, real, padded, 0, HAS_PAD, dtype, PAIRS)
+                wanted = tl.where(y + STEP < last, grad_ends, 0)
+                grads_ahead = grads_ahead[wide:] + _load(grad_corner, starts, wanted, wide, reach, GRAD_PIXEL // n)
+                wanted = _rows(row + STEP, first_own, end_real, ends)
+                ahead = ahead[COLUMNS:] + _load(corner, starts, wanted, COLUMNS, 0, PIXEL // n)
+                grad_corner += grad_row
+                corner += x_row
                 updated = ()
                 for tap in tl.static_range(K * K):
                     total = sums[tap]
@@ -424,13 +471,13 @@ def _gradients_kernel(
                 pixels = pixels[COLUMNS:]
                 if OF_MAP:
                     outs = _convolve_row(grads, weights, outs, zero, K, COLUMNS)
-                    done = _rows(y - reach, first_own, end_real, bits)
+                    done = _rows(y - reach, first_own, end_real, out_ends)
                     _store(out_corner, done, outs[:COLUMNS], (), False, None, DIM)
                     out_corner += stride_y
                     outs = outs[COLUMNS:]
         if OF_MAP:
-            for y in range(first + steps * STEP, end_real + reach):
-                _store(out_corner, _rows(y - reach, first_own, end_real, bits), outs[:COLUMNS], (), False, None, DIM)
+            for y in range(first + steps * UNROLL, end_real + reach):
+                _store(out_corner, _rows(y - reach, first_own, end_real, out_ends), outs[:COLUMNS], (), False, None, DIM)
                 out_corner += stride_y
                 outs = outs[COLUMNS:] + _filled(zero, COLUMNS)
     outs = block * CHANNELS + tl.arange(0, CHANNELS)
@@ -451,8 +498,9 @@ def _as_map(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 and stride % x.shape[3] == 0 and stride <= 4 * x.shape[3] else x.contiguous()
 
 
-def _tile_options(tile: Tile, dim: int) -> dict[str, Any]:
+def _tile_options(tile: Tile, dim: int, *maps: Tensor) -> dict[str, Any]:
     """What the kernels' tiles have in common."""
+    pairs = all(x.element_size() == 2 and not any(n % 2 for n in (dim, x.storage_offset(), *x.stride()[:3])) for x in maps)
     channels = math.gcd(dim, 64)
     if channels < 16:  # no whole tiles: masked ones
         channels = max(16, min(64, triton.next_power_of_2(dim)))
@@ -461,9 +509,10 @@ def _tile_options(tile: Tile, dim: int) -> dict[str, Any]:
         "DIM": dim,
         "COLUMNS": tile.columns,
         "STEP": tile.step,
+        "UNROLL": tile.unroll or tile.step,
         "CHANNELS": channels,
         "STRIPS": 32 * tile.warps * tile.channels // channels,
-        "PAIRS": tile.channels % 2 == 0 and not TRITON_INTERPRETED,
+        "PAIRS": tile.channels % 2 == 0 and pairs,
         "num_warps": tile.warps,
         "num_stages": 1,
     }
@@ -501,10 +550,10 @@ def _convolve(
         return out
     kernel_size = math.isqrt(len(taps))
     tile = _TILES[kernel_size]
-    options = _tile_options(tile, dim)
+    added = x if other is None else _as_map(other)
+    options = _tile_options(tile, dim, x, added)
     n_strips = batch * triton.cdiv(out_width, tile.columns)
     rows, n_programs = _shares(n_strips, out_height, tile, options)
-    added = x if other is None else _as_map(other)
     launch(
         _depthwise_conv_kernel, (n_programs,),
         x, taps, taps if bias is None else bias, x if pad_value is None else pad_value, added, out,
@@ -532,7 +581,7 @@ def _gradients(
     tile = _GRADIENT_TILES[kernel_size]
     if x.element_size() == 4:  # rows under way would take twice the registers
         tile = tile._replace(step=1)
-    options = _tile_options(tile, dim)
+    options = _tile_options(tile, dim, x, grad)
     n_strips = batch * triton.cdiv(width + pads[1], tile.columns)
     rows, n_programs = _shares(n_strips, height + pads[0], tile, options)
     n_parts = n_programs // triton.cdiv(dim, options["CHANNELS"])

@@ -236,7 +236,8 @@ def _load_rows(
     """COUNT pixels of each of ROWS rows; zeros for rows outside [first, end)."""
     tiles = ()
     for i in tl.static_range(ROWS):
-        tiles = tiles + _load(corner + i * strides[1], exists, starts, _rows(row + i, first, end, ends), COUNT, HALO, PIXEL)
+        wanted = _rows(row + i, first, end, ends)
+        tiles = tiles + _load(corner + i * strides[1], exists, starts, wanted, COUNT, HALO, PIXEL)
     return tiles
 
 
@@ -333,7 +334,7 @@ def _depthwise_conv_kernel(
         end_real = tl.minimum(last_in, height)
         starts = -x[:, None]
         ends, pad_ends = _ends(x, width, exists), _ends(x, width + pad_right, exists)
-        other_ends, out_ends = _ends(out_x, out_width, exists), _ends(out_x, out_width, exists)
+        out_ends = _ends(out_x, out_width, exists)
         corner = _corner(_words(x_ptr, WORD), x_strides, image, first, x, words, PIXEL)
         stride_y = out_width.to(tl.int64) * DIM
         out_strides = (out_height * stride_y, stride_y)
@@ -344,8 +345,9 @@ def _depthwise_conv_kernel(
             row = first - shift
             other_corner = _corner(_words(other_ptr, WORD), other_strides, image, row, out_x, words, OTHER_PIXEL)
             others = _load_rows(
-                other_corner, real, row, first_out, end_out, starts, other_ends, other_strides, STEP, COLUMNS, 0, OTHER_PIXEL
-            )
+                other_corner, real, row, first_out, end_out, starts, out_ends, other_strides,
+                STEP, COLUMNS, 0, OTHER_PIXEL,
+            )  # fmt: skip
             other_corner += STEP * other_strides[1]
         # Rows of outputs that the next row of inputs meets, but for the last of them.
         sums = _filled(start, (K - 1) * COLUMNS)
@@ -365,7 +367,7 @@ def _depthwise_conv_kernel(
                 other = _converted(others[:COLUMNS], dtype, WORD)
                 _store(out_corner, known, done, sums[:COLUMNS], other, GELU, OTHER, DIM)
                 if OTHER is not None:
-                    wanted = _rows(y - shift + STEP, first_out, end_out, other_ends)
+                    wanted = _rows(y - shift + STEP, first_out, end_out, out_ends)
                     others = others[COLUMNS:] + _load(other_corner, real, starts, wanted, COLUMNS, 0, OTHER_PIXEL)
                     other_corner += other_strides[1]
                 out_corner += stride_y
@@ -376,7 +378,7 @@ def _depthwise_conv_kernel(
             other = _converted(others[:COLUMNS], dtype, WORD)
             _store(out_corner, known, done, sums[:COLUMNS], other, GELU, OTHER, DIM)
             if OTHER is not None:
-                wanted = _rows(y - shift + STEP, first_out, end_out, other_ends)
+                wanted = _rows(y - shift + STEP, first_out, end_out, out_ends)
                 others = others[COLUMNS:] + _load(other_corner, real, starts, wanted, COLUMNS, 0, OTHER_PIXEL)
                 other_corner += other_strides[1]
             out_corner += stride_y
@@ -422,16 +424,16 @@ def _gradients_kernel(
         first = tl.maximum(first_own - reach, 0)
         last = tl.maximum(tl.minimum(end_own + reach, height), first)
         starts = (reach - x)[:, None]
-        grad_ends, out_ends = _ends(x - reach, width, exists), _ends(x, width, exists)
+        grad_ends = _ends(x - reach, width, exists)
         ends, pad_ends = _ends(x, width, exists), _ends(x, width + pad_right, exists)
         grad_corner = _corner(_words(grad_ptr, WORD), grad_strides, image, first, x - reach, words, GRAD_PIXEL)
         corner = _corner(_words(x_ptr, WORD), x_strides, image, first - reach, x, words, PIXEL)
         stride_y = width.to(tl.int64) * DIM
         out_corner = _corner(out_ptr, (height * stride_y, stride_y), image, first - reach, x, channels, DIM)
-        top = first - reach
         grads_ahead = _load_rows(
             grad_corner, real, first, first, last, starts, grad_ends, grad_strides, STEP, wide, reach, GRAD_PIXEL
         )
+        top = first - reach
         begun = _load_rows(
             corner, real, top, first_own, end_real, starts, ends, x_strides, K - 1 + STEP, COLUMNS, 0, PIXEL
         )
@@ -442,8 +444,8 @@ def _gradients_kernel(
         outs = _filled(zero, (K - 1) * COLUMNS)
         for i in tl.static_range(K - 1):
             is_real, is_pad = _rows(top + i, first_own, end_real, ends), _rows(top + i, first_own, end_own, pad_ends)
-            begin_tiles = _padded(begun[i * COLUMNS : (i + 1) * COLUMNS], pad, starts, is_real, is_pad, 0, HAS_PAD)
-            pixels = pixels + _converted(begin_tiles, dtype, WORD)
+            tiles = _padded(begun[i * COLUMNS : (i + 1) * COLUMNS], pad, starts, is_real, is_pad, 0, HAS_PAD)
+            pixels = pixels + _converted(tiles, dtype, WORD)
         ahead = begun[(K - 1) * COLUMNS :]
         steps = tl.cdiv(last - first, STEP)
         for step in range(steps):
@@ -474,13 +476,14 @@ def _gradients_kernel(
                 pixels = pixels[COLUMNS:]
                 if OF_MAP:
                     outs = _convolve_row(grads, weights, outs, zero, K, COLUMNS)
-                    done = _rows(y - reach, first_own, end_real, out_ends)
+                    done = _rows(y - reach, first_own, end_real, ends)
                     _store(out_corner, known, done, outs[:COLUMNS], (), False, None, DIM)
                     out_corner += stride_y
                     outs = outs[COLUMNS:]
         if OF_MAP:
             for y in range(first + steps * STEP, end_real + reach):
-                _store(out_corner, known, _rows(y - reach, first_own, end_real, out_ends), outs[:COLUMNS], (), False, None, DIM)
+                done = _rows(y - reach, first_own, end_real, ends)
+                _store(out_corner, known, done, outs[:COLUMNS], (), False, None, DIM)
                 out_corner += stride_y
                 outs = outs[COLUMNS:] + _filled(zero, COLUMNS)
     outs = block * CHANNELS + tl.arange(0, CHANNELS)

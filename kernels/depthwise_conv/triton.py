@@ -11,10 +11,13 @@ tiles, one for each pixel, and loops over columns and taps are unrolled; the loo
 code small (950 instructions for 5x5 where patches of 4 x 4 took 1600) and its compilation short. Every input pixel of
 a row and its halo is loaded and converted once, then multiplied by all taps that meet it: K rows of outputs are begun
 at once, the first of them is done and leaves. The filter stays in registers, which two channels a thread allow for 7x7
-(98 numbers), more do not. `STEP` rows of inputs are under way. Which columns lie in the map is a word of bits, so that
-a mask is one instruction. All programs get the same number of rows, which may begin and end inside a strip. The
-distance of pixels is a constant of the kernel (it is the model's width), so that it becomes an immediate offset of the
-loads.
+(98 numbers), more do not. All programs get the same number of rows, which may begin and end inside a strip, unless
+whole strips cost no more. The distance of pixels is a constant of the kernel (it is the model's width), so that it
+becomes an immediate offset of the loads.
+
+Loads. `STEP` rows of inputs, and of what is added, are under way. Two channels of 16 bits are one word of 32, and stay
+one until their row's turn: LLVM repacks numbers of 16 bits at the end of the loop's body, and so waits for the loads
+there. Which columns lie in the map are comparisons that LLVM's vectoriser must not see (`_alone`).
 
 Gradients. The same walk over `grad` and its halo meets K rows of x, without halo, and takes the filter's gradient; for
 3x3 and 5x5 it takes the map's gradient from the same loads. A program keeps all taps' sums in registers and leaves
@@ -65,7 +68,7 @@ _PARTS = 64  # sums of programs that are added at once
 
 
 class Tile(NamedTuple):
-    """Columns and channels of a thread, warps of a program, and rows of inputs that are under way.
+    """Columns and channels of a thread, warps of a program, rows of inputs under way, and most registers of a thread.
 
     The rows of all strips are shared out among programs: `rows` to each at least, to `most_warps` warps at most.
     """

@@ -31,25 +31,25 @@ Roofline. For 56x56x96 and batch 64 in bfloat16 the bytes of a forward take 25.7
 of the loop (16, 38 and 70 an output) in 10, 25 and 45.
 
 Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, batch 64, CUDA-graph replay), microseconds at 56x56x96 /
-28x28x192 / 14x14x384, the filter's copy included. Forward: 3x3 with `skip` 34.2 / 18.5 / 10.8,
-5x5 with residual 54.2 / 29.7 / 17.7, 7x7 with GELU 66.3 / 40.1 / 25.0. Whole backward: 3x3 54.6 / 32.3 / 18.7, 5x5
-81.9 / 45.8 / 30.9, 7x7 207.5 / 129.3 at the first two.
-In the same runs the form before, with numbers of 16 bits in the loop and bits as masks: 35 / 21 / 11.6, 65 / 37 / 21
-and 78 / 46 / 28 forward; of 7x7, the slope of GELU took 104 / 59 / 37 (80 / 48 / 30 now), the filter's gradient
-75 / 50 / 32 (66 / 40 / 27). An earlier form of the joint 5x5 gradients (bits gone, words packed by LLVM's choice, rows
-of x loaded one after the other at a strip's start) took 72.0 / 52.8 / 34.3: quicker at 56x56x96 alone.
+28x28x192 / 14x14x384, the filter's copy included. Forward: 3x3 with `skip` 34.2 / 18.5 / 10.8, 5x5 with residual 54.2 /
+29.7 / 17.7, 7x7 with GELU 66.3 / 40.1 / 25.0. Whole backward: 3x3 54.6 / 32.3 / 18.7, 5x5 81.9 / 45.8 / 30.9, 7x7 207.5
+/ 129.3 at the first two. In the same runs the form before, with numbers of 16 bits in the loop and bits as masks: 35 /
+21 / 11.6, 65 / 37 / 21 and 78 / 46 / 28 forward; of 7x7, the slope of GELU took 104 / 59 / 37 (81 / 49 / 31 now), the
+filter's gradient 75 / 50 / 32 (67 / 41 / 27). An earlier form of the joint 5x5 gradients, without `_alone` and with x
+loaded row by row where a strip begins, took 72.0 / 52.8 / 34.3: quicker at 56x56x96 alone.
 
-Tried and rejected, at the same sizes. Forward of 5x5, where 168 registers took 53.8 / 30.9 / 17.5: no limit (192, eight
-warps a multiprocessor) 60.5 / 33.9 / 20.4; one row under way, loop unrolled twice, 62.6 / 36.2 / 20.6; seven columns
-62.4 / 35.3 / 21.9; two 80 / 44 / 28; programs of one warp 54.2 / 32.0 / 17.9. 3x3 gradients with 168 registers and
-twelve warps 55 / 32 / 17.6 (54.3 / 31.9 / 18.7), with seven columns 53.9 / 31.1 / 18.5; 3x3 forward with seven
-columns 33.9 / 18.8 / 10.6. Whole strips for 7x7 at 14x14, where they take 28 rows for 21: 28.1, not 25.0. One channel a thread and seven
-columns: 54 instructions an output of 5x5, not 45. Patches of 4 x 4 with all rows unrolled, forward at 56x56x96 33
-(3x3), 70 (5x5) and 105 (7x7, GELU by `tl.erf`); fetching rows into the L2 cache ahead of the loads, no faster; reading
-5x5 and 7x7 filters without the copy, 2 to 70% slower; fewer registers by force (7x7, 168), 80% slower. On tensor cores
-(bands of Toeplitz matrices) the convolution took 108, 164 and 116 for 3x3, 5x5 and 7x7, the gradient of 7x7 filters
-65.6 / 52.1 / 25.7: not worth a second form. Not tried, by arithmetic: multiply-adds of two numbers of 16 bits round
-every partial sum; Winograd's form along a row leaves 28 of 49 products of 7x7 and adds some 23 operations.
+Tried and rejected, at the same sizes. Forward of 5x5, where 168 registers took 53.8 / 30.9 / 17.5 in that run: no limit
+(192, eight warps a multiprocessor) 60.5 / 33.9 / 20.4; one row under way, loop unrolled twice, 62.6 / 36.2 / 20.6;
+seven columns 62.4 / 35.3 / 21.9; two 80 / 44 / 28; programs of one warp 54.2 / 32.0 / 17.9. 3x3: forward with seven
+columns 33.9 / 18.8 / 10.6; gradients with 168 registers and twelve warps 55 / 32 / 17.6, with seven columns 53.9 / 31.1
+/ 18.5. Gradients of 7x7 filters with one row under way 69.0 / 43.0 / 28.4. Whole strips for 7x7 at 14x14, 28 rows for
+21: 28.1, not 25.0. One channel a thread and seven columns: 54 instructions an output of 5x5, not 45. Patches of 4 x 4
+with all rows unrolled, forward at 56x56x96 33 (3x3), 70 (5x5) and 105 (7x7, GELU by `tl.erf`); fetching rows into the
+L2 cache ahead of the loads, no faster; reading 5x5 and 7x7 filters without the copy, 2 to 70% slower; fewer registers
+by force (7x7, 168), 80% slower. On tensor cores (bands of Toeplitz matrices) the convolution took 108, 164 and 116 for
+3x3, 5x5 and 7x7, the gradient of 7x7 filters 65.6 / 52.1 / 25.7: not worth a second form. Not tried, by arithmetic:
+multiply-adds of pairs of 16 bits round every partial sum; Winograd's form along a row leaves 28 of 49 products of 7x7
+and adds some 23 operations.
 """
 
 # Kernels build tuples by adding to them: they cannot unpack.

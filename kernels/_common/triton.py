@@ -15,9 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
-
-INTERPRETED = tl.constexpr(TRITON_INTERPRETED)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit

@@ -59,11 +59,15 @@ class Launch(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a program takes: registers of a thread, bytes of its stack (spilled registers), bytes of shared memory."""
+    """What a program takes: registers of a thread, bytes of its stack (spilled registers), bytes of shared memory.
+
+    `packed` counts the instructions that pack truth values into numbers of 16 bits.
+    """
 
     registers: int
     spilled: int
     shared: int
+    packed: int
 
 
 @contextmanager
@@ -120,7 +124,8 @@ def compile_to_the_end(launch: Launch) -> Resources:
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return Resources(found["REG"], found["STACK"] + found["LOCAL"], code.metadata.shared)
+    packed = code.asm["ptx"].count("or.b16")
+    return Resources(found["REG"], found["STACK"] + found["LOCAL"], code.metadata.shared, packed)
 
 
 def codes_of_sizes(operator: str, run: Callable[[int], None], sizes: Sequence[int]) -> dict[str, Any]:

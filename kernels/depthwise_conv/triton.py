@@ -11,10 +11,13 @@ tiles, one for each pixel, and loops over columns and taps are unrolled; the loo
 code small (950 instructions for 5x5 where patches of 4 x 4 took 1600) and its compilation short. Every input pixel of
 a row and its halo is loaded and converted once, then multiplied by all taps that meet it: K rows of outputs are begun
 at once, the first of them is done and leaves. The filter stays in registers, which two channels a thread allow for 7x7
-(98 numbers), more do not. `STEP` rows of inputs are under way. Which columns lie in the map is a word of bits, so that
-a mask is one instruction. All programs get the same number of rows, which may begin and end inside a strip. The
-distance of pixels is a constant of the kernel (it is the model's width), so that it becomes an immediate offset of the
-loads.
+(98 numbers), more do not. All programs get the same number of rows, which may begin and end inside a strip, unless
+whole strips cost no more. The distance of pixels is a constant of the kernel (it is the model's width), so that it
+becomes an immediate offset of the loads.
+
+Loads. `STEP` rows of inputs, and of what is added, are under way. Two channels of 16 bits are one word of 32, and stay
+one until their row's turn: LLVM repacks numbers of 16 bits at the end of the loop's body, and so waits for the loads
+there. Which columns lie in the map are comparisons that LLVM's vectoriser must not see (`_alone`).
 
 Gradients. The same walk over `grad` and its halo meets K rows of x, without halo, and takes the filter's gradient; for
 3x3 and 5x5 it takes the map's gradient from the same loads. A program keeps all taps' sums in registers and leaves
@@ -25,19 +28,28 @@ Numerics. Everything is accumulated in float32. GELU is the exact one, for resul
 
 Roofline. For 56x56x96 and batch 64 in bfloat16 the bytes of a forward take 25.7 microseconds at 3 TB/s on an H100,
 38.5 with residual; 132 x 128 lanes issue the multiply-adds of 3x3, 5x5 and 7x7 in 6, 16 and 32, and all instructions
-of the loop (19, 40 and 75 an output) in 13, 26 and 49.
+of the loop (16, 38 and 70 an output) in 10, 25 and 45.
 
 Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, batch 64, CUDA-graph replay), microseconds at 56x56x96 /
-28x28x192 / 14x14x384, the filter's copy included. Forward: 5x5 with residual 66.3 / 38.0 / 19.4, 7x7 with GELU 68.8 /
-42.6 / 26.3, 3x3 with `skip` 36.2 at 56x56x96 (18.0 / 10.3 with programs of one strip each, at the smaller maps). Both
-gradients: 3x3 56.9 at 56x56x96, 5x5 96.5 / 55.3 / 35.6; the filter's alone, 7x7: 79.8 / 55.5 / 35.3. Slope of GELU,
-7x7: 102.5 / 60.4 / 35.7. GELU's polynomial had two terms more then.
+28x28x192 / 14x14x384, the filter's copy included. Forward: 3x3 with `skip` 34.2 / 18.5 / 10.8, 5x5 with residual 54.2 /
+29.7 / 17.7, 7x7 with GELU 66.3 / 40.1 / 25.0. Whole backward: 3x3 54.6 / 32.3 / 18.7, 5x5 81.9 / 45.8 / 30.9, 7x7 207.5
+/ 129.3 at the first two. In the same runs the form before, with numbers of 16 bits in the loop and bits as masks: 35 /
+21 / 11.6, 65 / 37 / 21 and 78 / 46 / 28 forward; of 7x7, the slope of GELU took 104 / 59 / 37 (81 / 49 / 31 now), the
+filter's gradient 75 / 50 / 32 (67 / 41 / 27). An earlier form of the joint 5x5 gradients, without `_alone` and with x
+loaded row by row where a strip begins, took 72.0 / 52.8 / 34.3: quicker at 56x56x96 alone.
 
-Tried and rejected, at the same sizes: patches of 4 x 4 with all rows unrolled, forward at 56x56x96 33 (3x3), 70 (5x5)
-and 105 (7x7, GELU by `tl.erf`); two columns a thread, mostly 15 to 35% slower than four, seven 3 to 9%; fetching rows
-into the L2 cache ahead of the loads, no faster; reading 5x5 and 7x7 filters without the copy, 2 to 70% slower; fewer
-registers by force (7x7, 168), 80% slower. On tensor cores (bands of Toeplitz matrices) the convolution took 108, 164
-and 116 for 3x3, 5x5 and 7x7, the gradient of 7x7 filters 65.6 / 52.1 / 25.7: not worth a second form.
+Tried and rejected, at the same sizes. Forward of 5x5, where 168 registers took 53.8 / 30.9 / 17.5 in that run: no limit
+(192, eight warps a multiprocessor) 60.5 / 33.9 / 20.4; one row under way, loop unrolled twice, 62.6 / 36.2 / 20.6;
+seven columns 62.4 / 35.3 / 21.9; two 80 / 44 / 28; programs of one warp 54.2 / 32.0 / 17.9. 3x3: forward with seven
+columns 33.9 / 18.8 / 10.6; gradients with 168 registers and twelve warps 55 / 32 / 17.6, with seven columns 53.9 / 31.1
+/ 18.5. Gradients of 7x7 filters with one row under way 69.0 / 43.0 / 28.4. Whole strips for 7x7 at 14x14, 28 rows for
+21: 28.1, not 25.0. One channel a thread and seven columns: 54 instructions an output of 5x5, not 45. Patches of 4 x 4
+with all rows unrolled, forward at 56x56x96 33 (3x3), 70 (5x5) and 105 (7x7, GELU by `tl.erf`); fetching rows into the
+L2 cache ahead of the loads, no faster; reading 5x5 and 7x7 filters without the copy, 2 to 70% slower; fewer registers
+by force (7x7, 168), 80% slower. On tensor cores (bands of Toeplitz matrices) the convolution took 108, 164 and 116 for
+3x3, 5x5 and 7x7, the gradient of 7x7 filters 65.6 / 52.1 / 25.7: not worth a second form. Not tried, by arithmetic:
+multiply-adds of pairs of 16 bits round every partial sum; Winograd's form along a row leaves 28 of 49 products of 7x7
+and adds some 23 operations.
 """
 
 # Kernels build tuples by adding to them: they cannot unpack.
@@ -55,17 +67,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
 from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
 from vitrail.kernels._common.launch import launch
-from vitrail.kernels._common.triton import add_parts_kernel, gelu_16, normal_tail
+from vitrail.kernels._common.triton import INTERPRETED, add_parts_kernel, exp2_normal, gelu_16, normal_tail
 
 _JOINT_SIZES = (3, 5)  # filters whose gradient, and the map's, fit into the registers of one thread
 _PARTS = 64  # sums of programs that are added at once
 
 
 class Tile(NamedTuple):
-    """Columns and channels of a thread, warps of a program, and rows of inputs that are under way.
+    """Columns and channels of a thread, warps of a program, rows of inputs under way, and most registers of a thread.
 
     The rows of all strips are shared out among programs: `rows` to each at least, to `most_warps` warps at most.
     """
@@ -76,11 +87,16 @@ class Tile(NamedTuple):
     warps: int
     step: int
     most_warps: int
+    registers: int | None = None
 
 
-_TILES = {3: Tile(4, 4, 2, 4, 4, 1584), 5: Tile(4, 4, 2, 4, 1, 1584), 7: Tile(4, 4, 2, 4, 2, 1056)}
+_TILES = {
+    3: Tile(4, 4, 2, 4, 4, 1584),
+    5: Tile(4, 4, 2, 4, 2, 1584, 168),
+    7: Tile(4, 4, 2, 4, 2, 1056),
+}
 # One warp owns whole strips: nothing is exchanged when a program ends.
-_GRADIENT_TILES = {3: Tile(4, 4, 2, 1, 4, 1056), 5: Tile(4, 4, 2, 1, 2, 1056), 7: Tile(4, 4, 2, 1, 1, 1056)}
+_GRADIENT_TILES = {3: Tile(4, 4, 2, 1, 4, 1056), 5: Tile(4, 4, 2, 1, 2, 1056), 7: Tile(4, 4, 2, 1, 2, 1056)}
 
 
 @triton.jit
@@ -94,29 +110,37 @@ def _channels(block, DIM: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.const
 
 
 @triton.jit
-def _float32(tile, PAIRS: tl.constexpr):
-    """Converts to float32. PAIRS: a thread holds pairs of bfloat16, which take one instruction each, not two."""
-    if PAIRS and tile.dtype == tl.bfloat16:
-        tile = tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [tile], tl.float32, is_pure=True, pack=2
-        )
-    return tile.to(tl.float32)
+def _words(ptr, WORD: tl.constexpr):
+    """A pointer to words of WORD channels."""
+    return ptr.to(tl.pointer_type(tl.int32)) if WORD == 2 else ptr
 
 
 @triton.jit
-def _corner(ptr, strides, image, y, x, channels, PIXEL: tl.constexpr):
-    """Pointers to the channels of row y and column x, (STRIPS, CHANNELS); x is (STRIPS,), y a number."""
-    base = image.to(tl.int64) * strides[0] + y.to(tl.int64) * strides[1] + x.to(tl.int64) * PIXEL
-    return ptr + base[:, None] + channels
-
-
-@triton.jit
-def _load_pad(pad_ptr, channels, exists, x_ptr, HAS_PAD: tl.constexpr):
-    """What the padding holds, (STRIPS, CHANNELS) in x's dtype; nothing of use without it."""
-    if HAS_PAD:
-        return tl.load(pad_ptr + channels, mask=exists, other=0.0).to(x_ptr.dtype.element_ty)
+def _float32(words, dtype: tl.constexpr, WORD: tl.constexpr):
+    """Channels in float32, (STRIPS, CHANNELS), of words as they are in memory."""
+    if WORD == 1:
+        return words.to(tl.float32)
     else:
-        return exists
+        if dtype == tl.bfloat16:
+            low = (words << 16).to(tl.float32, bitcast=True)
+            high = (words & -65536).to(tl.float32, bitcast=True)
+        else:
+            low = words.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+            high = (words >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        return tl.reshape(tl.join(low, high), (words.shape[0], 2 * words.shape[1]))
+
+
+@triton.jit
+def _corner(ptr, strides, image, y, x, words, PIXEL: tl.constexpr):
+    """Pointers to row y and column x, (STRIPS, words); x is (STRIPS,), y a number. Strides count words."""
+    base = image.to(tl.int64) * strides[0] + y.to(tl.int64) * strides[1] + x.to(tl.int64) * PIXEL
+    return ptr + base[:, None] + words
+
+
+@triton.jit
+def _load_pad(pad_ptr, words, exists, HAS_PAD: tl.constexpr, WORD: tl.constexpr):
+    """What the padding holds, (STRIPS, words); nothing of use without it."""
+    return tl.load(_words(pad_ptr, WORD) + words, mask=exists, other=0) if HAS_PAD else words
 
 
 @triton.jit
@@ -132,21 +156,19 @@ def _gelu_slope(x, SHORT: tl.constexpr):
         normal = tl.where(x < 0, tail, 1.0 - tail)
     else:
         normal = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-    return normal + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    return normal + x * exp2_normal(x * x * -0.7213475204444817) * 0.3989422804014327
 
 
 @triton.jit
-def _bits(x, end, exists, COUNT: tl.constexpr):
-    """Which of COUNT columns from x on lie in [0, end), one bit each."""
-    left = tl.minimum(tl.maximum(-x, 0), COUNT)
-    right = tl.minimum(tl.maximum(end - x, 0), COUNT)
-    return tl.where(exists, ((1 << right) - 1)[:, None] & (-1 << left)[:, None], 0)
+def _ends(x, end, exists):
+    """How many columns from x on lie below `end`, (STRIPS, 1); none where a strip does not exist."""
+    return tl.where(exists, end - x, 0)[:, None]
 
 
 @triton.jit
-def _rows(row, first, end, bits):
-    """The columns' bits if a row lies in [first, end), else none."""
-    return tl.where((row >= first) & (row < end), bits, 0)
+def _rows(row, first, end, ends):
+    """As many columns if a row lies in [first, end), else none."""
+    return tl.where((row >= first) & (row < end), ends, 0)
 
 
 @triton.jit
@@ -168,13 +190,13 @@ def _columns(strip, width, COLUMNS: tl.constexpr):
 @triton.jit
 def _load_filter(
     weight_ptr, channels, exists, TAP: tl.constexpr, CHANNEL: tl.constexpr, K: tl.constexpr,
-    TURNED: tl.constexpr, SKIP: tl.constexpr, PAIRS: tl.constexpr,
+    TURNED: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """All taps, (STRIPS, CHANNELS) each."""
     weights = ()
     for tap in tl.static_range(K * K):
         place = weight_ptr + channels * CHANNEL + ((K * K - 1 - tap) if TURNED else tap) * TAP
-        weight = _float32(tl.load(place, mask=exists, other=0.0), PAIRS)
+        weight = tl.load(place, mask=exists, other=0.0).to(tl.float32)
         if SKIP and tap == K * K // 2:
             weight += 1.0
         weights = weights + (weight,)
@@ -194,39 +216,68 @@ def _convolve_row(tiles, weights, sums, start, K: tl.constexpr, COLUMNS: tl.cons
 
 
 @triton.jit
-def _load(corner, bits, COUNT: tl.constexpr, PIXEL: tl.constexpr):
-    """COUNT neighbouring pixels, as they are in memory; zeros where a bit is missing."""
+def _alone(x):
+    """x itself, hidden from LLVM's vectoriser.
+
+    It would pack the masks of many pixels into words: more instructions, of which ptxas 12.8 makes wrong code.
+    """
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _load(corner, exists, starts, ends, COUNT: tl.constexpr, HALO: tl.constexpr, PIXEL: tl.constexpr):
+    """COUNT neighbouring pixels, as they are in memory; zeros outside [starts, ends), starts <= HALO."""
     tiles = ()
     for i in tl.static_range(COUNT):
-        tiles = tiles + (tl.load(corner + i * PIXEL, mask=(bits & (1 << i)) != 0, other=0.0),)
+        inside = exists & (i < _alone(ends))
+        if i < HALO:
+            inside = inside & (i >= _alone(starts))
+        tiles = tiles + (tl.load(corner + i * PIXEL, mask=inside, other=0),)
     return tiles
 
 
 @triton.jit
 def _load_rows(
-    corner, row, first, end, bits, strides, ROWS: tl.constexpr, COUNT: tl.constexpr, PIXEL: tl.constexpr
+    corner, exists, row, first, end, starts, ends, strides,
+    ROWS: tl.constexpr, COUNT: tl.constexpr, HALO: tl.constexpr, PIXEL: tl.constexpr,
 ):  # fmt: skip
     """COUNT pixels of each of ROWS rows; zeros for rows outside [first, end)."""
     tiles = ()
     for i in tl.static_range(ROWS):
-        tiles = tiles + _load(corner + i * strides[1], _rows(row + i, first, end, bits), COUNT, PIXEL)
+        wanted = _rows(row + i, first, end, ends)
+        tiles = tiles + _load(corner + i * strides[1], exists, starts, wanted, COUNT, HALO, PIXEL)
     return tiles
 
 
 @triton.jit
-def _converted(raw, pad, pad_bits, HAS_PAD: tl.constexpr, PAIRS: tl.constexpr):
-    """Loaded pixels in float32, what the padding holds where a bit is set."""
+def _padded(raw, pad, starts, ends, pad_ends, HALO: tl.constexpr, HAS_PAD: tl.constexpr):
+    """Loaded pixels, with what the padding holds from `ends` to `pad_ends`, starts <= HALO."""
     tiles = ()
     for i in tl.static_range(len(raw)):
         tile = raw[i]
         if HAS_PAD:
-            tile = tl.where((pad_bits & (1 << i)) != 0, pad, tile)
-        tiles = tiles + (_float32(tile, PAIRS),)
+            is_pad = (i >= _alone(ends)) & (i < _alone(pad_ends))
+            if i < HALO:
+                is_pad = is_pad & (i >= _alone(starts))
+            tile = tl.where(is_pad, pad, tile)
+        tiles = tiles + (tile,)
     return tiles
 
 
 @triton.jit
-def _store(corner, bits, totals, others, GELU: tl.constexpr, OTHER: tl.constexpr, PIXEL: tl.constexpr):
+def _converted(raw, dtype: tl.constexpr, WORD: tl.constexpr):
+    """Loaded pixels in float32."""
+    tiles = ()
+    for i in tl.static_range(len(raw)):
+        tiles = tiles + (_float32(raw[i], dtype, WORD),)
+    return tiles
+
+
+@triton.jit
+def _store(corner, exists, ends, totals, others, GELU: tl.constexpr, OTHER: tl.constexpr, PIXEL: tl.constexpr):
     """Finishes and writes a row of pixels."""
     short: tl.constexpr = corner.dtype.scalar.element_ty != tl.float32
     for i in tl.static_range(len(totals)):
@@ -237,7 +288,7 @@ def _store(corner, bits, totals, others, GELU: tl.constexpr, OTHER: tl.constexpr
             total += others[i]
         if OTHER == "slope":
             total = others[i] * _gelu_slope(total, short)
-        tl.store(corner + i * PIXEL, total.to(corner.dtype.scalar.element_ty), mask=(bits & (1 << i)) != 0)
+        tl.store(corner + i * PIXEL, total.to(corner.dtype.scalar.element_ty), mask=exists & (i < _alone(ends)))
 
 
 @triton.jit(
@@ -260,7 +311,7 @@ def _depthwise_conv_kernel(
     DIM: tl.constexpr, PIXEL: tl.constexpr, OTHER_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
     K: tl.constexpr, TURNED: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
     GELU: tl.constexpr, OTHER: tl.constexpr,
-    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
+    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, WORD: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One program's rows of strips. The output's first pixel is (origin_y, origin_x) of the input.
 
@@ -270,12 +321,14 @@ def _depthwise_conv_kernel(
     reach: tl.constexpr = K // 2
     wide: tl.constexpr = COLUMNS + K - 1
     block = tl.program_id(0) % n_blocks
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     channels, known = _channels(block, DIM, STRIPS, CHANNELS)
-    pad = _load_pad(pad_ptr, channels, known, x_ptr, HAS_PAD)
-    weights = _load_filter(weight_ptr, channels, known, TAP, CHANNEL, K, TURNED, SKIP, PAIRS)
+    words, real = _channels(block, DIM // WORD, STRIPS, CHANNELS // WORD)
+    pad = _load_pad(pad_ptr, words, real, HAS_PAD, WORD)
+    weights = _load_filter(weight_ptr, channels, known, TAP, CHANNEL, K, TURNED, SKIP)
     start = tl.zeros((STRIPS, CHANNELS), tl.float32)
     if HAS_BIAS:
-        start = _float32(tl.load(bias_ptr + channels, mask=known, other=0.0), PAIRS)
+        start = tl.load(bias_ptr + channels, mask=known, other=0.0).to(tl.float32)
     shift = origin_y + reach  # from a row of outputs to the last row of inputs that it sees
     begin = tl.program_id(0) // n_blocks * rows
     end = tl.minimum(begin + rows, tl.cdiv(n_strips, STRIPS) * out_height)
@@ -283,56 +336,62 @@ def _depthwise_conv_kernel(
         strip = group * STRIPS + tl.arange(0, STRIPS)
         image, out_x = _columns(strip, out_width, COLUMNS)
         x = out_x + origin_x - reach
-        exists = known & (strip < n_strips)[:, None]
+        exists = strip < n_strips
         first_out = tl.maximum(begin - group * out_height, 0)
         end_out = tl.minimum(end - group * out_height, out_height)
         first = tl.maximum(first_out + origin_y - reach, 0)
         last = end_out + shift
         last_in = tl.maximum(tl.minimum(last, height + pad_bottom), first)
         end_real = tl.minimum(last_in, height)
-        bits = _bits(x, width, exists, wide)
-        pad_bits = bits
-        if HAS_PAD:
-            pad_bits = _bits(x, width + pad_right, exists, wide)
-        out_bits = _bits(out_x, out_width, exists, COLUMNS)
-        corner = _corner(x_ptr, x_strides, image, first, x, channels, PIXEL)
+        starts = -x[:, None]
+        ends, pad_ends = _ends(x, width, exists), _ends(x, width + pad_right, exists)
+        out_ends = _ends(out_x, out_width, exists)
+        corner = _corner(_words(x_ptr, WORD), x_strides, image, first, x, words, PIXEL)
         stride_y = out_width.to(tl.int64) * DIM
         out_strides = (out_height * stride_y, stride_y)
         out_corner = _corner(out_ptr, out_strides, image, first - shift, out_x, channels, DIM)
         other_corner = out_corner
+        others = ()
         if OTHER is not None:
-            other_corner = _corner(other_ptr, other_strides, image, first - shift, out_x, channels, OTHER_PIXEL)
+            row = first - shift
+            other_corner = _corner(_words(other_ptr, WORD), other_strides, image, row, out_x, words, OTHER_PIXEL)
+            others = _load_rows(
+                other_corner, real, row, first_out, end_out, starts, out_ends, other_strides,
+                STEP, COLUMNS, 0, OTHER_PIXEL,
+            )  # fmt: skip
+            other_corner += STEP * other_strides[1]
         # Rows of outputs that the next row of inputs meets, but for the last of them.
         sums = _filled(start, (K - 1) * COLUMNS)
         steps = tl.cdiv(last_in - first, STEP)
-        ahead = _load_rows(corner, first, first, end_real, bits, x_strides, STEP, wide, PIXEL)
+        ahead = _load_rows(corner, real, first, first, end_real, starts, ends, x_strides, STEP, wide, reach, PIXEL)
         corner += STEP * x_strides[1]
         for step in range(steps):
             for i in tl.static_range(STEP):
                 y = first + step * STEP + i
-                done = _rows(y - shift, first_out, end_out, out_bits)
-                others = ()
-                if OTHER is not None:
-                    others = _load(other_corner, done, COLUMNS, OTHER_PIXEL)
-                    other_corner += other_strides[1]
-                padded = _rows(y, first, last_in, pad_bits) & ~_rows(y, first, end_real, bits)
-                tiles = _converted(ahead[:wide], pad, padded, HAS_PAD, PAIRS)
-                ahead = ahead[wide:] + _load(corner, tl.where(y + STEP < end_real, bits, 0), wide, PIXEL)
+                done = _rows(y - shift, first_out, end_out, out_ends)
+                is_real, is_pad = _rows(y, first, end_real, ends), _rows(y, first, last_in, pad_ends)
+                tiles = _converted(_padded(ahead[:wide], pad, starts, is_real, is_pad, reach, HAS_PAD), dtype, WORD)
+                wanted = _rows(y + STEP, first, end_real, ends)
+                ahead = ahead[wide:] + _load(corner, real, starts, wanted, wide, reach, PIXEL)
                 corner += x_strides[1]
                 sums = _convolve_row(tiles, weights, sums, start, K, COLUMNS)
-                others = _converted(others, pad, done, False, PAIRS)
-                _store(out_corner, done, sums[:COLUMNS], others, GELU, OTHER, DIM)
+                other = _converted(others[:COLUMNS], dtype, WORD)
+                _store(out_corner, known, done, sums[:COLUMNS], other, GELU, OTHER, DIM)
+                if OTHER is not None:
+                    wanted = _rows(y - shift + STEP, first_out, end_out, out_ends)
+                    others = others[COLUMNS:] + _load(other_corner, real, starts, wanted, COLUMNS, 0, OTHER_PIXEL)
+                    other_corner += other_strides[1]
                 out_corner += stride_y
                 sums = sums[COLUMNS:]
         # Rows of outputs that see the map's last rows.
         for y in range(first + steps * STEP, last):
-            done = _rows(y - shift, first_out, end_out, out_bits)
-            others = ()
+            done = _rows(y - shift, first_out, end_out, out_ends)
+            other = _converted(others[:COLUMNS], dtype, WORD)
+            _store(out_corner, known, done, sums[:COLUMNS], other, GELU, OTHER, DIM)
             if OTHER is not None:
-                others = _load(other_corner, done, COLUMNS, OTHER_PIXEL)
+                wanted = _rows(y - shift + STEP, first_out, end_out, out_ends)
+                others = others[COLUMNS:] + _load(other_corner, real, starts, wanted, COLUMNS, 0, OTHER_PIXEL)
                 other_corner += other_strides[1]
-            others = _converted(others, pad, done, False, PAIRS)
-            _store(out_corner, done, sums[:COLUMNS], others, GELU, OTHER, DIM)
             out_corner += stride_y
             sums = sums[COLUMNS:] + _filled(start, COLUMNS)
 
@@ -343,7 +402,7 @@ def _gradients_kernel(
     height, width, pad_bottom, pad_right, n_strips, rows,
     DIM: tl.constexpr, PIXEL: tl.constexpr, GRAD_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
     K: tl.constexpr, OF_MAP: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
-    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
+    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, WORD: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The map's gradient in one program's rows of strips (OF_MAP), and its sums (parts, K * K + 1, DIM).
 
@@ -355,58 +414,62 @@ def _gradients_kernel(
     block = tl.program_id(0) % n_blocks
     part = tl.program_id(0) // n_blocks
     own_height = height + pad_bottom
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     channels, known = _channels(block, DIM, STRIPS, CHANNELS)
-    pad = _load_pad(pad_ptr, channels, known, x_ptr, HAS_PAD)
+    words, real = _channels(block, DIM // WORD, STRIPS, CHANNELS // WORD)
+    pad = _load_pad(pad_ptr, words, real, HAS_PAD, WORD)
     zero = tl.zeros((STRIPS, CHANNELS), tl.float32)
     weights = ()
     if OF_MAP:
-        weights = _load_filter(weight_ptr, channels, known, TAP, CHANNEL, K, True, SKIP, PAIRS)
+        weights = _load_filter(weight_ptr, channels, known, TAP, CHANNEL, K, True, SKIP)
     sums = _filled(zero, K * K + 1)
     begin = part * rows
     end = tl.minimum(begin + rows, tl.cdiv(n_strips, STRIPS) * own_height)
     for group in range(begin // own_height, tl.cdiv(end, own_height)):
         strip = group * STRIPS + tl.arange(0, STRIPS)
         image, x = _columns(strip, width + pad_right, COLUMNS)
-        exists = known & (strip < n_strips)[:, None]
+        exists = strip < n_strips
         first_own = tl.maximum(begin - group * own_height, 0)
         end_own = tl.minimum(end - group * own_height, own_height)
         end_real = tl.minimum(end_own, height)
         first = tl.maximum(first_own - reach, 0)
         last = tl.maximum(tl.minimum(end_own + reach, height), first)
-        grad_bits = _bits(x - reach, width, exists, wide)
-        bits = _bits(x, width, exists, COLUMNS)
-        pad_bits = bits
-        if HAS_PAD:
-            pad_bits = _bits(x, width + pad_right, exists, COLUMNS)
-        grad_corner = _corner(grad_ptr, grad_strides, image, first, x - reach, channels, GRAD_PIXEL)
-        corner = _corner(x_ptr, x_strides, image, first - reach, x, channels, PIXEL)
+        starts = (reach - x)[:, None]
+        grad_ends = _ends(x - reach, width, exists)
+        ends, pad_ends = _ends(x, width, exists), _ends(x, width + pad_right, exists)
+        grad_corner = _corner(_words(grad_ptr, WORD), grad_strides, image, first, x - reach, words, GRAD_PIXEL)
+        corner = _corner(_words(x_ptr, WORD), x_strides, image, first - reach, x, words, PIXEL)
         stride_y = width.to(tl.int64) * DIM
         out_corner = _corner(out_ptr, (height * stride_y, stride_y), image, first - reach, x, channels, DIM)
+        grads_ahead = _load_rows(
+            grad_corner, real, first, first, last, starts, grad_ends, grad_strides, STEP, wide, reach, GRAD_PIXEL
+        )
+        top = first - reach
+        begun = _load_rows(
+            corner, real, top, first_own, end_real, starts, ends, x_strides, K - 1 + STEP, COLUMNS, 0, PIXEL
+        )
+        grad_corner += STEP * grad_strides[1]
+        corner += (K - 1 + STEP) * x_strides[1]
         # Rows of x, and of its gradient, that the next row of `grad` meets, but for the last of each.
         pixels = ()
         outs = _filled(zero, (K - 1) * COLUMNS)
         for i in tl.static_range(K - 1):
-            row = first - reach + i
-            real = _rows(row, first_own, end_real, bits)
-            padded = _rows(row, first_own, end_own, pad_bits) & ~real
-            pixels = pixels + _converted(_load(corner, real, COLUMNS, PIXEL), pad, padded, HAS_PAD, PAIRS)
-            corner += x_strides[1]
-        grads_ahead = _load_rows(grad_corner, first, first, last, grad_bits, grad_strides, STEP, wide, GRAD_PIXEL)
-        ahead = _load_rows(corner, first + reach, first_own, end_real, bits, x_strides, STEP, COLUMNS, PIXEL)
-        grad_corner += STEP * grad_strides[1]
-        corner += STEP * x_strides[1]
+            is_real, is_pad = _rows(top + i, first_own, end_real, ends), _rows(top + i, first_own, end_own, pad_ends)
+            tiles = _padded(begun[i * COLUMNS : (i + 1) * COLUMNS], pad, starts, is_real, is_pad, 0, HAS_PAD)
+            pixels = pixels + _converted(tiles, dtype, WORD)
+        ahead = begun[(K - 1) * COLUMNS :]
         steps = tl.cdiv(last - first, STEP)
         for step in range(steps):
             for i in tl.static_range(STEP):
                 y = first + step * STEP + i
                 row = y + reach
-                padded = _rows(row, first_own, end_own, pad_bits) & ~_rows(row, first_own, end_real, bits)
-                grads = _converted(grads_ahead[:wide], pad, padded, False, PAIRS)
-                pixels = pixels + _converted(ahead[:COLUMNS], pad, padded, HAS_PAD, PAIRS)
-                wanted = tl.where(y + STEP < last, grad_bits, 0)
-                grads_ahead = grads_ahead[wide:] + _load(grad_corner, wanted, wide, GRAD_PIXEL)
-                wanted = _rows(row + STEP, first_own, end_real, bits)
-                ahead = ahead[COLUMNS:] + _load(corner, wanted, COLUMNS, PIXEL)
+                is_real, is_pad = _rows(row, first_own, end_real, ends), _rows(row, first_own, end_own, pad_ends)
+                raw = _padded(ahead[:COLUMNS], pad, starts, is_real, is_pad, 0, HAS_PAD)
+                grads, pixels = _converted(grads_ahead[:wide], dtype, WORD), pixels + _converted(raw, dtype, WORD)
+                wanted = _rows(y + STEP, first, last, grad_ends)
+                grads_ahead = grads_ahead[wide:] + _load(grad_corner, real, starts, wanted, wide, reach, GRAD_PIXEL)
+                wanted = _rows(row + STEP, first_own, end_real, ends)
+                ahead = ahead[COLUMNS:] + _load(corner, real, starts, wanted, COLUMNS, 0, PIXEL)
                 grad_corner += grad_strides[1]
                 corner += x_strides[1]
                 updated = ()
@@ -424,13 +487,14 @@ def _gradients_kernel(
                 pixels = pixels[COLUMNS:]
                 if OF_MAP:
                     outs = _convolve_row(grads, weights, outs, zero, K, COLUMNS)
-                    done = _rows(y - reach, first_own, end_real, bits)
-                    _store(out_corner, done, outs[:COLUMNS], (), False, None, DIM)
+                    done = _rows(y - reach, first_own, end_real, ends)
+                    _store(out_corner, known, done, outs[:COLUMNS], (), False, None, DIM)
                     out_corner += stride_y
                     outs = outs[COLUMNS:]
         if OF_MAP:
             for y in range(first + steps * STEP, end_real + reach):
-                _store(out_corner, _rows(y - reach, first_own, end_real, bits), outs[:COLUMNS], (), False, None, DIM)
+                done = _rows(y - reach, first_own, end_real, ends)
+                _store(out_corner, known, done, outs[:COLUMNS], (), False, None, DIM)
                 out_corner += stride_y
                 outs = outs[COLUMNS:] + _filled(zero, COLUMNS)
     outs = block * CHANNELS + tl.arange(0, CHANNELS)
@@ -451,8 +515,17 @@ def _as_map(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 and stride % x.shape[3] == 0 and stride <= 4 * x.shape[3] else x.contiguous()
 
 
-def _tile_options(tile: Tile, dim: int) -> dict[str, Any]:
-    """What the kernels' tiles have in common."""
+def _tile(tiles: dict[int, Tile], kernel_size: int, x: Tensor) -> Tile:
+    """How a map is cut. Of 32 bits, rows under way would take twice the registers."""
+    tile = tiles[kernel_size]
+    return tile._replace(step=1) if x.element_size() == 4 else tile
+
+
+def _tile_options(tile: Tile, dim: int, *loaded: Tensor) -> dict[str, Any]:
+    """What the kernels' tiles have in common. Of 16 bits two channels are loaded as one word, if all begin at one."""
+    is_even = dim % 2 == 0 and all(
+        x.element_size() == 2 and not any(n % 2 for n in (x.storage_offset(), *x.stride()[:-1])) for x in loaded
+    )
     channels = math.gcd(dim, 64)
     if channels < 16:  # no whole tiles: masked ones
         channels = max(16, min(64, triton.next_power_of_2(dim)))
@@ -461,19 +534,31 @@ def _tile_options(tile: Tile, dim: int) -> dict[str, Any]:
         "DIM": dim,
         "COLUMNS": tile.columns,
         "STEP": tile.step,
+        "maxnreg": tile.registers,
         "CHANNELS": channels,
         "STRIPS": 32 * tile.warps * tile.channels // channels,
-        "PAIRS": tile.channels % 2 == 0 and not TRITON_INTERPRETED,
+        "WORD": 2 if is_even else 1,
         "num_warps": tile.warps,
         "num_stages": 1,
     }
 
 
-def _shares(n_strips: int, height: int, tile: Tile, options: dict[str, Any]) -> tuple[int, int]:
-    """How the rows of all strips are shared out: rows of a program, and programs."""
+def _strides(x: Tensor, word: int) -> tuple[int, int]:
+    """From image to image and from row to row, in words."""
+    return x.stride(0) // word, x.stride(1) // word
+
+
+def _shares(n_strips: int, height: int, halo: int, tile: Tile, options: dict[str, Any]) -> tuple[int, int]:
+    """How the rows of all strips are shared out: rows of a program, and programs.
+
+    A strip that is cut costs up to `halo` rows more.
+    """
     n_rows = triton.cdiv(n_strips, options["STRIPS"]) * height
     n_blocks = triton.cdiv(options["DIM"], options["CHANNELS"])
     rows = max(tile.rows, triton.cdiv(n_rows * n_blocks * tile.warps, tile.most_warps))
+    whole = triton.cdiv(rows, height) * height
+    if whole <= rows + halo:
+        rows = whole
     return rows, triton.cdiv(n_rows, rows) * n_blocks
 
 
@@ -500,16 +585,18 @@ def _convolve(
     if out.numel() == 0:
         return out
     kernel_size = math.isqrt(len(taps))
-    tile = _TILES[kernel_size]
-    options = _tile_options(tile, dim)
-    n_strips = batch * triton.cdiv(out_width, tile.columns)
-    rows, n_programs = _shares(n_strips, out_height, tile, options)
+    tile = _tile(_TILES, kernel_size, x)
     added = x if other is None else _as_map(other)
+    pad = x if pad_value is None else pad_value.to(x.dtype)
+    options = _tile_options(tile, dim, x, added, pad)
+    word = options["WORD"]
+    n_strips = batch * triton.cdiv(out_width, tile.columns)
+    rows, n_programs = _shares(n_strips, out_height, kernel_size - 1, tile, options)
     launch(
         _depthwise_conv_kernel, (n_programs,),
-        x, taps, taps if bias is None else bias, x if pad_value is None else pad_value, added, out,
-        x.stride()[:2], added.stride()[:2], height, width, *pads, out_height, out_width, *origin, n_strips, rows,
-        PIXEL=x.stride(2), OTHER_PIXEL=added.stride(2), TAP=taps.stride(0), CHANNEL=taps.stride(1),
+        x, taps, taps if bias is None else bias, pad, added, out,
+        _strides(x, word), _strides(added, word), height, width, *pads, out_height, out_width, *origin, n_strips, rows,
+        PIXEL=x.stride(2) // word, OTHER_PIXEL=added.stride(2) // word, TAP=taps.stride(0), CHANNEL=taps.stride(1),
         K=kernel_size, TURNED=turned, SKIP=skip, HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, GELU=gelu,
         OTHER=role if other is not None else None, **options,
     )  # fmt: skip
@@ -529,20 +616,20 @@ def _gradients(
     """The programs' sums of the filter's gradient, and the gradient of x (empty unless `of_map`)."""
     batch, height, width, dim = x.shape
     kernel_size = math.isqrt(len(taps))
-    tile = _GRADIENT_TILES[kernel_size]
-    if x.element_size() == 4:  # rows under way would take twice the registers
-        tile = tile._replace(step=1)
-    options = _tile_options(tile, dim)
+    tile = _tile(_GRADIENT_TILES, kernel_size, x)
+    pad = x if pad_value is None else pad_value.to(x.dtype)
+    options = _tile_options(tile, dim, x, grad, pad)
+    word = options["WORD"]
     n_strips = batch * triton.cdiv(width + pads[1], tile.columns)
-    rows, n_programs = _shares(n_strips, height + pads[0], tile, options)
+    rows, n_programs = _shares(n_strips, height + pads[0], kernel_size - 1, tile, options)
     n_parts = n_programs // triton.cdiv(dim, options["CHANNELS"])
     parts = torch.empty((n_parts, kernel_size**2 + 1, dim), dtype=torch.float32, device=x.device)
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if of_map else empty_gradient(x)
     launch(
         _gradients_kernel, (n_programs,),
-        x, grad, taps, x if pad_value is None else pad_value, d_x, parts, x.stride()[:2], grad.stride()[:2],
+        x, grad, taps, pad, d_x, parts, _strides(x, word), _strides(grad, word),
         height, width, *pads, n_strips, rows,
-        PIXEL=x.stride(2), GRAD_PIXEL=grad.stride(2), TAP=taps.stride(0), CHANNEL=taps.stride(1),
+        PIXEL=x.stride(2) // word, GRAD_PIXEL=grad.stride(2) // word, TAP=taps.stride(0), CHANNEL=taps.stride(1),
         K=kernel_size, OF_MAP=of_map, SKIP=skip, HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, **options,
     )  # fmt: skip
     return parts, d_x

@@ -210,6 +210,8 @@ def _random_call(seed: int, dtype: torch.dtype, shape: tuple[int, ...], size: in
             return x.transpose(1, 2).contiguous().transpose(1, 2)
         if kind == 1:  # channels first
             return x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+        if kind == 3:  # pixels of 16 bits begin amid words of 32
+            return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
         return torch.stack((x, x, x), 3)[:, :, :, 2] if kind == 2 else x
 
     dim = shape[3]

@@ -159,7 +159,7 @@ def gelu_16_and_slope(x):
     """(`gelu_16`, its derivative): the latter off by 4e-6. Not a number where x is infinite, as in PyTorch."""
     distance = tl.minimum(tl.abs(x), 6.0)
     tail = normal_tail(distance)
-    density = tl.exp2(tl.fma(x * x, -0.721347520, -1.32574806))  # its logarithm is a parabola
+    density = exp2_normal(tl.fma(x * x, -0.721347520, -1.32574806))  # its logarithm is a parabola
     slope = tl.fma(x, density, tl.where(x > 0, 1.0 - tail, tail))
     return tl.fma(-distance, tail, relu(x)), slope
 

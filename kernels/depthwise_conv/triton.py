@@ -66,6 +66,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
 from vitrail.kernels._common.launch import launch
@@ -512,7 +513,23 @@ def _taps(weight: Tensor) -> Tensor:
 def _as_map(x: Tensor) -> Tensor:
     """The kernels step through channels one by one, over pixels by a constant; other layouts are copied."""
     stride = x.stride(2)
-    return x if x.stride(3) == 1 and stride % x.shape[3] == 0 and stride <= 4 * x.shape[3] else x.contiguous()
+    if x.stride(3) == 1 and stride % x.shape[3] == 0 and stride <= 4 * x.shape[3]:
+        return _in_words(x)
+    return x.contiguous()
+
+
+def _in_words(x: Tensor) -> Tensor:
+    """x, or a copy of it where channels cannot be loaded as words of 32 bits though they are an even number of 16."""
+    if _word_of(x) == 1:
+        return x
+    begin = 0 if isinstance(x, FakeTensor) else x.data_ptr() // 2
+    is_even = not any(n % 2 for n in (begin, *x.stride()[:-1]))
+    return x if is_even else x.clone(memory_format=torch.contiguous_format)
+
+
+def _word_of(x: Tensor) -> int:
+    """Channels that are loaded at once: two of 16 bits are one word."""
+    return 2 if x.element_size() == 2 and x.shape[-1] % 2 == 0 else 1
 
 
 def _tile(tiles: dict[int, Tile], kernel_size: int, x: Tensor) -> Tile:
@@ -521,11 +538,9 @@ def _tile(tiles: dict[int, Tile], kernel_size: int, x: Tensor) -> Tile:
     return tile._replace(step=1) if x.element_size() == 4 else tile
 
 
-def _tile_options(tile: Tile, dim: int, *loaded: Tensor) -> dict[str, Any]:
-    """What the kernels' tiles have in common. Of 16 bits two channels are loaded as one word, if all begin at one."""
-    is_even = dim % 2 == 0 and all(
-        x.element_size() == 2 and not any(n % 2 for n in (x.storage_offset(), *x.stride()[:-1])) for x in loaded
-    )
+def _tile_options(tile: Tile, x: Tensor) -> dict[str, Any]:
+    """What the kernels' tiles have in common."""
+    dim = x.shape[3]
     channels = math.gcd(dim, 64)
     if channels < 16:  # no whole tiles: masked ones
         channels = max(16, min(64, triton.next_power_of_2(dim)))
@@ -537,7 +552,7 @@ def _tile_options(tile: Tile, dim: int, *loaded: Tensor) -> dict[str, Any]:
         "maxnreg": tile.registers,
         "CHANNELS": channels,
         "STRIPS": 32 * tile.warps * tile.channels // channels,
-        "WORD": 2 if is_even else 1,
+        "WORD": _word_of(x),
         "num_warps": tile.warps,
         "num_stages": 1,
     }
@@ -587,8 +602,8 @@ def _convolve(
     kernel_size = math.isqrt(len(taps))
     tile = _tile(_TILES, kernel_size, x)
     added = x if other is None else _as_map(other)
-    pad = x if pad_value is None else pad_value.to(x.dtype)
-    options = _tile_options(tile, dim, x, added, pad)
+    pad = x if pad_value is None else _in_words(pad_value.to(x.dtype))
+    options = _tile_options(tile, x)
     word = options["WORD"]
     n_strips = batch * triton.cdiv(out_width, tile.columns)
     rows, n_programs = _shares(n_strips, out_height, kernel_size - 1, tile, options)
@@ -617,8 +632,8 @@ def _gradients(
     batch, height, width, dim = x.shape
     kernel_size = math.isqrt(len(taps))
     tile = _tile(_GRADIENT_TILES, kernel_size, x)
-    pad = x if pad_value is None else pad_value.to(x.dtype)
-    options = _tile_options(tile, dim, x, grad, pad)
+    pad = x if pad_value is None else _in_words(pad_value.to(x.dtype))
+    options = _tile_options(tile, x)
     word = options["WORD"]
     n_strips = batch * triton.cdiv(width + pads[1], tile.columns)
     rows, n_programs = _shares(n_strips, height + pads[0], kernel_size - 1, tile, options)

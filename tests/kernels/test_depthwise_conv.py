@@ -320,3 +320,17 @@ def test_bad_arguments_are_named() -> None:
         depthwise_conv(x, weight, residual=residual.float())
     with pytest.raises(NotImplementedError, match=r"depthwise_conv.*Triton"):
         depthwise_conv(x, weight, backend="triton")
+
+
+@needs_triton
+def test_maps_that_begin_amid_words_are_copied() -> None:
+    from vitrail.kernels.depthwise_conv.triton import _as_map
+
+    def begun_at(element: int, dim: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(element + 24 * dim).to(dtype)[element:].view(2, 3, 4, dim)
+
+    odd = begun_at(1, 6, torch.float16)
+    assert torch.equal(_as_map(odd), odd)
+    assert _as_map(odd).data_ptr() % 4 == 0
+    for fits in (begun_at(2, 6, torch.bfloat16), begun_at(1, 5, torch.float16), begun_at(1, 6, torch.float32)):
+        assert _as_map(fits) is fits

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import timm.layers
 import torch
 from timm.layers import register_notrace_module
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as watched
 
+from vitrail.kernels._common.direct import need_gradients
 from vitrail.kernels._common.dispatch import settings
 from vitrail.kernels._common.recording import records_graph
 from vitrail.kernels.mlp import mlp
@@ -51,10 +54,7 @@ class Mlp(timm.layers.Mlp):
     def _runs_fused(self, x: Tensor) -> bool:
         if not self._is_plain() or self._drops() or records_graph():
             return False
-        return _is_worth_it(x) and runs_fused(x, self.fc2.weight, self._trains(x))
-
-    def _trains(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        return _is_worth_it(x) and runs_fused(x, self.fc2.weight, need_gradients(chain([x], self.parameters())))
 
     def _drops(self) -> bool:
         return any(part.training and part.p > 0 for part in (self.drop1, self.drop2))

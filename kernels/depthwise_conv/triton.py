@@ -70,7 +70,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
 from vitrail.kernels._common.launch import launch
-from vitrail.kernels._common.triton import INTERPRETED, add_parts_kernel, exp2_normal, gelu_16, normal_tail
+from vitrail.kernels._common.triton import INTERPRETED, add_parts_kernel, exp2_normal, gelu_16, gelu_16_and_slope
 
 _JOINT_SIZES = (3, 5)  # filters whose gradient, and the map's, fit into the registers of one thread
 _PARTS = 64  # sums of programs that are added at once
@@ -153,11 +153,11 @@ def _gelu(x, SHORT: tl.constexpr):
 @triton.jit
 def _gelu_slope(x, SHORT: tl.constexpr):
     if SHORT:
-        tail = normal_tail(tl.minimum(tl.abs(x), 6.0))
-        normal = tl.where(x < 0, tail, 1.0 - tail)
+        _, slope = gelu_16_and_slope(x)
     else:
         normal = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-    return normal + x * exp2_normal(x * x * -0.7213475204444817) * 0.3989422804014327
+        slope = normal + x * exp2_normal(x * x * -0.7213475204444817) * 0.3989422804014327
+    return slope
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from _cuda_graphs import assert_a_cuda_graph_repeats
 from _exactness import allowed_error
 from _graphs import keep_graphs
 from _seeds import seeds
@@ -239,16 +240,7 @@ def test_autocast_on_a_gpu() -> None:
 @pytest.mark.gpu
 def test_fused_runs_in_a_cuda_graph() -> None:
     x, weight, bias = (t.float().cuda() for t in make_inputs((5, 40, 96)))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles
-        want = results([x, weight, bias], x.cos(), 1e-5, "triton")
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = results([x, weight, bias], x.cos(), 1e-5, "triton")
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert_a_cuda_graph_repeats(lambda: results([x, weight, bias], x.cos(), 1e-5, "triton"))
 
 
 def test_bad_arguments_are_named() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from _cuda_graphs import assert_a_cuda_graph_repeats
 from _exactness import allowed_error
 from _graphs import keep_graphs
 from _seeds import seeds
@@ -359,33 +360,13 @@ def test_autocast_on_a_gpu() -> None:
 @pytest.mark.gpu
 def test_fused_runs_in_a_cuda_graph() -> None:
     inputs = [t.cuda() for t in make_inputs((5, 40), 96, 384, 96, torch.bfloat16)]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles
-        want = mlp(*inputs, backend="triton")
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = mlp(*inputs, backend="triton")
-    graph.replay()
-    assert torch.equal(got, want)
+    assert_a_cuda_graph_repeats(lambda: [mlp(*inputs, backend="triton")])
 
 
 @pytest.mark.gpu
 def test_training_runs_in_a_cuda_graph() -> None:
     inputs = [t.cuda().requires_grad_() for t in make_inputs((5, 40), 192, 768, 192, torch.bfloat16)]
-    run = lambda: torch.autograd.grad(mlp(*inputs, backend="triton").square().sum(), inputs)  # noqa: E731
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles, and is recorded for replays
-            want = run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = run()
-    graph.replay()
-    assert all(map(torch.equal, got, want))
+    assert_a_cuda_graph_repeats(lambda: torch.autograd.grad(mlp(*inputs, backend="triton").square().sum(), inputs))
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from _cuda_graphs import assert_a_cuda_graph_repeats
 from _seeds import seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -466,16 +467,7 @@ def test_fused_runs_in_a_cuda_graph() -> None:
         out = run(case, inputs, backend="triton")
         return [out, *torch.autograd.grad(out, leaves, grad)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles
-        want = step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert_a_cuda_graph_repeats(step)
 
 
 def test_choice_is_recorded() -> None:

@@ -13,25 +13,14 @@ _HAS_MMENGINE = importlib.util.find_spec("mmengine") is not None
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _speeds_are_measured_in_a_moment() -> Iterator[None]:
-    if not _HAS_MMENGINE:
-        yield
-        return
-    from vitrail.models.mm import report
-
-    with pytest.MonkeyPatch.context() as patch:
-        short = functools.partial(report.measure_throughput, seconds=0.02)
-        patch.setattr(report, "measure_throughput", short)
-        yield
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _a_config_is_formatted_once() -> Iterator[None]:
-    """MMEngine formats a run's config anew for each of its checkpoints, a tenth of a second a time."""
+def _runs_are_short() -> Iterator[None]:
+    """Speeds are measured in a moment; a run's config, which MMEngine formats for each checkpoint anew, is so once."""
     if not _HAS_MMENGINE:
         yield
         return
     from yapf.yapflib import yapf_api
+
+    from vitrail.models.mm import report
 
     format_code, kept = yapf_api.FormatCode, {}
 
@@ -42,5 +31,6 @@ def _a_config_is_formatted_once() -> Iterator[None]:
         return kept[key]
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "measure_throughput", functools.partial(report.measure_throughput, seconds=0.02))
         patch.setattr(yapf_api, "FormatCode", format_once)
         yield

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitrail.kernels._common.gradients import empty_gradient, sum_of_parts
+from vitrail.kernels._common.gradients import empty_gradient, sum_of_parts, zeros_or_empty
 from vitrail.kernels._common.launch import as_rows, contiguous, launch, multiprocessors, row_stride
 from vitrail.kernels._common.triton import gelu_16_and_slope
 from vitrail.kernels.mlp.op import has_room
@@ -121,10 +121,7 @@ def mlp_backward(
     inputs = (x, w1, b1, w2, b2)
     wanted = [t is not None and is_needed for t, is_needed in zip(inputs, needed, strict=True)]
     if x.numel() == 0:
-        return tuple(
-            empty_gradient(x) if t is None or not wants else torch.zeros_like(t, memory_format=torch.contiguous_format)
-            for t, wants in zip(inputs, wanted, strict=True)
-        )
+        return tuple(zeros_or_empty(x, t if wants else None) for t, wants in zip(inputs, wanted, strict=True))
     d_hidden = x.new_empty((*x.shape[:-1], len(w1))) if wanted[0] else None
     parts = _sums(grad, x, w1, b1, w2, d_hidden, wanted[1:]) if any(wanted) else [None] * 4
     d_x = empty_gradient(x) if d_hidden is None else d_hidden @ w1

@@ -267,6 +267,15 @@ def _overlaps(place, SIZE: tl.constexpr, span):
     return (place + SIZE > first) & (place < end)
 
 
+@triton.jit
+def _exact(tile):
+    """Float32 as float64: in the bias' gradient, a sum over the whole map, the rounding of products would show."""
+    if tile.dtype == tl.float32:
+        return tile.to(tl.float64)
+    else:
+        return tile
+
+
 @triton.jit(do_not_specialize=[*SIZES, "n_slots", "n_splits"])
 def neighborhood_bwd_drpb_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, rpb_ptr, pad_k_ptr, pad_v_ptr, stats_ptr, sums_ptr,
@@ -310,12 +319,13 @@ def neighborhood_bwd_drpb_kernel(
                 grad_ptr, q_ptr, stats_ptr, image, head, axes, own, real_spans(axes), lengths, dilations,
                 grad_strides, q_strides, n_heads, SIGN, QUERY_H, QUERY_W, HEAD_DIM, OFFSET,
             )  # fmt: skip
+            grad, q, k, v = _exact(grad), _exact(q), _exact(k), _exact(v)
             logits = logits_by_query(
                 q, k, (z, y, x), axes, rpb_ptr, head, scale, AXES, True, QUERY_H, QUERY_W, KEY_H, KEY_W
             )  # fmt: skip
             weights = tl.exp2(logits * (scale * LOG2E) - shift[:, None]) * factor[:, None]
             d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
-            sums += weights * (d_weights - correction[:, None])
+            sums += (weights * (d_weights - correction[:, None])).to(tl.float32)
     queries = tl.arange(0, QUERY_H * QUERY_W)
     keys = tl.arange(0, KEY_H * KEY_W)
     slot = sums_ptr + tl.program_id(0).to(tl.int64) * (QUERY_H * QUERY_W * KEY_H * KEY_W)

@@ -199,13 +199,14 @@ def masked_product(
         plane = head * (2 * AXES[0][0] - 1) + distance_z + (AXES[0][0] - 1)
         middle = (plane * SIZE_Y + (AXES[1][0] - 1)) * SIZE_X + (AXES[2][0] - 1)
         offsets = (k_y - q_y) * SIZE_X + (k_x - q_x)
-        if a.dtype == tl.float32:
+        if a.dtype == tl.float32 or a.dtype == tl.float64:
             # Products summed onto the bias would all be rounded at its size: the selection keeps the compiler from it.
             bias = tl.load(rpb_ptr + middle + offsets, mask=visible, other=0.0).to(tl.float32) / scale
             return tl.where(visible, tl.dot(a, b, input_precision="ieee"), float("-inf")) + bias
-        bias = tl.load(rpb_ptr + middle + offsets, mask=visible, other=float("-inf")).to(tl.float32) / scale
-        # As the start of the sum it takes the product's layout. Added behind, the product would take the bias' one.
-        return tl.dot(a, b, acc=bias, input_precision="ieee")
+        else:
+            bias = tl.load(rpb_ptr + middle + offsets, mask=visible, other=float("-inf")).to(tl.float32) / scale
+            # As the start of the sum it takes the product's layout. Added behind, the product would take the bias' one.
+            return tl.dot(a, b, acc=bias, input_precision="ieee")
     else:
         return tl.where(visible, tl.dot(a, b, input_precision="ieee"), float("-inf"))
 

@@ -37,10 +37,9 @@ def routing_attention_lepe(
 ) -> Tensor:
     """`routing_attention` of the parts of one projection, plus the depth-wise convolution of its values.
 
-    The sum that BiFormer projects (arXiv 2303.08810, equation 6; the convolution is the locally enhanced position
-    encoding, LePE, of CSWin, arXiv 2107.00652). Same result as
-    `depthwise_conv(v, weight, bias, residual=routing_attention(q, k, v, routes, ...), pads=..., pad_value=...)`; its
-    backward writes one gradient of `qkv` instead of three and a fourth, and leaves nothing to be added.
+    What BiFormer projects (arXiv 2303.08810, section 3.2), whose released code calls the convolution LePE. Same result
+    as `depthwise_conv(v, weight, bias, residual=routing_attention(q, k, v, routes, ...), pads=..., pad_value=...)`; the
+    backward writes the gradient of `qkv` directly instead of adding up and stacking four.
 
     Args:
         qkv: Queries, keys and values, (B, H, W, 3, heads, D), any strides, any floating dtype.

@@ -620,7 +620,8 @@ def _convolve(
         _strides(x, word), _strides(added, word), height, width, *pads, out_height, out_width, *origin, n_strips, rows,
         PIXEL=x.stride(2) // word, OTHER_PIXEL=added.stride(2) // word, OUT_PIXEL=out.stride(2),
         TAP=taps.stride(0), CHANNEL=taps.stride(1), K=kernel_size, TURNED=turned, SKIP=skip,
-        HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, GELU=gelu, OTHER=role if other is not None else None, **options,
+        HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, GELU=gelu,
+        OTHER=role if other is not None else None, **options,
     )  # fmt: skip
     return out
 

@@ -328,9 +328,6 @@ def _routing_bwd_dkdv_kernel(
     stats = statistics_of(stats_ptr, image * n_heads + head, n_ranks, q_ptr.dtype.element_ty)
     d_k = tl.zeros((BLOCK_K, HEAD_DIM), tl.float32)
     d_v = tl.zeros((BLOCK_K, HEAD_DIM), tl.float32)
-    if ADDS:
-        d_v_offsets = _offsets(image, y, x, head, d_v_strides, HEAD_DIM)
-        d_v = tl.load(d_v_ptr + d_v_offsets, mask=real[:, None], other=0.0).to(tl.float32)
     for start in range(0, n_queries, BLOCK_Q):
         q_region, rank, q_y, q_x, _q_exists, q_real = _other_tokens(start, n_queries, others, geometry, DENSE, BLOCK_Q)
         q_offsets = _offsets(image, q_y, q_x, head, q_strides, HEAD_DIM)
@@ -348,7 +345,10 @@ def _routing_bwd_dkdv_kernel(
         d_scores = weights * (d_weights - correction[:, None]) * scale
         d_k = tl.dot(tl.trans(d_scores.to(q.dtype)), q, acc=d_k, input_precision="ieee")
     tl.store(d_k_ptr + _offsets(image, y, x, head, d_k_strides, HEAD_DIM), d_k.to(k.dtype), mask=real[:, None])
-    tl.store(d_v_ptr + _offsets(image, y, x, head, d_v_strides, HEAD_DIM), d_v.to(v.dtype), mask=real[:, None])
+    d_v_offsets = _offsets(image, y, x, head, d_v_strides, HEAD_DIM)
+    if ADDS:
+        d_v += tl.load(d_v_ptr + d_v_offsets, mask=real[:, None], other=0.0).to(tl.float32)
+    tl.store(d_v_ptr + d_v_offsets, d_v.to(v.dtype), mask=real[:, None])
     if HAS_PAD:
         is_pad = (exists & (real == 0))[:, None]
         slot = d_pad_ptr + tl.program_id(0).to(tl.int64) * (2 * HEAD_DIM) + tl.arange(0, HEAD_DIM)

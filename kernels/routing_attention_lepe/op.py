@@ -48,8 +48,8 @@ def _backward(
 
 
 def _fake_forward(qkv: Tensor, *_: Any) -> Tensor:
-    batch, height, width, _, heads, dim = qkv.shape
-    return torch.empty((batch, height, width, heads * dim), dtype=qkv.dtype, device=qkv.device)
+    shape = (*qkv.shape[:3], qkv.shape[4] * qkv.shape[5])
+    return torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
 
 
 run_routing_attention_lepe = register_operator(

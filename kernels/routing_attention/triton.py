@@ -463,9 +463,14 @@ def routing_attention_forward(
     routes: Tensor,
     n_regions: tuple[int, int],
     scale: float,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Fused forward; arguments as in `routing_attention_reference`."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    """Fused forward; arguments as in `routing_attention_reference`.
+
+    `out` receives the result, if it is given; its last stride is 1.
+    """
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
     q, k, v = unit_stride(q, k, v)

@@ -31,7 +31,8 @@ def routing_attention_lepe_forward(
     """Fused forward; arguments as in `routing_attention_lepe_reference`."""
     q, k, v = qkv.unbind(3)
     missing, (pad_k, pad_v, pad_value) = _padding(qkv, pads, n_regions)
-    out = routing_attention_forward(q, k, v, pad_k, pad_v, routes, n_regions, scale).flatten(3)
+    out = torch.empty((*q.shape[:3], q.shape[3] * q.shape[4]), dtype=q.dtype, device=q.device)
+    routing_attention_forward(q, k, v, pad_k, pad_v, routes, n_regions, scale, out=out.view(q.shape))
     return depthwise_conv_forward(v.flatten(3), weight, bias, pad_value, out, missing, False, False, out=out)
 
 

@@ -265,6 +265,19 @@ def test_fused_is_as_exact_as_eager(
 
 
 @needs_triton
+def test_autocast_leaves_padding_as_it_is(large_tiles: None) -> None:
+    """The projection's bias stays in float32, and so does its gradient."""
+    call = _draw_call(0, (1, 3, 3, 1, 16), 3, (2, 2), 2, torch.float16)
+    exact = call.run(torch.float64, "eager")
+    with torch.autocast(DEVICE, torch.float16):
+        eager, fused = (call.run(torch.float32, backend) for backend in ("eager", "triton"))
+    assert [t.dtype for t in fused] == [torch.float16] + [torch.float32] * 4
+    for truth, ours, theirs in zip(exact, fused, eager, strict=True):
+        error = (ours.double() - truth).norm() / truth.norm()
+        assert error <= allowed_error(truth, theirs, torch.float16)
+
+
+@needs_triton
 def test_gradient_of_the_values_is_rounded_once_more_than_the_convolution(large_tiles: None) -> None:
     """Queries of zero make all weights 1/16, and the filter passes the gradient on: both parts are exact."""
     call = _draw_call(0, (1, 4, 4, 1, 16), 3, (2, 2), 4, torch.float16)

@@ -179,13 +179,14 @@ class _Call(NamedTuple):
 
     def run(self, dtype: torch.dtype, backend: str) -> list[Tensor]:
         """Output and the gradients of all tensors."""
-        leaves = {name: t.to(dtype) for name, t in self.tensors.items()}
-        if backend == "eager":  # the truth does not depend on how a map lies, nor on PyTorch's kernels for odd ones
-            leaves = {name: t.clone(memory_format=torch.contiguous_format) for name, t in leaves.items()}
-        leaves = {name: t.detach().requires_grad_() for name, t in leaves.items()}
+        given = {name: t.to(dtype) for name, t in {**self.tensors, "grad": self.grad}.items()}
+        if backend == "eager":  # how a map lies changes nothing, but breaks PyTorch's kernels for 16 bits on a GPU
+            given = {name: t.clone(memory_format=torch.contiguous_format) for name, t in given.items()}
+        grad = given.pop("grad")
+        leaves = {name: t.detach().requires_grad_() for name, t in given.items()}
         out = depthwise_conv(**leaves, **self.options, backend=backend)
         wanted = list(leaves.values())
-        return [out, *torch.autograd.grad(out, wanted, self.grad.to(dtype), allow_unused=True, materialize_grads=True)]
+        return [out, *torch.autograd.grad(out, wanted, grad, allow_unused=True, materialize_grads=True)]
 
     def check_fused(self, dtype: torch.dtype) -> None:
         """The fused kernels are as close to float64 as the eager form of the same dtype; a schedule changes nothing."""

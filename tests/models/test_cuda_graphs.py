@@ -45,7 +45,8 @@ def test_losses_are_the_same(name: str) -> None:
     for mode in (None, "reduce-overhead"):
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=8, drop_path_rate=0.0, **MODELS[name]).cuda().train()
-        found.append(_losses(model, mode))
+        with torch.backends.cudnn.flags(deterministic=True):  # the stem's convolutions would differ from run to run
+            found.append(_losses(model, mode))
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
     assert found[0][-1] != found[0][0]
     torch.testing.assert_close(*found)

@@ -56,7 +56,7 @@ class RoutingAttention(nn.Module):
         self.topk = topk
         self.scale = dim**-0.5
         self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
-        self.lepe = DepthwiseConv2d(dim, 5, device=device, dtype=dtype)
+        self.lepe = DepthwiseConv2d(dim, 5, device=device, dtype=dtype)  # is not called: the operator convolves
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ _BLOCK = 64  # tokens of a tile, at most
 _TILE_BYTES = 16384  # of one tile of tokens, at most
 _STAGES = {"fwd": 2, "bwd_dq": 2, "bwd_dkdv": 1}  # of the pipelines; the last one's would cost half of the occupancy
 _DENSE_FWD = (64, 256)  # most queries and keys of a tile of the dense forward, where all keys fit; heads up to 32
+_ADDING_REGISTERS = 128  # of a thread: four programs of four warps to a multiprocessor, where one more would be three
 _MASK_BITS = 64  # regions that an integer can tell apart
 _DENSE_ADVANTAGE = 2  # how many times more products the dense form may do: it reads far fewer keys
 
@@ -310,7 +311,7 @@ def _routing_bwd_dkdv_kernel(
     """One program: gradients of one block of keys and values, over the queries of the regions that chose them.
 
     `list_ptr` holds these regions, `n_listed` an image, between the two bounds of each key region; dense, the masks.
-    ADDS: that of the values is added to what `d_v_ptr` holds, which no other program reads or writes.
+    ADDS: that of the values begins with what `d_v_ptr` holds there, which no other program reads or writes.
     """
     geometry = (height, width, n_regions, COLUMNS or columns, region_h, REGION_W or region_w)
     n_ranks = n_regions * region_h * region_w
@@ -328,6 +329,9 @@ def _routing_bwd_dkdv_kernel(
     stats = statistics_of(stats_ptr, image * n_heads + head, n_ranks, q_ptr.dtype.element_ty)
     d_k = tl.zeros((BLOCK_K, HEAD_DIM), tl.float32)
     d_v = tl.zeros((BLOCK_K, HEAD_DIM), tl.float32)
+    if ADDS:
+        begun = d_v_ptr + _offsets(image, y, x, head, d_v_strides, HEAD_DIM)
+        d_v = tl.load(begun, mask=real[:, None], other=0.0).to(tl.float32)
     for start in range(0, n_queries, BLOCK_Q):
         q_region, rank, q_y, q_x, _q_exists, q_real = _other_tokens(start, n_queries, others, geometry, DENSE, BLOCK_Q)
         q_offsets = _offsets(image, q_y, q_x, head, q_strides, HEAD_DIM)
@@ -345,10 +349,7 @@ def _routing_bwd_dkdv_kernel(
         d_scores = weights * (d_weights - correction[:, None]) * scale
         d_k = tl.dot(tl.trans(d_scores.to(q.dtype)), q, acc=d_k, input_precision="ieee")
     tl.store(d_k_ptr + _offsets(image, y, x, head, d_k_strides, HEAD_DIM), d_k.to(k.dtype), mask=real[:, None])
-    d_v_offsets = _offsets(image, y, x, head, d_v_strides, HEAD_DIM)
-    if ADDS:
-        d_v += tl.load(d_v_ptr + d_v_offsets, mask=real[:, None], other=0.0).to(tl.float32)
-    tl.store(d_v_ptr + d_v_offsets, d_v.to(v.dtype), mask=real[:, None])
+    tl.store(d_v_ptr + _offsets(image, y, x, head, d_v_strides, HEAD_DIM), d_v.to(v.dtype), mask=real[:, None])
     if HAS_PAD:
         is_pad = (exists & (real == 0))[:, None]
         slot = d_pad_ptr + tl.program_id(0).to(tl.int64) * (2 * HEAD_DIM) + tl.arange(0, HEAD_DIM)
@@ -428,6 +429,7 @@ class _Problem:
         self.others = _block(n_keys, most_others)
         self.single = n_keys <= self.others
         self.warps = min(8, max(1, self.own // 16) * max(1, row_bytes * q.element_size() // 256))
+        self.registers = _ADDING_REGISTERS if row_bytes <= 64 and q.element_size() == 2 and self.warps == 4 else None
         blocks = math.ceil(self.n_ranks / self.own) if self.dense else self.n_regions * math.ceil(tokens / self.own)
         self.programs = self.batch * blocks  # for each head
         self.grid = (self.programs * self.heads,)
@@ -556,7 +558,7 @@ def _run_backward(
     launch(
         _routing_bwd_dkdv_kernel, problem.grid, *inputs, listed, bounds, stats, d_k, d_v, d_pad, *strides,
         *map_strides(d_k, d_v), *problem.geometry, problem.heads, problem.n_regions * problem.topk, problem.scale,
-        ADDS=adds_to_v, **problem.options("bwd_dkdv"),
+        ADDS=adds_to_v, maxnreg=problem.registers if adds_to_v else None, **problem.options("bwd_dkdv"),
     )  # fmt: skip
     return d_pad
 

@@ -5,6 +5,13 @@ place, which the convolution reads where it writes. The backward writes into the
 convolution's gradients first, then those of attention, whose sums for the values begin with what the convolution has
 left. So the gradient of the values is rounded to the inputs' dtype once more than in one sum, not twice, and nothing is
 added, stacked or copied afterwards: for a map of 56x56x64, batch 128, in bfloat16 that is 0.4 GB less to move.
+
+Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, batch 128, CUDA-graph replay), microseconds of attention's
+backward at 56x56x64, top-1 / 28x28x128, top-4 / 14x14x256, top-16, which adds to the gradient of the values: 257 / 219
+/ 237, and 243 / 214 / 246 without the addition. Its sums have to begin with what is added, and where a program has four
+warps they are kept to 128 registers: added at the end it took 280 / 237 / 255, without the limit 273 / 219 / 249, and
+with the limit for single warps, too, 234 at the second size. Prefetched into the L2 cache and added at the end: 297 /
+239 / 266.
 """
 
 from __future__ import annotations

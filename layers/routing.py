@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
@@ -9,8 +11,9 @@ from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
 from vitrail.kernels._common.partition import has_padding
-from vitrail.kernels.routing_attention import region_routes, routing_attention
+from vitrail.kernels.routing_attention import region_routes
 from vitrail.kernels.routing_attention.reference import region_size
+from vitrail.kernels.routing_attention_lepe import routing_attention_lepe
 from vitrail.layers._heads import head_width
 from vitrail.layers.depthwise import DepthwiseConv2d
 
@@ -53,25 +56,26 @@ class RoutingAttention(nn.Module):
         self.topk = topk
         self.scale = dim**-0.5
         self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
-        self.lepe = DepthwiseConv2d(dim, 5, device=device, dtype=dtype)
+        self.lepe = DepthwiseConv2d(dim, 5, device=device, dtype=dtype)  # is not called: the operator convolves
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C), for any H and W."""
         qkv = self.qkv(x).view(x.shape[0], x.shape[1], x.shape[2], 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.unbind(3)
-        bias = self.qkv.bias.view(3, self.num_heads, self.head_dim)
+        q, k, _ = qkv.unbind(3)
+        pads: Optional[Tensor] = None  # noqa: UP045 -- TorchScript reads the annotation
+        if has_padding(region_size(x.shape[1], x.shape[2], self.n_regions)[1]):
+            pads = self.qkv.bias.view(3, self.num_heads, self.head_dim)
+        pad_q, pad_k = (None, None) if pads is None else (pads[0], pads[1])
+        grid, weight, bias = self.n_regions, self.lepe.weight, self.lepe.bias
         if torch.jit.is_scripting():
-            routes = torch.ops.vitrail.region_routes(q, k, bias[0], bias[1], self.n_regions, self.topk)
-            y = torch.ops.vitrail.routing_attention(q, k, v, bias[1], bias[2], routes, self.n_regions, self.scale)
+            routes = torch.ops.vitrail.region_routes(q, k, pad_q, pad_k, grid, self.topk)
+            weight, bias = weight.to(qkv.dtype), bias if bias is None else bias.to(qkv.dtype)
+            y = torch.ops.vitrail.routing_attention_lepe(qkv, pads, weight, bias, routes, grid, self.scale)
         else:
-            grid = self.n_regions
-            routes = region_routes(q, k, n_regions=grid, topk=self.topk, pad_q=bias[0], pad_k=bias[1])
-            y = routing_attention(q, k, v, routes, n_regions=grid, pad_k=bias[1], pad_v=bias[2], scale=self.scale)
-        pads = region_size(x.shape[1], x.shape[2], self.n_regions)[1]
-        # A copy: without gradients PyTorch's FLOP counter stumbles over modules that are given views of parameters.
-        pad_v = bias[2].flatten().clone() if has_padding(pads) else None
-        return self.proj(self.lepe(v.flatten(3), y.flatten(3), pad_v, pads))
+            routes = region_routes(q, k, n_regions=grid, topk=self.topk, pad_q=pad_q, pad_k=pad_k)
+            y = routing_attention_lepe(qkv, routes, weight, bias, n_regions=grid, pads=pads, scale=self.scale)
+        return self.proj(y)
 
 
 @register_notrace_module

@@ -92,12 +92,18 @@ def _neighborhood_attention(dtype: torch.dtype, head_dim: int) -> None:
 
 
 def _routing_attention(dtype: torch.dtype, head_dim: int) -> None:
+    """And its gradients in the way of `routing_attention_lepe`, which runs on its kernels."""
+    from vitrail.kernels.routing_attention.triton import routing_attention_gradients
+
     pads = [_input(dtype, _HEADS, head_dim) for _ in range(2)]
     for size, topk in ((56, 4), (25, 4), (14, 16), (7, 49)):
         q, k, v = _packed(dtype, head_dim, size).unbind(3)
         region_routes(q, k, n_regions=7, topk=topk, pad_q=pads[0], pad_k=pads[1], backend="triton")
         routes = torch.arange(topk).expand(2, 49, topk)
         _train(routing_attention, q, k, v, routes, n_regions=7, pad_k=pads[0], pad_v=pads[1])
+        parts = torch.zeros(2, size, size, 3, _HEADS, head_dim, dtype=dtype).unbind(3)
+        grad = torch.zeros(q.shape, dtype=dtype)
+        routing_attention_gradients(grad, q, k, v, *parts, *pads, routes, (7, 7), 1.0, adds_to_v=True)
 
 
 def _retention(dtype: torch.dtype, head_dim: int) -> None:
@@ -166,12 +172,18 @@ def _mlp(dtype: torch.dtype, channels: int) -> None:
 
 
 def _depthwise_conv(dtype: torch.dtype, kernel: int) -> None:
+    from vitrail.kernels.depthwise_conv.triton import depthwise_conv_backward, depthwise_conv_forward
+
     for channels in (64, 20):  # whole blocks of channels, and one that is cut off
         bias, pad = (_input(dtype, channels) for _ in range(2))
         x, weight = _input(dtype, 2, 14, 14, channels), _input(dtype, channels, 1, kernel, kernel)
         _train(depthwise_conv, x, weight, bias, gelu=True, skip=True)
         _train(depthwise_conv, x, weight, bias, pads=(1, 2), pad_value=pad)
-    value = _input(dtype, 2, 14, 14, 3, channels)[:, :, :, 2]
+    packed = torch.zeros(2, 14, 14, 3, channels, dtype=dtype)  # as `routing_attention_lepe` holds maps and gradients
+    value, d_value = packed[:, :, :, 2], torch.zeros_like(packed)[:, :, :, 2]
+    grad = depthwise_conv_forward(value, weight, bias, None, x, (0, 0), False, False, out=x.detach())
+    depthwise_conv_backward(grad, value, weight, bias, None, (0, 0), False, False, d_x=d_value)
+    value.requires_grad_()
     _train(depthwise_conv, value, weight)
     _train(depthwise_conv, value, weight, residual=x)
 

@@ -90,19 +90,25 @@ def _check(
 
 def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, pad: Tensor | None) -> None:
     check_dims(_NAME, "x", x, "(B, H, W, C)")
-    check_dims(_NAME, "weight", weight, "(C, 1, k, k)")
-    height, width = weight.shape[2:]
-    if height != width or width % 2 == 0:
-        raise ValueError(f"{_NAME}: weight holds filters of {height} x {width}; allowed: odd squares")
-    check_floating(_NAME, x=x, weight=weight)
-    check_shape(_NAME, "weight", weight, (x.shape[3], 1, height, width))
-    for name, vector in (("bias", bias), ("pad_value", pad)):
-        if vector is not None:
-            check_floating(_NAME, **{name: vector})
-            check_shape(_NAME, name, vector, x.shape[3:])
+    check_floating(_NAME, x=x)
+    check_filter(_NAME, x.shape[3], weight, bias=bias, pad_value=pad)
     if residual is not None:
         check_floating(_NAME, residual=residual)
         check_shape(_NAME, "residual", residual, x.shape)
+
+
+def check_filter(op: str, dim: int, weight: Tensor, **vectors: Tensor | None) -> None:
+    """Checks a depth-wise filter of `dim` channels, (C, 1, k, k), and what else has one number a channel, (C,)."""
+    check_dims(op, "weight", weight, "(C, 1, k, k)")
+    height, width = weight.shape[2:]
+    if height != width or width % 2 == 0:
+        raise ValueError(f"{op}: weight holds filters of {height} x {width}; allowed: odd squares")
+    check_floating(op, weight=weight)
+    check_shape(op, "weight", weight, (dim, 1, height, width))
+    for name, vector in vectors.items():
+        if vector is not None:
+            check_floating(op, **{name: vector})
+            check_shape(op, name, vector, (dim,))
 
 
 def _check_alike(

@@ -309,14 +309,15 @@ def _store(corner, exists, ends, totals, others, GELU: tl.constexpr, OTHER: tl.c
 def _depthwise_conv_kernel(
     x_ptr, weight_ptr, bias_ptr, pad_ptr, other_ptr, out_ptr, x_strides, other_strides,
     height, width, pad_bottom, pad_right, out_height, out_width, origin_y, origin_x, n_strips, rows,
-    DIM: tl.constexpr, PIXEL: tl.constexpr, OTHER_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
-    K: tl.constexpr, TURNED: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
-    GELU: tl.constexpr, OTHER: tl.constexpr,
+    DIM: tl.constexpr, PIXEL: tl.constexpr, OTHER_PIXEL: tl.constexpr, OUT_PIXEL: tl.constexpr,
+    TAP: tl.constexpr, CHANNEL: tl.constexpr, K: tl.constexpr, TURNED: tl.constexpr, SKIP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, GELU: tl.constexpr, OTHER: tl.constexpr,
     COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, WORD: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One program's rows of strips. The output's first pixel is (origin_y, origin_x) of the input.
 
-    OTHER: None, "add" to add a second map, or "slope" to multiply it by the slope of GELU at the convolution.
+    OTHER: None, "add" to add a second map, or "slope" to multiply it by the slope of GELU at the convolution. A program
+    reads of it what it writes itself, before it does: the second map may be the output.
     """
     n_blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
     reach: tl.constexpr = K // 2
@@ -348,9 +349,9 @@ def _depthwise_conv_kernel(
         ends, pad_ends = _ends(x, width, exists), _ends(x, width + pad_right, exists)
         out_ends = _ends(out_x, out_width, exists)
         corner = _corner(_words(x_ptr, WORD), x_strides, image, first, x, words, PIXEL)
-        stride_y = out_width.to(tl.int64) * DIM
+        stride_y = out_width.to(tl.int64) * OUT_PIXEL
         out_strides = (out_height * stride_y, stride_y)
-        out_corner = _corner(out_ptr, out_strides, image, first - shift, out_x, channels, DIM)
+        out_corner = _corner(out_ptr, out_strides, image, first - shift, out_x, channels, OUT_PIXEL)
         other_corner = out_corner
         others = ()
         if OTHER is not None:
@@ -377,7 +378,7 @@ def _depthwise_conv_kernel(
                 corner += x_strides[1]
                 sums = _convolve_row(tiles, weights, sums, start, K, COLUMNS)
                 other = _converted(others[:COLUMNS], dtype, WORD)
-                _store(out_corner, known, done, sums[:COLUMNS], other, GELU, OTHER, DIM)
+                _store(out_corner, known, done, sums[:COLUMNS], other, GELU, OTHER, OUT_PIXEL)
                 if OTHER is not None:
                     wanted = _rows(y - shift + STEP, first_out, end_out, out_ends)
                     others = others[COLUMNS:] + _load(other_corner, real, starts, wanted, COLUMNS, 0, OTHER_PIXEL)
@@ -388,7 +389,7 @@ def _depthwise_conv_kernel(
         for y in range(first + steps * STEP, last):
             done = _rows(y - shift, first_out, end_out, out_ends)
             other = _converted(others[:COLUMNS], dtype, WORD)
-            _store(out_corner, known, done, sums[:COLUMNS], other, GELU, OTHER, DIM)
+            _store(out_corner, known, done, sums[:COLUMNS], other, GELU, OTHER, OUT_PIXEL)
             if OTHER is not None:
                 wanted = _rows(y - shift + STEP, first_out, end_out, out_ends)
                 others = others[COLUMNS:] + _load(other_corner, real, starts, wanted, COLUMNS, 0, OTHER_PIXEL)
@@ -401,8 +402,9 @@ def _depthwise_conv_kernel(
 def _gradients_kernel(
     x_ptr, grad_ptr, weight_ptr, pad_ptr, out_ptr, parts_ptr, x_strides, grad_strides,
     height, width, pad_bottom, pad_right, n_strips, rows,
-    DIM: tl.constexpr, PIXEL: tl.constexpr, GRAD_PIXEL: tl.constexpr, TAP: tl.constexpr, CHANNEL: tl.constexpr,
-    K: tl.constexpr, OF_MAP: tl.constexpr, SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
+    DIM: tl.constexpr, PIXEL: tl.constexpr, GRAD_PIXEL: tl.constexpr, OUT_PIXEL: tl.constexpr,
+    TAP: tl.constexpr, CHANNEL: tl.constexpr, K: tl.constexpr, OF_MAP: tl.constexpr, SKIP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
     COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, WORD: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The map's gradient in one program's rows of strips (OF_MAP), and its sums (parts, K * K + 1, DIM).
@@ -440,8 +442,8 @@ def _gradients_kernel(
         ends, pad_ends = _ends(x, width, exists), _ends(x, width + pad_right, exists)
         grad_corner = _corner(_words(grad_ptr, WORD), grad_strides, image, first, x - reach, words, GRAD_PIXEL)
         corner = _corner(_words(x_ptr, WORD), x_strides, image, first - reach, x, words, PIXEL)
-        stride_y = width.to(tl.int64) * DIM
-        out_corner = _corner(out_ptr, (height * stride_y, stride_y), image, first - reach, x, channels, DIM)
+        stride_y = width.to(tl.int64) * OUT_PIXEL
+        out_corner = _corner(out_ptr, (height * stride_y, stride_y), image, first - reach, x, channels, OUT_PIXEL)
         grads_ahead = _load_rows(
             grad_corner, real, first, first, last, starts, grad_ends, grad_strides, STEP, wide, reach, GRAD_PIXEL
         )
@@ -489,13 +491,13 @@ def _gradients_kernel(
                 if OF_MAP:
                     outs = _convolve_row(grads, weights, outs, zero, K, COLUMNS)
                     done = _rows(y - reach, first_own, end_real, ends)
-                    _store(out_corner, known, done, outs[:COLUMNS], (), False, None, DIM)
+                    _store(out_corner, known, done, outs[:COLUMNS], (), False, None, OUT_PIXEL)
                     out_corner += stride_y
                     outs = outs[COLUMNS:]
         if OF_MAP:
             for y in range(first + steps * STEP, end_real + reach):
                 done = _rows(y - reach, first_own, end_real, ends)
-                _store(out_corner, known, done, outs[:COLUMNS], (), False, None, DIM)
+                _store(out_corner, known, done, outs[:COLUMNS], (), False, None, OUT_PIXEL)
                 out_corner += stride_y
                 outs = outs[COLUMNS:] + _filled(zero, COLUMNS)
     outs = block * CHANNELS + tl.arange(0, CHANNELS)
@@ -591,12 +593,17 @@ def _convolve(
     size: Sequence[int] | None = None,
     origin: Sequence[int] = (0, 0),
     dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """One launch; `role` says what happens to `other`, `size` and `origin` cut another window than the map itself."""
+    """One launch; `role` says what happens to `other`, `size` and `origin` cut another window than the map itself.
+
+    `out` receives the result, if it is given: all its pixels lie at one distance. It may be `other`.
+    """
     x = _as_map(x)
     batch, height, width, dim = x.shape
     out_height, out_width = (height, width) if size is None else size
-    out = torch.empty((batch, out_height, out_width, dim), dtype=dtype or x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((batch, out_height, out_width, dim), dtype=dtype or x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     kernel_size = math.isqrt(len(taps))
@@ -611,8 +618,9 @@ def _convolve(
         _depthwise_conv_kernel, (n_programs,),
         x, taps, taps if bias is None else bias, pad, added, out,
         _strides(x, word), _strides(added, word), height, width, *pads, out_height, out_width, *origin, n_strips, rows,
-        PIXEL=x.stride(2) // word, OTHER_PIXEL=added.stride(2) // word, TAP=taps.stride(0), CHANNEL=taps.stride(1),
-        K=kernel_size, TURNED=turned, SKIP=skip, HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, GELU=gelu,
+        PIXEL=x.stride(2) // word, OTHER_PIXEL=added.stride(2) // word, OUT_PIXEL=out.stride(2),
+        TAP=taps.stride(0), CHANNEL=taps.stride(1), K=kernel_size, TURNED=turned, SKIP=skip,
+        HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, GELU=gelu,
         OTHER=role if other is not None else None, **options,
     )  # fmt: skip
     return out
@@ -625,10 +633,10 @@ def _gradients(
     bias: Tensor | None,
     pad_value: Tensor | None,
     pads: Sequence[int],
-    of_map: bool,
+    d_x: Tensor | None,
     skip: bool,
-) -> tuple[Tensor, Tensor]:
-    """The programs' sums of the filter's gradient, and the gradient of x (empty unless `of_map`)."""
+) -> Tensor:
+    """The programs' sums of the filter's gradient; fills the gradient of x, if it is given."""
     batch, height, width, dim = x.shape
     kernel_size = math.isqrt(len(taps))
     tile = _tile(_GRADIENT_TILES, kernel_size, x)
@@ -639,15 +647,16 @@ def _gradients(
     rows, n_programs = _shares(n_strips, height + pads[0], kernel_size - 1, tile, options)
     n_parts = n_programs // triton.cdiv(dim, options["CHANNELS"])
     parts = torch.empty((n_parts, kernel_size**2 + 1, dim), dtype=torch.float32, device=x.device)
-    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if of_map else empty_gradient(x)
+    out = x if d_x is None else d_x
     launch(
         _gradients_kernel, (n_programs,),
-        x, grad, taps, pad, d_x, parts, _strides(x, word), _strides(grad, word),
+        x, grad, taps, pad, out, parts, _strides(x, word), _strides(grad, word),
         height, width, *pads, n_strips, rows,
-        PIXEL=x.stride(2) // word, GRAD_PIXEL=grad.stride(2) // word, TAP=taps.stride(0), CHANNEL=taps.stride(1),
-        K=kernel_size, OF_MAP=of_map, SKIP=skip, HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, **options,
+        PIXEL=x.stride(2) // word, GRAD_PIXEL=grad.stride(2) // word, OUT_PIXEL=out.stride(2),
+        TAP=taps.stride(0), CHANNEL=taps.stride(1), K=kernel_size, OF_MAP=d_x is not None, SKIP=skip,
+        HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, **options,
     )  # fmt: skip
-    return parts, d_x
+    return parts
 
 
 def _add_parts(parts: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -683,11 +692,17 @@ def depthwise_conv_forward(
     pads: Sequence[int],
     gelu: bool,
     skip: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Fused forward; arguments as in `depthwise_conv_reference`."""
+    """Fused forward; arguments as in `depthwise_conv_reference`.
+
+    `out` receives the result, if it is given: contiguous, or the part of a contiguous tensor that holds every pixel's
+    channels beside others. It may be `residual`.
+    """
     if skip and gelu:  # behind GELU the input cannot be part of the filter
         residual = x if residual is None else residual + x
-    return _convolve(x, _taps(weight), bias, pad_value, pads, residual, "add", gelu=gelu, skip=skip and not gelu)
+    skip = skip and not gelu
+    return _convolve(x, _taps(weight), bias, pad_value, pads, residual, "add", gelu=gelu, skip=skip, out=out)
 
 
 def depthwise_conv_backward(
@@ -699,8 +714,12 @@ def depthwise_conv_backward(
     pads: Sequence[int],
     gelu: bool,
     skip: bool,
+    d_x: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fused gradients of x, weight, bias and pad_value, empty for those that are absent."""
+    """Fused gradients of x, weight, bias and pad_value, empty for those that are absent.
+
+    `d_x` receives that of x, if it is given; it may lie as the result of `depthwise_conv_forward`.
+    """
     if x.numel() == 0:
         zeros = [zeros_or_empty(x, tensor) for tensor in (x, weight, bias, pad_value)]
         return zeros[0], zeros[1], zeros[2], zeros[3]
@@ -709,9 +728,11 @@ def depthwise_conv_backward(
     if gelu:
         grad = _convolve(x, taps, bias, pad_value, pads, grad, "slope")
     x, grad = _as_map(x), _as_map(grad)
+    if d_x is None:
+        d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     is_joint = weight.shape[-1] in _JOINT_SIZES and passed is None
-    parts, d_x = _gradients(grad, x, taps, bias, pad_value, pads, is_joint, skip)
+    parts = _gradients(grad, x, taps, bias, pad_value, pads, d_x if is_joint else None, skip)
     if not is_joint:
-        d_x = _convolve(grad, taps, other=passed, role="add", turned=True, skip=skip and not gelu)
+        _convolve(grad, taps, other=passed, role="add", turned=True, skip=skip and not gelu, out=d_x)
     d_pad = empty_gradient(x) if pad_value is None else _pad_gradient(grad, taps, pads).to(pad_value.dtype)
     return d_x, *_add_parts(parts, weight, bias), d_pad

@@ -129,10 +129,16 @@ def _check_attention(
 ) -> tuple[int, int]:
     """Checks the arguments of `routing_attention`; returns the normalised number of regions."""
     check_projections(_NAME, "(B, H, W, heads, D)", q=q, k=k, v=v)
-    regions = to_pair(_NAME, "n_regions", n_regions, 1)
-    check_dims(_NAME, "routes", routes, "(B, R, topk)")
-    check_shape(_NAME, "routes", routes, (q.shape[0], regions[0] * regions[1], routes.shape[2]))
-    if routes.dtype != torch.int64:
-        raise TypeError(f"{_NAME}: routes is {routes.dtype}; allowed: torch.int64")
+    regions = check_routing(_NAME, q.shape[0], routes, n_regions)
     check_pads(_NAME, q, pad_k=pad_k, pad_v=pad_v)
+    return regions
+
+
+def check_routing(op: str, batch: int, routes: Tensor, n_regions: int | Sequence[int]) -> tuple[int, int]:
+    """Checks the routes of a batch; returns the normalised number of regions."""
+    regions = to_pair(op, "n_regions", n_regions, 1)
+    check_dims(op, "routes", routes, "(B, R, topk)")
+    check_shape(op, "routes", routes, (batch, regions[0] * regions[1], routes.shape[2]))
+    if routes.dtype != torch.int64:
+        raise TypeError(f"{op}: routes is {routes.dtype}; allowed: torch.int64")
     return regions

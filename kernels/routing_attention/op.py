@@ -77,17 +77,26 @@ def _routes_flops(q_shape: Any, k: Any, pad_q: Any, pad_k: Any, n_regions: Any, 
     return 2 * batch * math.prod(n_regions) ** 2 * heads * dim
 
 
-@register_flop_formula(torch.ops.vitrail.routing_attention_backward)
-def _backward_flops(grad_shape: Any, *forward_shapes: Any, **__: Any) -> int:
-    """Five products where the forward has two: the logits anew, and four gradients."""
-    return _forward_flops(*forward_shapes) // 2 * 5
+def routing_flops(q_shape: Sequence[int], routes: Sequence[int], n_regions: Sequence[int], n_products: int) -> int:
+    """Two FLOPs a multiply-add of `n_products` products of a region's queries with the keys of its routed regions.
+
+    Padded positions are included.
+    """
+    batch, height, width, heads, dim = q_shape
+    tokens = math.prod(region_size(height, width, (n_regions[0], n_regions[1]))[0])
+    return 2 * n_products * batch * math.prod(n_regions) * tokens * routes[2] * tokens * heads * dim
 
 
 @register_flop_formula(torch.ops.vitrail.routing_attention)
 def _forward_flops(
     q_shape: Any, k: Any, v: Any, pad_k: Any, pad_v: Any, routes: Any, n_regions: Any, *_: Any, **__: Any
 ) -> int:
-    """Two products of a region's queries with the keys of its routed regions, padded positions included."""
-    batch, height, width, heads, dim = q_shape
-    tokens = math.prod(region_size(height, width, n_regions)[0])
-    return 4 * batch * math.prod(n_regions) * tokens * routes[2] * tokens * heads * dim
+    return routing_flops(q_shape, routes, n_regions, 2)
+
+
+@register_flop_formula(torch.ops.vitrail.routing_attention_backward)
+def _backward_flops(
+    grad: Any, q_shape: Any, k: Any, v: Any, pad_k: Any, pad_v: Any, routes: Any, n_regions: Any, *_: Any, **__: Any
+) -> int:
+    """Five products where the forward has two: the logits anew, and four gradients."""
+    return routing_flops(q_shape, routes, n_regions, 5)

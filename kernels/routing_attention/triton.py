@@ -78,6 +78,7 @@ _BLOCK = 64  # tokens of a tile, at most
 _TILE_BYTES = 16384  # of one tile of tokens, at most
 _STAGES = {"fwd": 2, "bwd_dq": 2, "bwd_dkdv": 1}  # of the pipelines; the last one's would cost half of the occupancy
 _DENSE_FWD = (64, 256)  # most queries and keys of a tile of the dense forward, where all keys fit; heads up to 32
+_ADDING_REGISTERS = 128  # of a thread: four programs of four warps to a multiprocessor, where one more would be three
 _MASK_BITS = 64  # regions that an integer can tell apart
 _DENSE_ADVANTAGE = 2  # how many times more products the dense form may do: it reads far fewer keys
 
@@ -304,12 +305,13 @@ def _routing_bwd_dkdv_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, pad_k_ptr, pad_v_ptr, list_ptr, bounds_ptr, stats_ptr, d_k_ptr, d_v_ptr, d_pad_ptr,
     grad_strides, q_strides, k_strides, v_strides, d_k_strides, d_v_strides,
     height, width, n_regions, columns, region_h, region_w, n_heads, n_listed, scale,
-    DENSE: tl.constexpr, COLUMNS: tl.constexpr, REGION_W: tl.constexpr, HAS_PAD: tl.constexpr,
+    DENSE: tl.constexpr, COLUMNS: tl.constexpr, REGION_W: tl.constexpr, HAS_PAD: tl.constexpr, ADDS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program: gradients of one block of keys and values, over the queries of the regions that chose them.
 
     `list_ptr` holds these regions, `n_listed` an image, between the two bounds of each key region; dense, the masks.
+    ADDS: that of the values begins with what `d_v_ptr` holds there, which no other program reads or writes.
     """
     geometry = (height, width, n_regions, COLUMNS or columns, region_h, REGION_W or region_w)
     n_ranks = n_regions * region_h * region_w
@@ -327,6 +329,9 @@ def _routing_bwd_dkdv_kernel(
     stats = statistics_of(stats_ptr, image * n_heads + head, n_ranks, q_ptr.dtype.element_ty)
     d_k = tl.zeros((BLOCK_K, HEAD_DIM), tl.float32)
     d_v = tl.zeros((BLOCK_K, HEAD_DIM), tl.float32)
+    if ADDS:
+        begun = d_v_ptr + _offsets(image, y, x, head, d_v_strides, HEAD_DIM)
+        d_v = tl.load(begun, mask=real[:, None], other=0.0).to(tl.float32)
     for start in range(0, n_queries, BLOCK_Q):
         q_region, rank, q_y, q_x, _q_exists, q_real = _other_tokens(start, n_queries, others, geometry, DENSE, BLOCK_Q)
         q_offsets = _offsets(image, q_y, q_x, head, q_strides, HEAD_DIM)
@@ -424,6 +429,7 @@ class _Problem:
         self.others = _block(n_keys, most_others)
         self.single = n_keys <= self.others
         self.warps = min(8, max(1, self.own // 16) * max(1, row_bytes * q.element_size() // 256))
+        self.registers = _ADDING_REGISTERS if row_bytes <= 64 and q.element_size() == 2 and self.warps == 4 else None
         blocks = math.ceil(self.n_ranks / self.own) if self.dense else self.n_regions * math.ceil(tokens / self.own)
         self.programs = self.batch * blocks  # for each head
         self.grid = (self.programs * self.heads,)
@@ -459,9 +465,14 @@ def routing_attention_forward(
     routes: Tensor,
     n_regions: tuple[int, int],
     scale: float,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Fused forward; arguments as in `routing_attention_reference`."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    """Fused forward; arguments as in `routing_attention_reference`.
+
+    `out` receives the result, if it is given; its last stride is 1.
+    """
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
     q, k, v = unit_stride(q, k, v)
@@ -488,20 +499,48 @@ def routing_attention_backward(
 ) -> tuple[Tensor, ...]:
     """Fused backward: the gradients of q, k, v, contiguous, and of pad_k and pad_v, empty if absent."""
     d_q, d_k, d_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    if q.numel() == 0:
+    d_pads = routing_attention_gradients(grad, q, k, v, d_q, d_k, d_v, pad_k, pad_v, routes, n_regions, scale)
+    if pad_k is None or pad_v is None or d_pads is None:
         return d_q, d_k, d_v, zeros_or_empty(grad, pad_k), zeros_or_empty(grad, pad_v)
-    grad, q, k, v = unit_stride(grad, q, k, v)
-    problem = _Problem(q, pad_k, routes, n_regions, scale)
-    inputs = (grad, q, k, v, contiguous(pad_k), contiguous(pad_v))
-    d_pad = _run_backward(problem, inputs, routes.contiguous(), (d_q, d_k, d_v))
-    if pad_k is None or pad_v is None or not problem.has_pad:
-        return d_q, d_k, d_v, zeros_or_empty(grad, pad_k), zeros_or_empty(grad, pad_v)
-    d_pad_k, d_pad_v = d_pad.sum(0).unbind(1)
+    d_pad_k, d_pad_v = d_pads.unbind(1)
     return d_q, d_k, d_v, d_pad_k.to(pad_k.dtype).contiguous(), d_pad_v.to(pad_v.dtype).contiguous()
 
 
+def routing_attention_gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    pad_k: Tensor | None,
+    pad_v: Tensor | None,
+    routes: Tensor,
+    n_regions: tuple[int, int],
+    scale: float,
+    adds_to_v: bool = False,
+) -> Tensor | None:
+    """Writes d_q, d_k and d_v, whose last stride is 1; with `adds_to_v` the last is added to what d_v holds.
+
+    Returns:
+        The gradients of pad_k and pad_v, (heads, 2, D) in float32; None where they have no influence.
+    """
+    if q.numel() == 0:
+        return None
+    grad, q, k, v = unit_stride(grad, q, k, v)
+    problem = _Problem(q, pad_k, routes, n_regions, scale)
+    inputs = (grad, q, k, v, contiguous(pad_k), contiguous(pad_v))
+    d_pad = _run_backward(problem, inputs, routes.contiguous(), (d_q, d_k, d_v), adds_to_v)
+    return d_pad.sum(0) if problem.has_pad else None
+
+
 def _run_backward(
-    problem: _Problem, inputs: tuple[Any, ...], routes: Tensor, gradients: tuple[Tensor, Tensor, Tensor]
+    problem: _Problem,
+    inputs: tuple[Any, ...],
+    routes: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    adds_to_v: bool,
 ) -> Tensor:
     """Fills the gradients of q, k and v; returns the partial sums of those of the padding, (slots, heads, 2, D)."""
     grad, q, k, v = inputs[:4]
@@ -519,7 +558,7 @@ def _run_backward(
     launch(
         _routing_bwd_dkdv_kernel, problem.grid, *inputs, listed, bounds, stats, d_k, d_v, d_pad, *strides,
         *map_strides(d_k, d_v), *problem.geometry, problem.heads, problem.n_regions * problem.topk, problem.scale,
-        **problem.options("bwd_dkdv"),
+        ADDS=adds_to_v, maxnreg=problem.registers if adds_to_v else None, **problem.options("bwd_dkdv"),
     )  # fmt: skip
     return d_pad
 

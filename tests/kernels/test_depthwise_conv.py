@@ -231,16 +231,6 @@ def _random_call(seed: int, dtype: torch.dtype, shape: tuple[int, ...], size: in
     return _Call(tensors, options, layout(randn(*shape)))
 
 
-@pytest.fixture
-def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer and larger programs on the CPU: the interpreter's time goes by their number."""
-    triton = pytest.importorskip("vitrail.kernels.depthwise_conv.triton")
-    if DEVICE == "cpu":
-        for table in ("_TILES", "_GRADIENT_TILES"):
-            monkeypatch.setattr(triton, table, {size: triton.Tile(3, 2, 16, 1, 1 + size // 5, 4) for size in (3, 5, 7)})
-        monkeypatch.setattr(triton, "_PARTS", 1)
-
-
 _DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
 

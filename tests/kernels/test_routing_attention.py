@@ -203,13 +203,6 @@ def _random_call(seed: int, dtype: torch.dtype, shape: tuple[int, ...] | None = 
     return _Call(qkv, pads, routes.to(DEVICE), n_regions, randn(batch, height, width, heads, dim))
 
 
-@pytest.fixture(params=["by_region", "dense"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
-    """Makes every call take one of the two forms of the kernels."""
-    triton = pytest.importorskip("vitrail.kernels.routing_attention.triton")
-    monkeypatch.setattr(triton, "_DENSE_ADVANTAGE", math.inf if request.param == "dense" else 0)
-
-
 _DTYPES = pytest.mark.parametrize(
     "dtype",
     # Triton's interpreter multiplies bfloat16 tiles as raw integers: that dtype needs a GPU.
@@ -222,7 +215,7 @@ _DTYPES = pytest.mark.parametrize(
 @_DTYPES
 @pytest.mark.parametrize("seed", range(8))
 def test_fused_is_as_exact_as_eager(
-    seed: int, dtype: torch.dtype, kernels: None, monkeypatch: pytest.MonkeyPatch
+    seed: int, dtype: torch.dtype, routing_kernels: None, poison: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vitrail.kernels.routing_attention import triton
 
@@ -336,7 +329,7 @@ def test_opposite_lists() -> None:
 
 @needs_triton
 @pytest.mark.parametrize("padded", [True, False])
-def test_registration_of_the_kernels(padded: bool, kernels: None) -> None:
+def test_registration_of_the_kernels(padded: bool, routing_kernels: None) -> None:
     q, k, v, _, pad_k, pad_v = (t.float().to(DEVICE).requires_grad_() for t in _inputs(2, 5, 4, 1, 16))
     routes = torch.rand(2, 4, 4).topk(3).indices.to(DEVICE)
     pads = (pad_k, pad_v) if padded else (None, None)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from _graphs import keep_graphs
 from torch import Tensor, nn
 
+from vitrail.kernels._common.dispatch import HAS_TRITON, settings
 from vitrail.layers.routing import FullAttention, RoutingAttention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _literal_routing(layer: RoutingAttention, x: Tensor, n_win: int, topk: int) -> Tensor:
@@ -92,6 +96,27 @@ def test_script_and_compile(kind: str, size: tuple[int, int]) -> None:
     want = layer(x)
     torch.testing.assert_close(torch.jit.script(layer)(x), want)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), want)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize(("height", "adds"), [(4, 0), (3, 1)], ids=["whole", "padded"])
+def test_training_neither_joins_nor_adds_gradients(height: int, adds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the projection's bias, which has a second gradient where it is what padding holds."""
+    monkeypatch.setattr(settings, "default_backend", "triton")
+    layer = RoutingAttention(16, 1, 2, 2, device=DEVICE)
+    x = torch.randn(1, height, 4, 16, device=DEVICE, requires_grad=True)
+    backend, graphs = keep_graphs()
+    torch.compile(layer, fullgraph=True, backend=backend)(x).sum().backward()
+    forward, backward = graphs
+    assert [node for node in forward if node.startswith("vitrail")] == [
+        "vitrail.region_routes.default",
+        "vitrail.routing_attention_lepe.default",
+    ]
+    assert [node for node in backward if node.startswith("vitrail")] == [
+        "vitrail.routing_attention_lepe_backward.default"
+    ]
+    assert sum("add" in node for node in backward) == adds
+    assert not any(word in node for node in backward for word in ("cat", "stack", "scatter"))
 
 
 def test_bad_arguments_are_named() -> None:

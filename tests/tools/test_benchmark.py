@@ -111,12 +111,12 @@ def test_graphs_that_leave_no_memory_are_dropped(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_wrong_model_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    right = routing.routing_attention
+    right = routing.routing_attention_lepe
 
     def wrong(*args: Any, **kwargs: Any) -> Tensor:
         return right(*args, **kwargs) * (1.05 if settings.default_backend == "auto" else 1)
 
-    monkeypatch.setattr(routing, "routing_attention", wrong)
+    monkeypatch.setattr(routing, "routing_attention_lepe", wrong)
     rows = _suite(["timm/test_resnet", "biformer_n", "eager/biformer_n"], Variant())
     assert [(row["note"], row["correct"]) for row in rows] == [(None, None), ("wrong", False), (None, None)]
     assert main(["biformer_n", "--device", "cpu", "--img-size", "32", "--batch-size", "1"]) == 1
@@ -134,7 +134,7 @@ def test_other_forms_of_a_model_compute_the_same() -> None:
             got = model(image)
     assert (got - want).norm() < 1e-5 * want.norm()
     assert {choice.reason for choice in choices} == {"backend 'eager'"}
-    assert "routing_attention" not in {choice.op for choice in choices}
+    assert "routing_attention_lepe" not in {choice.op for choice in choices}
     assert settings.default_backend == "auto"
 
 

@@ -146,8 +146,10 @@ def _projected(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, Tenso
     for name in _CONVOLUTIONS:  # they add values, too, but are no attention
         if hasattr(layer, name):
             handles.append(getattr(layer, name).register_forward_pre_hook(_without_gradient_of_values))
+    # Routed attention's convolution is part of its operator: a filter of zeros leaves the values' gradient alone.
+    filters = {"lepe.weight": torch.zeros_like(layer.lepe.weight)} if isinstance(layer, RoutingAttention) else {}
     try:
-        layer(*inputs)
+        torch.func.functional_call(layer, filters, inputs)
     finally:
         for handle in handles:
             handle.remove()

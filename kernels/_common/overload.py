@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch._ops import OpOverload
 
-from vitrail.kernels._common.direct import direct_kind, need_gradients
+from vitrail.kernels._common.direct import need_gradients, someone_watches_graphs
+from vitrail.kernels._common.kinds import kind_of
 from vitrail.kernels._common.replay import Replayed
 
 
@@ -29,9 +30,9 @@ class ReplayingOverload(OpOverload):
         overload.replayed = replayed
 
     def __call__(self, /, *arguments: Any, **options: Any) -> Any:
-        if not options:
+        if not options and not someone_watches_graphs():
             tensors: list[Tensor] = []
-            plan = self.replayed.plan_of(direct_kind(arguments, tensors))
+            plan = self.replayed.plan_of(kind_of(arguments, tensors))
             if plan is not None and not need_gradients(tensors):
                 return plan.run(tensors)
         return super().__call__(*arguments, **options)

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.kernels._common import launch as launching
-from vitrail.kernels._common import replay
+from vitrail.kernels._common import plan, replay
 from vitrail.kernels._common.kinds import kind_of
 from vitrail.kernels._common.registration import register_operator
 from vitrail.kernels._common.shortcut import _Shortcut
@@ -72,7 +72,7 @@ def add(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     kernel = _Kernel()
     driver_of_none = SimpleNamespace(get_current_stream=lambda device: f"stream of {device}")
     monkeypatch.setattr(type(driver), "active", driver_of_none)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(plan, "_current_device", lambda: None)
     monkeypatch.setattr(replay, "REPLAYS", True)
     monkeypatch.setattr(launching, "_compiled", {})
     monkeypatch.setattr(_Code, "replays", 0)

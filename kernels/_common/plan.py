@@ -1,0 +1,203 @@
+"""Plans: the steps of a recorded call, written as one Python function without a loop or a choice.
+
+What a loop over the steps would look up at every call takes as long as the launches themselves. Compiling the function
+takes a few tenths of a millisecond, once for each kind of call. `Plan.code` shows it; it reads like
+
+    def repeat(tensors):
+        [t0, t1] = tensors
+        stream = stream0(0)
+        scratch = empty1((4096,), (1,), dtype2).data_ptr()
+        t2 = empty1((8, 64), (64, 1), dtype3)
+        ...
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._dynamo import guards
+
+from vitrail.kernels._common.launch import Starter
+
+_ALIGNMENT = 512  # bytes; PyTorch's allocator places tensors so, too
+_empty_strided_cuda: Callable[..., Tensor] | None = getattr(guards, "_empty_strided_cuda", None)
+# Where a call is replayed CUDA is initialised, to which `torch.cuda.current_device` sees each time.
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
+class Writer:
+    """Writes the function. The call's values are numbered by their places; `t5` is one, `p5` its address."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.lines: list[str] = []
+        self.objects: dict[str, Any] = {}  # that the function names
+        self._names: dict[int, str] = {}  # of these, by their identities
+        self._kept: dict[int, str] = {}  # names of values that every call shares
+        self._addresses: dict[int, str] = {}
+
+    def add(self, line: str) -> None:
+        self.lines.append(line)
+
+    def value(self, place: int) -> str:
+        """A tensor."""
+        return self._kept.get(place, f"t{place}")
+
+    def keep(self, place: int, tensor: Tensor) -> None:
+        """Makes a tensor the value of every call."""
+        self._kept[place] = self.constant(tensor, "kept")
+
+    def constant(self, value: Any, name: str = "object") -> str:
+        """A number, a tuple of such, or an object by a name that begins so."""
+        if type(value) in (tuple, torch.Size):
+            return f"({''.join(f'{self.constant(one, name)}, ' for one in value)})"
+        if value is None or type(value) in (bool, int) or (type(value) is float and math.isfinite(value)):
+            return repr(value)
+        if id(value) not in self._names:
+            self._names[id(value)] = f"{name}{len(self.objects)}"
+            self.objects[self._names[id(value)]] = value
+        return self._names[id(value)]
+
+    def address(self, place: int, offset: int) -> str:
+        """A tensor's address and some bytes more, as a launch takes it."""
+        if place not in self._addresses:
+            self._addresses[place] = f"p{place}"
+            self.add(f"p{place} = {self.value(place)}.data_ptr()")
+        return f"{self._addresses[place]} + {offset}" if offset else self._addresses[place]
+
+    def empty(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> str:
+        """A new tensor on the current device, on GPUs made as compiled graphs do: past all of PyTorch's layers."""
+        layout = f"{self.constant(tuple(shape))}, {self.constant(tuple(strides))}"
+        if self.device.type == "cuda" and _empty_strided_cuda is not None:
+            return f"{self.constant(_empty_strided_cuda, 'empty')}({layout}, {self.constant(dtype, 'dtype')})"
+        options = f"dtype={self.constant(dtype, 'dtype')}, device={self.constant(self.device, 'device')}"
+        return f"{self.constant(torch.empty_strided, 'empty')}({layout}, {options})"
+
+    def add_scratch(self, allocations: Sequence[Allocation]) -> None:
+        """Makes what launches alone read and write, which need no more than an address, parts of one tensor."""
+        size = 0
+        for allocation in allocations:
+            self._addresses[allocation.place] = f"scratch + {size}" if size else "scratch"
+            size += -(-allocation.n_bytes // _ALIGNMENT) * _ALIGNMENT
+        if size:
+            self.add(f"memory = {self.empty((size,), (1,), torch.uint8)}")
+            self.add("scratch = memory.data_ptr()")
+
+
+class Allocation:
+    """Makes a contiguous tensor."""
+
+    def __init__(self, made: Tensor, place: int) -> None:
+        self.place = place
+        self.shape, self.strides, self.dtype, self.n_bytes = made.shape, made.stride(), made.dtype, made.nbytes
+
+    def write(self, writer: Writer) -> None:
+        writer.add(f"t{self.place} = {writer.empty(self.shape, self.strides, self.dtype)}")
+
+
+class View:
+    """Shows a part of another tensor's memory; however many views lie between the two, it is one."""
+
+    def __init__(self, root: Tensor, root_place: int, view: Tensor, place: int) -> None:
+        self.root_place, self.place = root_place, place
+        self.shape, self.strides = view.shape, view.stride()
+        self.offset = view.storage_offset() - root.storage_offset()
+
+    def write(self, writer: Writer) -> None:
+        root, layout = writer.value(self.root_place), f"{writer.constant(self.shape)}, {writer.constant(self.strides)}"
+        writer.add(f"t{self.place} = {root}.as_strided({layout}, {root}.storage_offset() + {self.offset})")
+
+
+class Operation:
+    """Calls an operator of PyTorch.
+
+    Args:
+        func: The operator.
+        args: Its arguments.
+        kwargs: Those by name, none of which is a value of the call.
+        given: Places of the values among the arguments, by their positions.
+        places: Of the results.
+        several: Whether it returns a sequence.
+    """
+
+    def __init__(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        given: dict[int, int],
+        places: Sequence[int],
+        several: bool,
+    ) -> None:
+        self.func, self.kwargs, self.given, self.places, self.several = func, kwargs, given, places, several
+        self.args = [None if position in given else arg for position, arg in enumerate(args)]
+
+    def write(self, writer: Writer) -> None:
+        given = [
+            writer.value(self.given[position]) if position in self.given else writer.constant(arg)
+            for position, arg in enumerate(self.args)
+        ]
+        given += [f"{name}={writer.constant(arg)}" for name, arg in self.kwargs.items()]
+        results = ", ".join(f"t{place}" for place in self.places)
+        call = f"{writer.constant(self.func, self.func._schema.name.rpartition(':')[2])}({', '.join(given)})"
+        writer.add(f"[{results}] = {call}" if self.several else f"{results} = {call}")
+
+
+class Launch:
+    """Launches compiled code.
+
+    Args:
+        starter: How.
+        grid: Numbers of programs, one to three.
+        numbers: The kernel's parameters, anything in place of the addresses.
+        addresses: Of these the position, the place of the tensor, and the bytes to be added.
+    """
+
+    def __init__(
+        self, starter: Starter, grid: tuple[int, ...], numbers: list[Any], addresses: list[tuple[int, int, int]]
+    ) -> None:
+        self.starter, self.grid, self.numbers, self.addresses = starter, grid, numbers, addresses
+
+    def write(self, writer: Writer) -> None:
+        parameters = [writer.constant(number) for number in self.numbers]
+        for position, place, offset in self.addresses:
+            parameters[position] = writer.address(place, offset)
+        before = [
+            *map(writer.constant, (*self.grid, 1, 1)[:3]), "stream", *map(writer.constant, self.starter.before)
+        ]  # fmt: skip
+        given = ", ".join(parameters)
+        given = f"({given},)" if self.starter.packs_parameters else given
+        writer.add(f"{writer.constant(self.starter.start, 'launch')}({', '.join(before)}, {given})")
+
+
+class Plan:
+    """How a call is repeated.
+
+    Args:
+        writer: Has written the steps.
+        n_given: The call's tensors are the first values.
+        results: Places of the results, or of the only one.
+    """
+
+    def __init__(self, writer: Writer, n_given: int, results: Sequence[int] | int) -> None:
+        self.device = writer.device
+        given = ", ".join(f"t{place}" for place in range(n_given))
+        if isinstance(results, int):
+            found = writer.value(results)
+        else:
+            found = f"({''.join(f'{writer.value(place)}, ' for place in results)})"
+        lines = ["def repeat(tensors):", f"[{given}] = tensors", *writer.lines, f"return {found}"]
+        self.code = "\n    ".join(lines)
+        exec(compile(self.code, "<replayed call>", "exec"), writer.objects)
+        self._repeat: Callable[[Sequence[Tensor]], Any] = writer.objects["repeat"]
+
+    def run(self, tensors: Sequence[Tensor]) -> Any:
+        """Repeats the call with other tensors of the same kind."""
+        if self.device.index != _current_device():
+            with torch.cuda.device(self.device):
+                return self._repeat(tensors)
+        return self._repeat(tensors)

@@ -1,14 +1,7 @@
 """Plans: the steps of a recorded call, written as one Python function without a loop or a choice.
 
 What a loop over the steps would look up at every call takes as long as the launches themselves. Compiling the function
-takes a few tenths of a millisecond, once for each kind of call. `Plan.code` shows it; it reads like
-
-    def repeat(tensors):
-        [t0, t1] = tensors
-        stream = stream0(0)
-        scratch = empty1((4096,), (1,), dtype2).data_ptr()
-        t2 = empty1((8, 64), (64, 1), dtype3)
-        ...
+takes a few tenths of a millisecond, once for each kind of call. `Plan.code` shows it.
 """
 
 from __future__ import annotations
@@ -38,7 +31,7 @@ class Writer:
         self.objects: dict[str, Any] = {}  # that the function names
         self._names: dict[int, str] = {}  # of these, by their identities
         self._kept: dict[int, str] = {}  # names of values that every call shares
-        self._addresses: dict[int, str] = {}
+        self._addresses: dict[int, tuple[str, int]] = {}  # a name, and bytes that are to be added
 
     def add(self, line: str) -> None:
         self.lines.append(line)
@@ -65,9 +58,10 @@ class Writer:
     def address(self, place: int, offset: int) -> str:
         """A tensor's address and some bytes more, as a launch takes it."""
         if place not in self._addresses:
-            self._addresses[place] = f"p{place}"
+            self._addresses[place] = f"p{place}", 0
             self.add(f"p{place} = {self.value(place)}.data_ptr()")
-        return f"{self._addresses[place]} + {offset}" if offset else self._addresses[place]
+        name, start = self._addresses[place]
+        return f"{name} + {start + offset}" if start + offset else name
 
     def empty(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> str:
         """A new tensor on the current device, on GPUs made as compiled graphs do: past all of PyTorch's layers."""
@@ -81,7 +75,7 @@ class Writer:
         """Makes what launches alone read and write, which need no more than an address, parts of one tensor."""
         size = 0
         for allocation in allocations:
-            self._addresses[allocation.place] = f"scratch + {size}" if size else "scratch"
+            self._addresses[allocation.place] = "scratch", size
             size += -(-allocation.n_bytes // _ALIGNMENT) * _ALIGNMENT
         if size:
             self.add(f"memory = {self.empty((size,), (1,), torch.uint8)}")

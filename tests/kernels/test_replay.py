@@ -6,6 +6,7 @@ Where there is no GPU a stand-in for compiled code works on the addresses that i
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -90,6 +91,7 @@ def _replayed(function: Callable[..., Any]) -> Callable[..., Any]:
         tensors: list[Tensor] = []
         return implementation.run(kind_of(arguments, tensors), tensors, arguments)
 
+    call.plans = implementation._plans  # type: ignore[attr-defined]
     return call
 
 
@@ -231,29 +233,113 @@ def test_one_tensor_in_two_places_is_not_recorded(add: Callable[..., None]) -> N
         torch.testing.assert_close(fast(x, y), function(x, y), rtol=0, atol=0)
 
 
+def test_scratch_of_launches_is_one_tensor(add: Callable[..., None]) -> None:
+    """Its parts do not overlap and begin as tensors do; results and what operators of PyTorch read stay their own."""
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scratch = [torch.empty(n, dtype=x.dtype, device=x.device) for n in (200, 130, 200, 1)]
+        out, shown, read = (torch.empty_like(x) for _ in range(3))
+        for part, number in zip(scratch, (1.0, 2.0, 3.0, 4.0), strict=True):
+            add(x[: part.numel()], part, number)
+        add(scratch[0], out, 0.25)
+        add(scratch[2][1:], shown[1:], 0.5)
+        add(scratch[2][:1], shown[:1], 0.5)
+        add(scratch[1][:3], read[:3], 0.0)
+        add(scratch[3], read[3:4], 0.0)
+        return out, shown[1:], read[:4].sum()
+
+    fast = _replayed(function)
+    for _ in range(4):
+        x = torch.randn(200)
+        found, wanted = fast(x), function(x)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    assert _Code.replays == 18
+    assert len({one.untyped_storage().data_ptr() for one in found}) == 3
+    assert found[0].untyped_storage().nbytes() == found[0].nbytes
+    assert found[0].untyped_storage().data_ptr() != fast(x)[0].untyped_storage().data_ptr()
+    (known,) = fast.plans.values()
+    (size,) = re.findall(r"memory = .*?\(\((\d+), \)", known.code)
+    starts = [0, *map(int, re.findall(r"(?<=[ (])scratch \+ (\d+)(?=,)", known.code))]
+    assert set(starts) == {0, 1024, 2048, 3072}
+    assert int(size) == 3584
+
+
 @pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
 @pytest.mark.parametrize("hook", [print, SimpleNamespace(calls=[print]), SimpleNamespace(calls=[]), None])
-def test_launch_hooks_are_called(
-    add: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str, hook: Any
+def test_nothing_is_replayed_while_launches_have_hooks(
+    overload: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, name: str, hook: Any
 ) -> None:
-    """Functions and chains of them are, chains that are empty are not."""
+    """Functions and chains of them count, chains that are empty do not."""
     from triton import knobs
 
-    seen: list[Any] = []
-
-    class Hooked:
-        function = packed_metadata = None
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *parameters: seen.append((grid, parameters))
-
-        def run(self, *everything: Any) -> None:
-            seen.append("past the hooks")
-
+    replays = _Code.replays
     monkeypatch.setattr(knobs.runtime, name, hook)
-    launching.starter(Hooked(), (3, 2), torch.device("cpu"))((1, 2))
-    has_some = hook is not None and (hook is print or hook.calls)
-    assert seen == ([((3, 2, 1), (1, 2))] if has_some else ["past the hooks"])
+    x = torch.randn(2, 3)
+    assert torch.equal(overload(x, None, 0.5, [1, 2]), x + 3.5)
+    has_some = hook is not None and (hook is print or bool(hook.calls))
+    assert bool(_DISPATCHED) == has_some
+    assert _Code.replays == replays + (not has_some)
+
+
+class _Recorded(list[Any]):
+    """Stands for a launcher in C."""
+
+    def __call__(self, *given: Any) -> None:
+        self.append(given)
+
+
+def _launcher(kind: str, **others: Any) -> Any:
+    """Triton's launcher around the stand-in, or another thing of its form."""
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    launcher = object.__new__(driver.CudaLauncher if kind == "triton" else type(kind, (), {}))
+    settings = {
+        "launch": _Recorded(), "num_ctas": 1, "launch_cooperative_grid": "cooperative", "launch_pdl": "dependent",
+        "global_scratch_size": 0, "global_scratch_align": 1, "profile_scratch_size": 0, "profile_scratch_align": 1,
+        "gsan_enabled": False, "arg_annotations": ["kinds"], "kernel_signature": b"types",
+    }  # fmt: skip
+    for name, value in {**settings, **others}.items():
+        setattr(launcher, name, value)
+    return launcher
+
+
+def test_the_launcher_in_c_gets_what_triton_gives_it(add: Callable[..., None]) -> None:
+    """Of the installed version: this fails where its launcher has changed under a known number."""
+    import triton
+
+    launcher = _launcher("triton")
+    code = SimpleNamespace(run=launcher, function="function", packed_metadata="metadata")
+    launcher(2, 3, 1, "stream", code.function, code.packed_metadata, None, None, None, 5, 0.5, None)
+    known = launching.starter(code)
+    parameters = ((5, 0.5, None),) if known.packs_parameters else (5, 0.5, None)
+    known.start(2, 3, 1, "stream", *known.before, *parameters)
+    if triton.__version__.startswith(("3.6.", "3.8.")):
+        assert known.start is launcher.launch
+    wanted, found = launcher.launch
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        lambda: _launcher("triton", global_scratch_size=64),
+        lambda: _launcher("triton", profile_scratch_size=64),
+        lambda: _launcher("triton", gsan_enabled=True),
+        lambda: _launcher("triton", launch=lambda *given: None),
+        lambda: _launcher("HIPLauncher"),
+    ],
+    ids=["workspace", "profile", "instrumented", "descriptors", "other"],
+)
+def test_launchers_that_do_more_are_not_passed_by(launcher: Callable[[], Any]) -> None:
+    run = launcher()
+    code = SimpleNamespace(run=run, function="function", packed_metadata="metadata")
+    assert launching.starter(code) == (run, ("function", "metadata", None, None, None), False)
+
+
+def test_unknown_versions_launchers_are_not_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.__version__", "3.99.0")
+    run = _launcher("triton")
+    code = SimpleNamespace(run=run, function="function", packed_metadata="metadata")
+    assert launching.starter(code).start is run
 
 
 @pytest.fixture

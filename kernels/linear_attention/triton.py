@@ -6,7 +6,7 @@ any strides over (B, H, W, heads): the parts of a packed projection need no copy
 Tiling. `kernels/_common/triton.py`: a program has one chunk of one image's tokens in one head. Forward, two passes: the
 sums of every chunk's keys and of its keys times values, then every query against their total. Backward, three: the same
 sums, then the queries' gradients along with the sums for the keys' and values' gradients, which are the third pass.
-Where the map is one chunk, one kernel makes all passes, and the sums stay in registers. Every order of addition is
+Where the map is one chunk, one kernel makes all passes if heads are small, and the sums stay in registers. Every order of addition is
 fixed; there are no atomics.
 
 Numerics. Everything but the inputs and results is float32: the sums grow with the map and a gradient divided by them is
@@ -27,6 +27,7 @@ from vitrail.kernels._common.triton import Chunks, place, relu, square_offsets, 
 _BLOCK_BYTES = 4096  # of one tile of tokens: at twice this the backward spills registers in float32
 _LEAST_CHUNK = 512  # tokens
 _MOST_CHUNKS = 64
+_MOST_WHOLE = 64  # channels of a head where one kernel makes all passes: with more it spills registers in float32
 
 
 @triton.jit
@@ -116,7 +117,7 @@ def _linear_attention_fwd_kernel(
     n_tokens, width, heads, n_chunks, chunk_size, floor,
     IS_WHOLE: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """The result at one chunk's queries; the sums are made here where the chunk is the whole map."""
+    """The result at one chunk's queries; where it is the whole map the sums are made here."""
     image, head, chunk, row = place(n_chunks, heads)
     first = chunk * chunk_size
     end = tl.minimum(first + chunk_size, n_tokens)
@@ -148,7 +149,7 @@ def _linear_attention_bwd_dq_kernel(
 ):  # fmt: skip
     """Gradients of one chunk's queries, and the chunk's share in those of the sums and of the temperature.
 
-    Where the chunk is the whole map, the gradients of keys and values, too.
+    Where it is the whole map, the gradients of keys and values, too.
     """
     image, head, chunk, row = place(n_chunks, heads)
     first = chunk * chunk_size
@@ -219,7 +220,7 @@ def linear_attention_forward(q: Tensor, k: Tensor, v: Tensor, temperature: Tenso
     chunks = _chunks(q)
     launch(
         _linear_attention_fwd_kernel, chunks.grid, q, k, v, temperature.contiguous(), out, _sums(k, v, chunks),
-        *map_strides(q, k, v, out), *chunks.scalars, floor, IS_WHOLE=chunks.n_chunks == 1, **chunks.options,
+        *map_strides(q, k, v, out), *chunks.scalars, floor, IS_WHOLE=_is_whole(chunks), **chunks.options,
     )  # fmt: skip
     return out
 
@@ -241,7 +242,7 @@ def linear_attention_backward(
     launch(
         _linear_attention_bwd_dq_kernel, chunks.grid, grad, q, k, v, temperature.contiguous(), d_q, d_k, d_v,
         sums, d_sums, d_temperature, *map_strides(grad, q, k, v, d_q, d_k, d_v), *chunks.scalars, floor,
-        IS_WHOLE=chunks.n_chunks == 1, **chunks.options,
+        IS_WHOLE=_is_whole(chunks), **chunks.options,
     )  # fmt: skip
     if d_sums is not None:
         launch(
@@ -252,7 +253,7 @@ def linear_attention_backward(
 
 
 def _sums(k: Tensor, v: Tensor, chunks: Chunks) -> Tensor | None:
-    """Every chunk's sums of keys times values and of keys, if the map is more than one."""
+    """Every chunk's sums of keys times values and of keys, where they do not stay in registers."""
     sums = _workspace(chunks)
     if sums is not None:
         launch(
@@ -264,7 +265,12 @@ def _sums(k: Tensor, v: Tensor, chunks: Chunks) -> Tensor | None:
 
 def _workspace(chunks: Chunks) -> Tensor | None:
     """Uninitialised sums, where they do not stay in registers."""
-    return None if chunks.n_chunks == 1 else chunks.workspace(chunks.head_dim * (chunks.head_dim + 1))
+    return None if _is_whole(chunks) else chunks.workspace(chunks.head_dim * (chunks.head_dim + 1))
+
+
+def _is_whole(chunks: Chunks) -> bool:
+    """Whether one kernel makes all passes."""
+    return chunks.n_chunks == 1 and chunks.head_dim <= _MOST_WHOLE
 
 
 def _chunks(q: Tensor) -> Chunks:

@@ -6,8 +6,8 @@ any strides over (B, H, W, heads): the parts of a packed projection need no copy
 Tiling. `kernels/_common/triton.py`: a program has one chunk of one image's tokens in one head. Forward, two passes: the
 sums of every chunk's keys and of its keys times values, then every query against their total. Backward, three: the same
 sums, then the queries' gradients along with the sums for the keys' and values' gradients, which are the third pass.
-Where the map is one chunk, one kernel makes all passes if heads are small, and the sums stay in registers. Every order of addition is
-fixed; there are no atomics.
+Where the map is one chunk and heads are small, one kernel makes all passes, and the sums stay in registers. Every order
+of addition is fixed; there are no atomics.
 
 Numerics. Everything but the inputs and results is float32: the sums grow with the map and a gradient divided by them is
 far below float16's least number. Products of two inputs are exact; where a float32 operand meets half inputs the

@@ -1,4 +1,5 @@
 """Host time of operators as compiled graphs call them, for the arguments that the "host" cases lead to."""
+
 import sys, time
 import torch
 import vitrail
@@ -10,21 +11,27 @@ only = sys.argv[2].split(",") if len(sys.argv) > 2 else None
 captured = {}
 print(torch.__version__, vitrail.__file__, flush=True)
 
+
 def watch(name):
     replayed = getattr(torch.ops.vitrail, name).default.replayed
     function = replayed.function
+
     def save(*arguments):
         captured.setdefault(name, [a.detach() if torch.is_tensor(a) else a for a in arguments])
         return function(*arguments)
+
     replayed.function = save
     return replayed, function
+
 
 undo = []
 for operator in OPERATORS:
     if only and operator not in only:
         continue
     for case in OPERATORS[operator](suite):
-        registered = [q.split("::")[1].split(".")[0] for q in torch._C._dispatch_get_all_op_names() if q.startswith("vitrail::")]
+        registered = [
+            q.split("::")[1].split(".")[0] for q in torch._C._dispatch_get_all_op_names() if q.startswith("vitrail::")
+        ]
         for name in registered:
             if name not in dict(undo):
                 try:
@@ -35,7 +42,10 @@ for operator in OPERATORS:
         for label, implementation in case.implementations.items():
             if not label.startswith("vitrail") or "compiled" in label:
                 continue
-            inputs = [one.make(device, torch.bfloat16 if device.type == "cuda" else torch.float32, seed) for seed, one in enumerate(case.inputs)]
+            inputs = [
+                one.make(device, torch.bfloat16 if device.type == "cuda" else torch.float32, seed)
+                for seed, one in enumerate(case.inputs)
+            ]
             given = implementation.prepare(*inputs)
             out = implementation.run(*given)
             leaves = [t for t in given if torch.is_tensor(t) and t.requires_grad]
@@ -60,6 +70,9 @@ for name in sorted(captured):
             sync()
     times.sort()
     plans = [p for p in call.replayed._plans.values() if not isinstance(p, bool)]
-    print(f"{name:42s} p20 {times[len(times) // 5] * 1e6:7.1f} us  p50 {times[len(times) // 2] * 1e6:7.1f}  replayed {bool(plans)}", flush=True)
+    print(
+        f"{name:42s} p20 {times[len(times) // 5] * 1e6:7.1f} us  p50 {times[len(times) // 2] * 1e6:7.1f}  replayed {bool(plans)}",
+        flush=True,
+    )
     if plans and hasattr(plans[0], "code") and "-v" in sys.argv:
         print(plans[-1].code)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 MOST_REMEMBERED = 1024  # kinds of one operator's calls
 _NO_TENSORS = frozenset((type(None), bool, int, float, str))
-_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 class Memory(dict[Any, Any]):
@@ -43,9 +43,55 @@ def kind_of(arguments: Iterable[Any], tensors: list[Tensor]) -> tuple[Hashable, 
     found: list[Any] = []
     if not _describe(arguments, tensors, found):
         return None
-    if _any_autocast():
+    if any_autocast():
         found += ((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda"))
     return tuple(found)
+
+
+def conditions_of_kind(
+    arguments: Sequence[Any], constant: Callable[[Any], str]
+) -> tuple[list[str], list[str], list[str]] | None:
+    """Conditions, as Python code, under which `kind_of` would be the same for other arguments where autocast is off.
+
+    Args:
+        arguments: Of a call that has a kind.
+        constant: Makes code of a number, a tuple or a class.
+
+    Returns:
+        Names of the arguments, in which tensors are t0, t1 and so on; conditions of them; and conditions of the
+        addresses of the tensors, p0, p1 and so on. None if the arguments hold sequences of tensors, or numbers that
+        are not equal to themselves.
+    """
+    names: list[str] = []
+    shapes: list[str] = []
+    others: list[str] = []
+    aligned: list[str] = []
+    for argument in arguments:
+        kind = type(argument)
+        if kind is Tensor or kind is Parameter:
+            place = len(aligned)
+            name = f"t{place}"
+            shapes.append(f"type({name}) is {constant(kind)} and {name}.shape == {constant(argument.shape)}")
+            others.append(
+                f"{name}.stride() == {constant(argument.stride())} and {name}.dtype is {constant(argument.dtype)}"
+                f" and {name}.device == {constant(argument.device)} and not {name}.is_neg()"
+            )
+            aligned.append(f"p{place} & 15 == {argument.data_ptr() & 15}")
+        else:
+            name = value = f"a{len(names)}"
+            others.append(f"type({name}) is {constant(kind)}")
+            if isinstance(argument, (tuple, list)):
+                argument, kinds = tuple(argument), tuple(map(type, argument))
+                if not _NO_TENSORS.issuperset(kinds):
+                    return None
+                value = f"(*{name},)"
+                others.append(f"(*map(type, {name}),) == {constant(kinds)}")
+            if argument != argument:
+                return None
+            if argument is not None:
+                others.append(f"{value} == {constant(argument)}")
+        names.append(name)
+    return names, shapes + others, aligned
 
 
 def _describe(arguments: Iterable[Any], tensors: list[Tensor], found: list[Any]) -> bool:

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.kernels._common import launch as launching
+from vitrail.kernels._common import overload as overloading
 from vitrail.kernels._common import plan, replay
 from vitrail.kernels._common.kinds import kind_of
 from vitrail.kernels._common.registration import register_operator
@@ -363,6 +364,7 @@ def overload(add: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Itera
     _LAUNCH[:] = [add]
     found = getattr(torch.ops.vitrail, _OVERLOAD).default
     monkeypatch.setattr(found.replayed, "_plans", {})
+    monkeypatch.setattr(found.replayed, "_expected", [])
     for _ in range(3):
         found(torch.randn(2, 3), None, 0.5, [1, 2])
     dispatch = OpOverload.__call__
@@ -388,6 +390,50 @@ def test_graphs_calls_are_replayed_past_the_dispatcher(overload: Callable[..., T
     assert not _DISPATCHED
     overload(torch.randn(3, 2), None, 0.5, [1, 2])
     assert _DISPATCHED
+
+
+def test_graphs_calls_of_a_lately_repeated_kind_are_known_at_a_glance(
+    overload: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their kind is looked up once; what differs, or is on another device than the current, is not taken for one."""
+    looked_up: list[Any] = []
+
+    def find(arguments: Any, tensors: list[Tensor]) -> Any:
+        looked_up.append(arguments)
+        return kind_of(arguments, tensors)
+
+    monkeypatch.setattr(overloading, "kind_of", find)
+    with torch.no_grad():
+        for numbers in (0.5, 1.5, 0.5, 1.5, 0.5):
+            for _ in range(3):
+                x = torch.randn(2, 3)
+                assert torch.equal(overload(x, None, numbers, [1, 2]), x + (numbers + 3))
+    assert len(looked_up) == 4  # one, and until the other is known
+    replays = _Code.replays
+    with torch.no_grad():
+        for x in (torch.randn(3, 2), torch.randn(3, 2).T, torch.randn(8)[1:7].view(2, 3)):
+            assert torch.equal(overload(x, None, 0.5, [1, 2]), x + 3.5)
+        assert overload(torch.randn(2, 3, dtype=torch.float64), None, 0.5, [1, 2]).dtype == torch.float64
+        assert torch.equal(overload(torch.ones(2, 3), torch.ones(1), 0.5, [1, 2]), torch.full((2, 3), 4.5))
+        assert _Code.replays == replays
+        with torch.autocast("cpu", torch.bfloat16):
+            overload(torch.ones(2, 3), None, 0.5, [1, 2])
+        with monkeypatch.context() as other:
+            other.setattr(replay, "REPLAYS", False)
+            overload(torch.ones(2, 3), None, 0.5, [1, 2])
+        with pytest.raises(RuntimeError):
+            overload(torch.ones(2, 3), None, 0.5)
+    assert len(looked_up) == 4 + 8
+    assert _Code.replays == replays
+
+
+def test_only_the_latest_kinds_are_looked_for(overload: Callable[..., Tensor]) -> None:
+    x = torch.randn(2, 3)
+    with torch.no_grad():
+        for _ in range(5):
+            for number in range(9):
+                assert torch.equal(overload(x, None, float(number), [1, 2]), x + (number + 3))
+        assert len(overload.replayed._expected) == 4
 
 
 @pytest.mark.parametrize(
@@ -433,7 +479,7 @@ def test_compiled_graphs_call_past_the_dispatcher(overload: Callable[..., Tensor
 @pytest.mark.parametrize("compiled", [False, True], ids=["direct", "compiled"])
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "routing_layer"])
 def test_every_operator_replays_what_it_did(operator: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three steps on other numbers, forward and backward, to the last bit; the third is replayed.
+    """Steps on other numbers, forward and backward, to the last bit; from the third on they are replayed.
 
     In compiled code the first ones are called by the dispatcher, below autograd.
     """
@@ -453,7 +499,7 @@ def test_every_operator_replays_what_it_did(operator: str, compiled: bool, monke
             if compiled:
                 run = torch.compile(run, backend="aot_eager", dynamic=False)
             inputs = [one.make(device, torch.bfloat16, seed) for seed, one in enumerate(case.inputs)]
-            for _ in range(3):
+            for _ in range(4):
                 given = [_other(one) if torch.is_tensor(one) else one for one in implementation.prepare(*inputs)]
                 monkeypatch.setattr(replay, "REPLAYS", False)
                 wanted = _step(run, given)

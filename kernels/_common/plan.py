@@ -9,6 +9,7 @@ two thirds of the time of finding their kind.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ _ALIGNMENT = 512  # bytes; PyTorch's allocator places tensors so, too
 _empty_strided_cuda: Callable[..., Tensor] | None = getattr(guards, "_empty_strided_cuda", None)
 # Where a call is replayed CUDA is initialised, to which `torch.cuda.current_device` sees each time.
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+_writing = threading.Lock()  # of a function that shares another's objects
 
 Repeat = Callable[[Sequence[Any]], Any]
 
@@ -226,15 +229,16 @@ class Plan:
         Returns:
             None if the arguments hold what it could not recognise.
         """
-        if isinstance(self._for_kind, bool):
-            self._for_kind = self._write_for_kind_of(arguments)
-        return self._for_kind
+        with _writing:
+            if isinstance(self._for_kind, bool):
+                self._for_kind = self._write_for_kind_of(arguments)
+            return self._for_kind
 
     def _write_for_kind_of(self, arguments: Sequence[Any]) -> Repeat | None:
         conditions = conditions_of_kind(arguments, self._writer.constant)
         if conditions is None:
             return None
-        names, alike, aligned = conditions
+        names, alike, aligned = conditions  # shapes first: a call of another kind is seen as such at once
         alike.append(f"{self._writer.constant(_current_device, 'device')}() == {self.device.index}")
         lines = [
             f"if len(arguments) != {len(arguments)}: return None",

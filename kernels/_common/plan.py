@@ -43,7 +43,7 @@ class Writer:
         self.lines: list[str] = []
         self.objects: dict[str, Any] = {}  # that the function names
         self._names: dict[int, str] = {}  # of these, by their identities
-        self._kept: dict[int, str] = {}  # names of values that every call shares
+        self._variables: dict[int, str] = {}  # of values that do not have their own
         self._addresses: dict[int, tuple[str, int]] = {}  # a name, and bytes that are to be added
 
     def add(self, line: str) -> None:
@@ -51,11 +51,16 @@ class Writer:
 
     def value(self, place: int) -> str:
         """A tensor."""
-        return self._kept.get(place, f"t{place}")
+        return self._variables.get(place, f"t{place}")
 
     def keep(self, place: int, tensor: Tensor) -> None:
         """Makes a tensor the value of every call."""
-        self._kept[place] = self.constant(tensor, "kept")
+        self._variables[place] = self.constant(tensor, "kept")
+
+    def make_as(self, allocation: Allocation, view: View) -> None:
+        """Makes a tensor in the shape in which a view shows it; the view is not needed then."""
+        allocation.shape, allocation.strides = view.shape, view.strides
+        self._variables[view.place] = self.value(allocation.place)
 
     def constant(self, value: Any, name: str = "object") -> str:
         """A number, a tuple of such, or an object by a name that begins so."""
@@ -122,10 +127,12 @@ class View:
         self.root_place, self.place = root_place, place
         self.shape, self.strides = view.shape, view.stride()
         self.offset = view.storage_offset() - root.storage_offset()
+        self.shows_all = view.is_contiguous() and view.numel() == root.numel() > 0
 
     def write(self, writer: Writer) -> None:
         root, layout = writer.value(self.root_place), f"{writer.constant(self.shape)}, {writer.constant(self.strides)}"
-        writer.add(f"t{self.place} = {root}.as_strided({layout}, {root}.storage_offset() + {self.offset})")
+        start = f", {root}.storage_offset() + {self.offset}" if self.offset else ""
+        writer.add(f"t{self.place} = {root}.as_strided({layout}{start})")
 
 
 class Operation:
@@ -188,6 +195,9 @@ class Launch:
         given = ", ".join(parameters)
         given = f"({given},)" if self.starter.packs_parameters else given
         writer.add(f"{writer.constant(self.starter.start, 'launch')}({', '.join(before)}, {given})")
+
+
+Step = Allocation | View | Operation | Launch
 
 
 class Plan:

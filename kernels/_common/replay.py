@@ -6,7 +6,8 @@ other arguments. It takes several times as long as the launches themselves. So t
 and from the third on its steps are repeated on the tensors at hand, without that code:
 
 - an allocation: a tensor of the same shape and dtype; those that launches alone read and write are parts of one;
-- a view: made if more than launches read it, for which an address is enough;
+- a view: made if more than launches read it, for which an address is enough, and if the tensor cannot be made as it is
+  shown;
 - another operator of PyTorch: called again;
 - a launch: the same compiled code, grid and numbers, with the addresses of this call.
 
@@ -29,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
 from vitrail.kernels._common.kinds import MOST_REMEMBERED, Memory
 from vitrail.kernels._common.launch import has_launch_hooks, starter, stream_getter, tells_of_launches
-from vitrail.kernels._common.plan import Allocation, Launch, Operation, Plan, Repeat, View, Writer
+from vitrail.kernels._common.plan import Allocation, Launch, Operation, Plan, Repeat, Step, View, Writer
 
 REPLAYS = not TRITON_INTERPRETED
 _MOST_EXPECTED = 4  # with more it is quicker to find a call's kind
@@ -110,7 +111,7 @@ class _Recorder(TorchDispatchMode):
         self.held: list[Tensor] = []  # with the values, so that no identity or address is used twice
         self.places = {id(tensor): place for place, tensor in enumerate(tensors)}
         self.roots: dict[int, int] = {}  # of views: the place of the tensor whose memory they show
-        self.steps: list[Allocation | View | Operation | Launch] = []
+        self.steps: list[Step] = []
         self.repeatable = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -180,22 +181,33 @@ class _Recorder(TorchDispatchMode):
         if not self.repeatable or -1 in places or not any(isinstance(step, Launch) for step in self.steps):
             return None
         read = {place for step in self.steps if isinstance(step, Operation) for place in step.given.values()}
-        read.update(places)
-        read.update(step.root_place for step in self.steps if isinstance(step, View) and step.place in read)
+        read.update(places)  # by more than launches
         writer = Writer(self.values[0].device, self.n_given)
         writer.add(f"stream = {writer.constant(stream_getter(), 'stream')}({writer.device.index})")
-        steps, scratch = [], []
-        for step in self.steps:
-            if isinstance(step, Allocation) and self._is_kept(step.place, places):
-                writer.keep(step.place, self.values[step.place])
-            elif isinstance(step, Allocation) and step.place not in read:
-                scratch.append(step)
-            elif not isinstance(step, View) or step.place in read:
-                steps.append(step)
-        writer.add_scratch(scratch)
-        for step in steps:
+        for step in self._steps_for(read, places, writer):
             step.write(writer)
         return Plan(writer, places if several else places[0])
+
+    def _steps_for(self, read: set[int], results: Sequence[int], writer: Writer) -> list[Step]:
+        """The steps that are needed, but for those of which the writer has taken care."""
+        views = [step for step in self.steps if isinstance(step, View) and step.place in read]
+        shown = [view.root_place for view in views]
+        alone = {view.root_place: view for view in views if view.shows_all and shown.count(view.root_place) == 1}
+        done: list[Step] = [step for step in self.steps if isinstance(step, View) and step not in views]
+        scratch: list[Allocation] = []
+        for step in self.steps:
+            if not isinstance(step, Allocation):
+                continue
+            if self._is_kept(step.place, results):
+                writer.keep(step.place, self.values[step.place])
+                done.append(step)
+            elif step.place not in {*read, *shown}:
+                scratch.append(step)
+            elif step.place not in read and step.place in alone:
+                writer.make_as(step, alone[step.place])
+                done.append(alone[step.place])
+        writer.add_scratch(scratch)
+        return [step for step in self.steps if step not in (*done, *scratch)]
 
     def _is_kept(self, place: int, results: Sequence[int]) -> bool:
         """Whether a value need not be made anew: it holds nothing, and is the gradient of nothing if it is a result."""

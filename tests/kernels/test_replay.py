@@ -265,6 +265,26 @@ def test_scratch_of_launches_is_one_tensor(add: Callable[..., None]) -> None:
     assert int(size) == 3584
 
 
+def test_what_is_shown_whole_is_made_as_it_is_shown(add: Callable[..., None]) -> None:
+    """Not what is read in two ways, or in part, or transposed."""
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        whole, twice, in_part, turned = (torch.empty_like(x) for _ in range(4))
+        for number, made in enumerate((whole, twice, in_part, turned)):
+            add(x, made, float(number))
+        return whole.view(6).view(3, 2), twice.view(6), twice.sum(), in_part[1], turned.T, x.view(6)
+
+    fast = _replayed(function)
+    for _ in range(4):
+        x = torch.randn(2, 3)
+        found, wanted = fast(x), function(x)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+        assert [one.stride() for one in found] == [one.stride() for one in wanted]
+    (known,) = fast.plans.values()
+    assert known.code.count("as_strided") == 4
+    assert not found[0]._is_view()
+
+
 @pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
 @pytest.mark.parametrize("hook", [print, SimpleNamespace(calls=[print]), SimpleNamespace(calls=[]), None])
 def test_nothing_is_replayed_while_launches_have_hooks(

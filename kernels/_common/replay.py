@@ -34,6 +34,7 @@ from vitrail.kernels._common.plan import Allocation, Launch, Operation, Plan, Re
 
 REPLAYS = not TRITON_INTERPRETED
 _MOST_EXPECTED = 4  # with more it is quicker to find a call's kind
+_LARGE = 10 * 2**20  # bytes that PyTorch's allocator keeps apart, for other tensors of about this size to use again
 _ALLOCATES = {
     getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 }
@@ -202,7 +203,8 @@ class _Recorder(TorchDispatchMode):
                 writer.keep(step.place, self.values[step.place])
                 done.append(step)
             elif step.place not in {*read, *shown}:
-                scratch.append(step)
+                if step.n_bytes < _LARGE:
+                    scratch.append(step)
             elif step.place not in read and step.place in alone:
                 writer.make_as(step, alone[step.place])
                 done.append(alone[step.place])

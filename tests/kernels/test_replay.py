@@ -265,6 +265,20 @@ def test_scratch_of_launches_is_one_tensor(add: Callable[..., None]) -> None:
     assert int(size) == 3584
 
 
+def test_large_scratch_has_tensors_of_its_own(add: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "_LARGE", 100)
+
+    def function(x: Tensor) -> Tensor:
+        large, small, out = torch.empty_like(x), torch.empty_like(x[:24]), torch.empty_like(x)
+        add(x, large, 1.0)
+        add(x[:24], small, 2.0)
+        add(large, out, 3.0)
+        add(small, out[:24], 4.0)
+        return out
+
+    _compare(function, lambda: torch.randn(25), replays=8)
+
+
 def test_what_is_shown_whole_is_made_as_it_is_shown(add: Callable[..., None]) -> None:
     """Not what is read in two ways, or in part, or transposed."""
 

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.kernels._common import launch as launching
 from vitrail.kernels._common import overload as overloading
-from vitrail.kernels._common import plan, replay
+from vitrail.kernels._common import plan as planning
+from vitrail.kernels._common import replay
 from vitrail.kernels._common.kinds import kind_of
 from vitrail.kernels._common.registration import register_operator
 from vitrail.kernels._common.shortcut import _Shortcut
@@ -74,7 +75,7 @@ def add(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     kernel = _Kernel()
     driver_of_none = SimpleNamespace(get_current_stream=lambda device: f"stream of {device}")
     monkeypatch.setattr(type(driver), "active", driver_of_none)
-    monkeypatch.setattr(plan, "_current_device", lambda: None)
+    monkeypatch.setattr(planning, "_current_device", lambda: None)
     monkeypatch.setattr(replay, "REPLAYS", True)
     monkeypatch.setattr(launching, "_compiled", {})
     monkeypatch.setattr(_Code, "replays", 0)
@@ -289,10 +290,11 @@ def test_what_is_shown_whole_is_made_as_it_is_shown(add: Callable[..., None]) ->
     """Not what is read in two ways, or in part, or transposed."""
 
     def function(x: Tensor) -> tuple[Tensor, ...]:
-        whole, twice, in_part, turned = (torch.empty_like(x) for _ in range(4))
-        for number, made in enumerate((whole, twice, in_part, turned)):
+        whole, read, twice, in_part, turned = (torch.empty_like(x) for _ in range(5))
+        for number, made in enumerate((whole, read, twice, in_part, turned)):
             add(x, made, float(number))
-        return whole.view(6).view(3, 2), twice.view(6), twice.sum(), in_part[1], turned.T, x.view(6)
+        shown = whole.view(6).view(3, 2), read.view(6), twice.view(6), twice.view(3, 2), in_part[1], turned.T, x.view(6)
+        return *shown, read.sum()
 
     fast = _replayed(function)
     for _ in range(4):
@@ -301,7 +303,7 @@ def test_what_is_shown_whole_is_made_as_it_is_shown(add: Callable[..., None]) ->
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
         assert [one.stride() for one in found] == [one.stride() for one in wanted]
     (known,) = fast.plans.values()
-    assert known.code.count("as_strided") == 4
+    assert known.code.count("as_strided") == 6
     assert not found[0]._is_view()
 
 
@@ -313,13 +315,18 @@ def test_nothing_is_replayed_while_launches_have_hooks(
     """Functions and chains of them count, chains that are empty do not."""
     from triton import knobs
 
-    replays = _Code.replays
-    monkeypatch.setattr(knobs.runtime, name, hook)
-    x = torch.randn(2, 3)
-    assert torch.equal(overload(x, None, 0.5, [1, 2]), x + 3.5)
     has_some = hook is not None and (hook is print or bool(hook.calls))
-    assert bool(_DISPATCHED) == has_some
-    assert _Code.replays == replays + (not has_some)
+    x = torch.randn(2, 3)
+    for lately in (False, True):
+        with torch.set_grad_enabled(not lately):
+            overload(x, None, 0.5, [1, 2])
+            replays = _Code.replays
+            _DISPATCHED.clear()
+            with monkeypatch.context() as hooked:
+                hooked.setattr(knobs.runtime, name, hook)
+                assert torch.equal(overload(x, None, 0.5, [1, 2]), x + 3.5)
+            assert bool(_DISPATCHED) == has_some
+            assert _Code.replays == replays + (not has_some)
 
 
 class _Recorded(list[Any]):
@@ -465,6 +472,19 @@ def test_graphs_calls_of_a_lately_repeated_kind_are_known_at_a_glance(
             overload(torch.ones(2, 3), None, 0.5)
     assert len(looked_up) == 4 + 8
     assert _Code.replays == replays
+
+
+def test_graphs_calls_on_another_device_are_not_known_at_a_glance(
+    overload: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current: list[int | None] = [None]
+    monkeypatch.setattr(planning, "_current_device", lambda: current[0])
+    arguments = torch.randn(2, 3), None, 0.5, [1, 2]
+    (known,) = overload.replayed._plans.values()
+    repeat = known.for_kind_of(arguments)
+    assert torch.equal(repeat(arguments), arguments[0] + 3.5)
+    current[0] = 1
+    assert repeat(arguments) is None
 
 
 def test_only_the_latest_kinds_are_looked_for(overload: Callable[..., Tensor]) -> None:

@@ -1,14 +1,12 @@
 """Plans: the steps of a recorded call, written as one Python function without a loop or a choice.
 
-What a loop over the steps would look up at every call takes as long as the launches themselves. Compiling the function
-takes a few tenths of a millisecond, once for each kind of call. `Plan.code` shows it. For graphs, which call an
-operator with the same kinds over and over, a second one looks whether its arguments are of the plan's kind; that takes
-two thirds of the time of finding their kind.
+What a loop over the steps would look up at every call takes as long as the launches themselves. `Plan.code` shows the
+function. For graphs, which call an operator with the same kinds over and over, a second one looks first whether its
+arguments are of the plan's kind.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,8 +15,9 @@ import torch
 from torch import Tensor
 from torch._C._dynamo import guards
 
-from vitrail.kernels._common.kinds import conditions_of_kind
+from vitrail.kernels._common.kinds import lines_of_kind
 from vitrail.kernels._common.launch import Starter
+from vitrail.kernels._common.written import Answer, Names, compiled, text_of
 
 _ALIGNMENT = 512  # bytes; PyTorch's allocator places tensors so, too
 _empty_strided_cuda: Callable[..., Tensor] | None = getattr(guards, "_empty_strided_cuda", None)
@@ -27,10 +26,8 @@ _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.
 
 _writing = threading.Lock()  # of a function that shares another's objects
 
-Repeat = Callable[[Sequence[Any]], Any]
 
-
-class Writer:
+class Writer(Names):
     """Writes the function. The call's values are numbered by their places; `t5` is one, `p5` its address.
 
     Args:
@@ -39,10 +36,9 @@ class Writer:
     """
 
     def __init__(self, device: torch.device, n_given: int) -> None:
+        super().__init__()
         self.device, self.n_given = device, n_given
         self.lines: list[str] = []
-        self.objects: dict[str, Any] = {}  # that the function names
-        self._names: dict[int, str] = {}  # of these, by their identities
         self._variables: dict[int, str] = {}  # of values that do not have their own
         self._addresses: dict[int, tuple[str, int]] = {}  # a name, and bytes that are to be added
 
@@ -62,23 +58,12 @@ class Writer:
         allocation.shape, allocation.strides = view.shape, view.strides
         self._variables[view.place] = self.value(allocation.place)
 
-    def constant(self, value: Any, name: str = "object") -> str:
-        """A number, a tuple of such, or an object by a name that begins so."""
-        if type(value) in (tuple, torch.Size):
-            return f"({''.join(f'{self.constant(one, name)}, ' for one in value)})"
-        if value is None or type(value) in (bool, int) or (type(value) is float and math.isfinite(value)):
-            return repr(value)
-        if id(value) not in self._names:
-            self._names[id(value)] = f"{name}_{len(self.objects)}"
-            self.objects[self._names[id(value)]] = value
-        return self._names[id(value)]
-
     def address(self, place: int, offset: int) -> str:
         """A tensor's address and some bytes more, as a launch takes it."""
         if place not in self._addresses:
             self._addresses[place] = f"p{place}", 0
             if place >= self.n_given:
-                self.add(address_line(place))
+                self.add(f"p{place} = t{place}.data_ptr()")
         name, start = self._addresses[place]
         return f"{name} + {start + offset}" if start + offset else name
 
@@ -100,13 +85,9 @@ class Writer:
             self.add(f"memory = {self.empty((size,), (1,), torch.uint8)}")
             self.add("scratch = memory.data_ptr()")
 
-    def given_addresses(self) -> list[int]:
-        """Those of the call's tensors of which an address is taken."""
-        return [place for place in self._addresses if place < self.n_given]
-
-
-def address_line(place: int) -> str:
-    return f"p{place} = t{place}.data_ptr()"
+    def given_addresses(self) -> list[str]:
+        """Lines that take the addresses of the call's tensors that launches read."""
+        return [f"p{place} = t{place}.data_ptr()" for place in self._addresses if place < self.n_given]
 
 
 class Allocation:
@@ -215,11 +196,10 @@ class Plan:
         else:
             found = f"({''.join(f'{writer.value(place)}, ' for place in results)})"
         given = ", ".join(f"t{place}" for place in range(writer.n_given))
-        self._for_kind: Repeat | bool | None = False  # not written yet
+        self._for_kind: Answer | bool | None = False  # not written yet
         self._writer, self._steps = writer, [*writer.lines, f"return {found}"]
-        addresses = map(address_line, writer.given_addresses())
-        self.code = _function("repeat", "tensors", [f"[{given}] = tensors", *addresses, *self._steps])
-        self._repeat = _compiled(self.code, writer.objects)
+        self.code = text_of("repeat", "tensors", [f"[{given}] = tensors", *writer.given_addresses(), *self._steps])
+        self._repeat = compiled(self.code, writer.objects)
 
     def run(self, tensors: Sequence[Tensor]) -> Any:
         """Repeats the call with other tensors of the same kind."""
@@ -228,10 +208,10 @@ class Plan:
                 return self._repeat(tensors)
         return self._repeat(tensors)
 
-    def for_kind_of(self, arguments: Sequence[Any]) -> Repeat | None:
-        """A function that repeats the call if it is given all arguments of one of this kind, and else returns None.
+    def for_kind_of(self, arguments: Sequence[Any]) -> Answer | None:
+        """A function that repeats the call if it is given all arguments of one of this kind; see `lines_of_kind`.
 
-        It may not be called where autocast is on, and returns None as well where another device is the current one.
+        It returns None where another device is the current one, too.
 
         Args:
             arguments: Of a call of this plan's kind.
@@ -241,33 +221,8 @@ class Plan:
         """
         with _writing:
             if isinstance(self._for_kind, bool):
-                self._for_kind = self._write_for_kind_of(arguments)
+                lines = lines_of_kind(arguments, self._writer.constant)
+                device = f"if {self._writer.constant(_current_device, 'device')}() != {self.device.index}: return None"
+                text = text_of("repeat_if_alike", "arguments", [*(lines or ()), device, *self._steps])
+                self._for_kind = None if lines is None else compiled(text, self._writer.objects)
             return self._for_kind
-
-    def _write_for_kind_of(self, arguments: Sequence[Any]) -> Repeat | None:
-        conditions = conditions_of_kind(arguments, self._writer.constant)
-        if conditions is None:
-            return None
-        names, alike, aligned = conditions  # shapes first: a call of another kind is seen as such at once
-        alike.append(f"{self._writer.constant(_current_device, 'device')}() == {self.device.index}")
-        lines = [
-            f"if len(arguments) != {len(arguments)}: return None",
-            f"[{', '.join(names)}] = arguments",
-            f"if not ({' and '.join(alike)}): return None",
-            *map(address_line, range(self._writer.n_given)),
-            f"if not ({' and '.join(aligned)}): return None",
-            *self._steps,
-        ]
-        return _compiled(_function("repeat_if_alike", "arguments", lines), self._writer.objects)
-
-
-def _function(name: str, parameter: str, lines: Sequence[str]) -> str:
-    return "\n    ".join([f"def {name}({parameter}):", *lines])
-
-
-def _compiled(code: str, objects: dict[str, Any]) -> Repeat:
-    """The function that a text defines, which names objects."""
-    found: dict[str, Any] = {}
-    exec(compile(code, "<replayed call>", "exec"), objects, found)
-    (function,) = found.values()
-    return function

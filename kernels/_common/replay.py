@@ -30,10 +30,10 @@ from torch.utils._pytree import tree_leaves
 from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
 from vitrail.kernels._common.kinds import MOST_REMEMBERED, Memory
 from vitrail.kernels._common.launch import has_launch_hooks, starter, stream_getter, tells_of_launches
-from vitrail.kernels._common.plan import Allocation, Launch, Operation, Plan, Repeat, Step, View, Writer
+from vitrail.kernels._common.plan import Allocation, Launch, Operation, Plan, Step, View, Writer
+from vitrail.kernels._common.written import Latest
 
 REPLAYS = not TRITON_INTERPRETED
-_MOST_EXPECTED = 4  # with more it is quicker to find a call's kind
 _LARGE = 10 * 2**20  # bytes that PyTorch's allocator keeps apart, for other tensors of about this size to use again
 _ALLOCATES = {
     getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
@@ -49,7 +49,7 @@ class Replayed:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self._plans = Memory(MOST_REMEMBERED)  # True: to be recorded; False: not to be replayed
-        self._expected: list[Repeat] = []  # the latest first
+        self._expected = Latest()
 
     def plan_of(self, kind: Hashable) -> Plan | None:
         """How calls of a kind are replayed, if that is known."""
@@ -60,18 +60,11 @@ class Replayed:
         """Makes `run_expected` know calls like one that a plan has repeated, which nothing but a graph has made."""
         repeat = plan.for_kind_of(arguments)
         if repeat is not None:
-            self._expected = [repeat, *(one for one in self._expected if one is not repeat)][:_MOST_EXPECTED]
+            self._expected.add(repeat)
 
     def run_expected(self, arguments: Sequence[Any]) -> Any:
         """The result of a call of one of the kinds that were lately expected, or None; see `Plan.for_kind_of`."""
-        if REPLAYS and not has_launch_hooks():
-            for place, repeat in enumerate(self._expected):
-                result = repeat(arguments)
-                if result is not None:
-                    if place > 0:
-                        self._expected = [repeat, *(one for one in self._expected if one is not repeat)]
-                    return result
-        return None
+        return self._expected(arguments) if REPLAYS and not has_launch_hooks() else None
 
     def run(self, kind: Hashable, tensors: Sequence[Tensor], arguments: Sequence[Any]) -> Any:
         """The result of a call; its kind and its tensors are those that `kind_of` finds."""

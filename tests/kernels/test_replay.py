@@ -26,6 +26,7 @@ from vitrail.kernels._common import replay
 from vitrail.kernels._common.kinds import kind_of
 from vitrail.kernels._common.registration import register_operator
 from vitrail.kernels._common.shortcut import _Shortcut
+from vitrail.kernels._common.written import Latest
 from vitrail.tools._common.kernel_cases import OPERATORS
 
 pytest.importorskip("triton")
@@ -411,7 +412,7 @@ def overload(add: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Itera
     _LAUNCH[:] = [add]
     found = getattr(torch.ops.vitrail, _OVERLOAD).default
     monkeypatch.setattr(found.replayed, "_plans", {})
-    monkeypatch.setattr(found.replayed, "_expected", [])
+    monkeypatch.setattr(found.replayed, "_expected", Latest())
     for _ in range(3):
         found(torch.randn(2, 3), None, 0.5, [1, 2])
     dispatch = OpOverload.__call__

@@ -124,14 +124,16 @@ def starter(code: Any) -> Starter:
     memory of Triton's own. In the versions of which the arguments are known here that function is called at once.
     """
     launcher, metadata = code.run, code.packed_metadata
-    before = code.function, *(getattr(launcher, name, None) for name in ("launch_cooperative_grid", "launch_pdl"))
-    if _calls_only_c(launcher) and _triton_version() == "3.6":
-        return Starter(launcher.launch, (*before, None, None, metadata, None, None, None), packs_parameters=False)
-    if _calls_only_c(launcher) and _triton_version() == "3.8":
+    version = _triton_version()
+    before: tuple[Any, ...]
+    if version in ("3.6", "3.8") and _calls_only_c(launcher):
+        flags = launcher.launch_cooperative_grid, launcher.launch_pdl
+        if version == "3.6":
+            before = code.function, *flags, None, None, metadata, None, None, None
+            return Starter(launcher.launch, before, packs_parameters=False)
         described = launcher.arg_annotations, launcher.kernel_signature
-        return Starter(
-            launcher.launch, (*before, metadata, None, None, None, None, None, *described), packs_parameters=True
-        )
+        before = code.function, *flags, metadata, None, None, None, None, None, *described
+        return Starter(launcher.launch, before, packs_parameters=True)
     return Starter(launcher, (code.function, metadata, None, None, None), packs_parameters=False)
 
 

@@ -387,6 +387,7 @@ def test_launchers_that_do_more_are_not_passed_by(launcher: Callable[[], Any]) -
 def test_unknown_versions_launchers_are_not_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("triton.__version__", "3.99.0")
     run = _launcher("triton")
+    del run.launch, run.global_scratch_size, run.launch_pdl
     code = SimpleNamespace(run=run, function="function", packed_metadata="metadata")
     assert launching.starter(code).start is run
 

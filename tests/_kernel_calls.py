@@ -119,6 +119,7 @@ def _linear_attention(dtype: torch.dtype, head_dim: int) -> None:
     qkv, temperature = _packed(dtype, head_dim), _input(dtype, _HEADS)
     _train(linear_attention, *qkv.unbind(3), temperature)
     _train(linear_attention_packed, qkv, temperature)
+    _train(linear_attention_packed, qkv[:, :7, :7], temperature)  # one chunk
 
 
 def _channel_attention(dtype: torch.dtype, head_dim: int) -> None:

@@ -44,9 +44,12 @@ except ImportError:
 
 def someone_watches() -> bool:
     """Whether anything may want to see a call, whatever its tensors are."""
-    if torch.compiler.is_compiling() or not _KNOWS_WATCHERS:
-        return True
-    return bool(
+    return torch.compiler.is_compiling() or someone_watches_graphs()
+
+
+def someone_watches_graphs() -> bool:
+    """The same for a call in a graph, which is not what is compiled."""
+    return not _KNOWS_WATCHERS or bool(
         _len_torch_dispatch_stack()
         or _len_torch_function_stack()
         or _are_functorch_transforms_active()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from vitrail.kernels._common.written import Answer, Names, compiled, text_of
+
 MOST_REMEMBERED = 1024  # kinds of one operator's calls
 _NO_TENSORS = frozenset((type(None), bool, int, float, str))
-_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 class Memory(dict[Any, Any]):
@@ -43,9 +45,72 @@ def kind_of(arguments: Iterable[Any], tensors: list[Tensor]) -> tuple[Hashable, 
     found: list[Any] = []
     if not _describe(arguments, tensors, found):
         return None
-    if _any_autocast():
+    if any_autocast():
         found += ((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda"))
     return tuple(found)
+
+
+def lines_of_kind(arguments: Sequence[Any], constant: Callable[[Any], str]) -> list[str] | None:
+    """The first lines of a function of `arguments` that returns None where `kind_of` would not be the same for others.
+
+    The lines that follow have the tensors in t0, t1 and so on, and their addresses in p0, p1 and so on. Where autocast
+    is on such a function must not be called. Looking at arguments takes two thirds of the time of finding their kind.
+
+    Args:
+        arguments: Of a call that has a kind.
+        constant: See `Names`.
+
+    Returns:
+        None if the arguments hold sequences of tensors, or numbers that are not equal to themselves.
+    """
+    names: list[str] = []
+    shapes: list[str] = []  # come first: a call of another kind is mostly seen as such by them
+    others: list[str] = []
+    aligned: list[str] = []
+    addresses: list[str] = []
+    for argument in arguments:
+        kind = type(argument)
+        if kind is Tensor or kind is Parameter:
+            name, address = f"t{len(aligned)}", f"p{len(aligned)}"
+            shapes.append(f"type({name}) is {constant(kind)} and {name}.shape == {constant(argument.shape)}")
+            others.append(
+                f"{name}.stride() == {constant(argument.stride())} and {name}.dtype is {constant(argument.dtype)}"
+                f" and {name}.device == {constant(argument.device)} and not {name}.is_neg()"
+            )
+            addresses.append(f"{address} = {name}.data_ptr()")
+            aligned.append(f"{address} & 15 == {argument.data_ptr() & 15}")
+        else:
+            name = value = f"a{len(names)}"
+            others.append(f"type({name}) is {constant(kind)}")
+            if isinstance(argument, (tuple, list)):
+                argument, kinds = tuple(argument), tuple(map(type, argument))
+                if not _NO_TENSORS.issuperset(kinds):
+                    return None
+                value = f"(*{name},)"
+                others.append(f"(*map(type, {name}),) == {constant(kinds)}")
+            if argument != argument:
+                return None
+            if argument is not None:
+                others.append(f"{value} == {constant(argument)}")
+        names.append(name)
+    return [
+        f"if len(arguments) != {len(names)}: return None",
+        f"[{', '.join(names)}] = arguments",
+        f"if not ({' and '.join(shapes + others)}): return None",
+        *addresses,
+        f"if not ({' and '.join(aligned) or True}): return None",
+    ]
+
+
+def recognizer(arguments: Sequence[Any], value: Any) -> Answer | None:
+    """A function that answers arguments of the kind of others by a value and their tensors; see `lines_of_kind`."""
+    names, tensors = Names(), list[Tensor]()
+    lines = lines_of_kind(arguments, names.constant)
+    if lines is None or kind_of(arguments, tensors) is None:
+        return None
+    given = ", ".join(f"t{place}" for place in range(len(tensors)))
+    lines.append(f"return {names.constant(value)}, [{given}]")
+    return compiled(text_of("recognize", "arguments", lines), names.objects)
 
 
 def _describe(arguments: Iterable[Any], tensors: list[Tensor], found: list[Any]) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -101,28 +102,75 @@ def tells_of_launches(listener: Callable[[Any, tuple[int, ...], tuple[Any, ...]]
         _thread.listener = None
 
 
-def starter(code: Any, grid: tuple[int, ...], device: torch.device) -> Callable[[Sequence[Any]], None]:
-    """A function that launches compiled code with all of a kernel's parameters, on a device that is the current one.
+class Starter(NamedTuple):
+    """How compiled code is launched.
 
-    It does what `code[grid](*parameters)` does, and leaves out what Triton prepares for its launch hooks where there
-    are none. In place of tensors it takes their addresses, of which Triton does not ask the driver whether they are
-    the device's.
+    Attributes:
+        start: Takes the grid's three numbers, the stream, what `before` holds, and all of a kernel's parameters; in
+            place of tensors their addresses, of which Triton does not ask the driver whether they are the device's.
+        before: Other arguments.
+        packs_parameters: Whether the parameters are given as one tuple.
     """
-    from triton import knobs
+
+    start: Callable[..., Any]
+    before: tuple[Any, ...]
+    packs_parameters: bool
+
+
+def starter(code: Any) -> Starter:
+    """How to do what `code[grid](*parameters)` does where there are no launch hooks.
+
+    Triton's launcher is Python code around a function in C, which it calls with nothing else where the kernel needs no
+    memory of Triton's own. In the versions of which the arguments are known here that function is called at once.
+    """
+    launcher, metadata = code.run, code.packed_metadata
+    version = _triton_version()
+    before: tuple[Any, ...]
+    if version in ("3.6", "3.8") and _calls_only_c(launcher):
+        flags = launcher.launch_cooperative_grid, launcher.launch_pdl
+        if version == "3.6":
+            before = code.function, *flags, None, None, metadata, None, None, None
+            return Starter(launcher.launch, before, packs_parameters=False)
+        described = launcher.arg_annotations, launcher.kernel_signature
+        before = code.function, *flags, metadata, None, None, None, None, None, *described
+        return Starter(launcher.launch, before, packs_parameters=True)
+    return Starter(launcher, (code.function, metadata, None, None, None), packs_parameters=False)
+
+
+def _calls_only_c(launcher: Any) -> bool:
+    """Whether it is Triton's launcher for CUDA, without workspace, instrumentation or tensor descriptors."""
+    if type(launcher).__name__ != "CudaLauncher" or isinstance(launcher.launch, FunctionType):
+        return False
+    workspace = launcher.global_scratch_size, launcher.profile_scratch_size
+    return not any(workspace) and not getattr(launcher, "gsan_enabled", False)
+
+
+def _triton_version() -> str:
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def stream_getter() -> Callable[[int], int]:
+    """A function that finds the current stream of a device."""
     from triton.runtime import driver
 
-    columns, rows, layers = (*grid, 1, 1)[:3]
-    run, function, metadata, index = code.run, code.function, code.packed_metadata, device.index
-    current_stream, runtime = driver.active.get_current_stream, knobs.runtime
+    found: Callable[[int], int] = driver.active.get_current_stream
+    return found
 
-    def start(parameters: Sequence[Any]) -> None:
-        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a function, or a chain that has some
-            code[columns, rows, layers](*parameters)
-        else:
-            run(columns, rows, layers, current_stream(index), function, metadata, None, None, None, *parameters)
 
-    return start
+def has_launch_hooks() -> bool:
+    """Whether Triton calls something before or after launches: a function, or a chain that holds some."""
+    runtime = _triton_runtime()
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+@functools.cache
+def _triton_runtime() -> Any:
+    from triton import knobs
+
+    return knobs.runtime
 
 
 def _key(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Hashable, ...]:

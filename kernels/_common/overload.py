@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from vitrail.kernels._common.direct import direct_kind, need_gradients
+from vitrail.kernels._common.direct import need_gradients, someone_watches_graphs
+from vitrail.kernels._common.kinds import any_autocast, kind_of
 from vitrail.kernels._common.replay import Replayed
 
 
@@ -29,9 +31,15 @@ class ReplayingOverload(OpOverload):
         overload.replayed = replayed
 
     def __call__(self, /, *arguments: Any, **options: Any) -> Any:
-        if not options:
+        if not options and not someone_watches_graphs():
+            is_usual = not torch.is_grad_enabled() and not any_autocast()  # as graphs run
+            result = self.replayed.run_expected(arguments) if is_usual else None
+            if result is not None:
+                return result
             tensors: list[Tensor] = []
-            plan = self.replayed.plan_of(direct_kind(arguments, tensors))
+            plan = self.replayed.plan_of(kind_of(arguments, tensors))
             if plan is not None and not need_gradients(tensors):
+                if is_usual:
+                    self.replayed.expect(plan, arguments)
                 return plan.run(tensors)
         return super().__call__(*arguments, **options)

@@ -5,37 +5,39 @@ result from the device: all that it does follows from its arguments' shapes, str
 other arguments. It takes several times as long as the launches themselves. So the second call of a kind is recorded,
 and from the third on its steps are repeated on the tensors at hand, without that code:
 
-- an allocation: a tensor of the same shape and dtype;
-- a view: made if more than launches read it, for which an address is enough;
+- an allocation: a tensor of the same shape and dtype; those that launches alone read and write are parts of one;
+- a view: made if more than launches read it, for which an address is enough, and if the tensor cannot be made as it is
+  shown;
 - another operator of PyTorch: called again;
 - a launch: the same compiled code, grid and numbers, with the addresses of this call.
 
 The recorder sees every operator of PyTorch (it is a dispatch mode) and every launch (`launch` tells it). Where it meets
 something that it cannot repeat, such as a number read from a tensor, the call's kind is never replayed. Nothing is
-replayed in Triton's interpreter, nor are calls without a launch.
+replayed in Triton's interpreter or while Triton has launch hooks, nor are calls without a launch. `plan.py` tells how
+the steps are repeated.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo import guards
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
 from vitrail.kernels._common.kinds import MOST_REMEMBERED, Memory
-from vitrail.kernels._common.launch import starter, tells_of_launches
+from vitrail.kernels._common.launch import has_launch_hooks, starter, stream_getter, tells_of_launches
+from vitrail.kernels._common.plan import Allocation, Launch, Operation, Plan, Step, View, Writer
+from vitrail.kernels._common.written import Latest
 
 REPLAYS = not TRITON_INTERPRETED
+_LARGE = 10 * 2**20  # bytes that PyTorch's allocator keeps apart, for other tensors of about this size to use again
 _ALLOCATES = {
     getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 }
-_empty_strided_cuda: Callable[..., Tensor] | None = getattr(guards, "_empty_strided_cuda", None)
 
 
 class Replayed:
@@ -47,16 +49,27 @@ class Replayed:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self._plans = Memory(MOST_REMEMBERED)  # True: to be recorded; False: not to be replayed
+        self._expected = Latest()
 
     def plan_of(self, kind: Hashable) -> Plan | None:
         """How calls of a kind are replayed, if that is known."""
         plan = self._plans.get(kind) if REPLAYS else None
-        return plan if isinstance(plan, Plan) else None
+        return plan if isinstance(plan, Plan) and not has_launch_hooks() else None
+
+    def expect(self, plan: Plan, arguments: Sequence[Any]) -> None:
+        """Makes `run_expected` know calls like one that a plan has repeated, which nothing but a graph has made."""
+        repeat = plan.for_kind_of(arguments)
+        if repeat is not None:
+            self._expected.add(repeat)
+
+    def run_expected(self, arguments: Sequence[Any]) -> Any:
+        """The result of a call of one of the kinds that were lately expected, or None; see `Plan.for_kind_of`."""
+        return self._expected(arguments) if REPLAYS and not has_launch_hooks() else None
 
     def run(self, kind: Hashable, tensors: Sequence[Tensor], arguments: Sequence[Any]) -> Any:
         """The result of a call; its kind and its tensors are those that `kind_of` finds."""
         plan = self._plans.get(kind) if REPLAYS else False
-        if isinstance(plan, Plan):
+        if isinstance(plan, Plan) and not has_launch_hooks():
             return plan.run(tensors)
         if plan is None:
             self._plans[kind] = True
@@ -92,7 +105,7 @@ class _Recorder(TorchDispatchMode):
         self.held: list[Tensor] = []  # with the values, so that no identity or address is used twice
         self.places = {id(tensor): place for place, tensor in enumerate(tensors)}
         self.roots: dict[int, int] = {}  # of views: the place of the tensor whose memory they show
-        self.steps: list[_Allocation | _View | _Operation | _Launch] = []
+        self.steps: list[Step] = []
         self.repeatable = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -118,11 +131,11 @@ class _Recorder(TorchDispatchMode):
             if any(one.dtype != self.values[root].dtype for one in results):
                 self.repeatable = False
             self.roots.update((place, root) for place in places)
-            self.steps.extend(_View(self.values[root], root, one, at) for one, at in zip(results, places, strict=True))
-        elif func.overloadpacket in _ALLOCATES and result.is_contiguous():
-            self.steps.append(_Allocation(result, places[0]))
+            self.steps.extend(View(self.values[root], root, one, at) for one, at in zip(results, places, strict=True))
+        elif func.overloadpacket in _ALLOCATES and result.is_contiguous() and result.device == self.values[0].device:
+            self.steps.append(Allocation(result, places[0]))
         else:
-            self.steps.append(_Operation(func, args, kwargs, given, places, isinstance(result, (tuple, list))))
+            self.steps.append(Operation(func, args, kwargs, given, places, isinstance(result, (tuple, list))))
         return result
 
     def _shown(self, places: Iterable[int], results: Sequence[Tensor]) -> int | None:
@@ -152,24 +165,44 @@ class _Recorder(TorchDispatchMode):
                 return
             root = self.roots.get(place, place)
             addresses.append((position, root, argument.data_ptr() - self.values[root].data_ptr()))
-        start = starter(code, grid, parameters[0].device)
         numbers = [0 if isinstance(parameter, Tensor) else parameter for parameter in parameters]
-        self.steps.append(_Launch(start, numbers, addresses))
+        self.steps.append(Launch(starter(code), grid, numbers, addresses))
 
     def plan(self, result: Any) -> Plan | None:
         """The steps that the result takes, unless they cannot be repeated."""
         several = isinstance(result, tuple)
         places = [self.places.get(id(one), -1) for one in (result if several else (result,))]
-        if not self.repeatable or -1 in places or not any(isinstance(step, _Launch) for step in self.steps):
+        if not self.repeatable or -1 in places or not any(isinstance(step, Launch) for step in self.steps):
             return None
-        read = {place for step in self.steps if isinstance(step, _Operation) for place in step.given.values()}
-        steps = [step for step in self.steps if not isinstance(step, _View) or step.place in read.union(places)]
-        room: list[Tensor | None] = [None] * (len(self.values) - self.n_given)
+        read = {place for step in self.steps if isinstance(step, Operation) for place in step.given.values()}
+        read.update(places)  # by more than launches
+        writer = Writer(self.values[0].device, self.n_given)
+        writer.add(f"stream = {writer.constant(stream_getter(), 'stream')}({writer.device.index})")
+        for step in self._steps_for(read, places, writer):
+            step.write(writer)
+        return Plan(writer, places if several else places[0])
+
+    def _steps_for(self, read: set[int], results: Sequence[int], writer: Writer) -> list[Step]:
+        """The steps that are needed, but for those of which the writer has taken care."""
+        views = [step for step in self.steps if isinstance(step, View) and step.place in read]
+        shown = [view.root_place for view in views]
+        alone = {view.root_place: view for view in views if view.shows_all and shown.count(view.root_place) == 1}
+        done: list[Step] = [step for step in self.steps if isinstance(step, View) and step not in views]
+        scratch: list[Allocation] = []
         for step in self.steps:
-            if isinstance(step, _Allocation) and self._is_kept(step.place, places):
-                room[step.place - self.n_given] = self.values[step.place]
-                steps.remove(step)
-        return Plan(steps, room, places if several else places[0], self.values[0].device)
+            if not isinstance(step, Allocation):
+                continue
+            if self._is_kept(step.place, results):
+                writer.keep(step.place, self.values[step.place])
+                done.append(step)
+            elif step.place not in {*read, *shown}:
+                if step.n_bytes < _LARGE:
+                    scratch.append(step)
+            elif step.place not in read and step.place in alone:
+                writer.make_as(step, alone[step.place])
+                done.append(alone[step.place])
+        writer.add_scratch(scratch)
+        return [step for step in self.steps if step not in (*done, *scratch)]
 
     def _is_kept(self, place: int, results: Sequence[int]) -> bool:
         """Whether a value need not be made anew: it holds nothing, and is the gradient of nothing if it is a result."""
@@ -185,98 +218,3 @@ def _depends_on_contents(func: Any, given: dict[int, int], values: list[Any], re
 
 def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
-
-
-class _Allocation:
-    """Makes a contiguous tensor on the current device, on GPUs as compiled graphs do: past all of PyTorch's layers."""
-
-    def __init__(self, made: Tensor, place: int) -> None:
-        self.place = place
-        if made.is_cuda and _empty_strided_cuda is not None:
-            self.make = functools.partial(_empty_strided_cuda, tuple(made.shape), made.stride(), made.dtype)
-        else:
-            self.make = functools.partial(torch.empty, made.shape, dtype=made.dtype, device=made.device)
-
-    def run(self, values: list[Any]) -> None:
-        values[self.place] = self.make()
-
-
-class _View:
-    """Shows a part of another tensor's memory; however many views lie between the two, it is one."""
-
-    def __init__(self, root: Tensor, root_place: int, view: Tensor, place: int) -> None:
-        self.root_place, self.place = root_place, place
-        self.shape, self.strides = view.shape, view.stride()
-        self.offset = view.storage_offset() - root.storage_offset()
-
-    def run(self, values: list[Any]) -> None:
-        root = values[self.root_place]
-        values[self.place] = root.as_strided(self.shape, self.strides, root.storage_offset() + self.offset)
-
-
-class _Operation:
-    """Calls an operator of PyTorch."""
-
-    def __init__(
-        self,
-        func: Any,
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
-        given: dict[int, int],
-        places: Sequence[int],
-        several: bool,
-    ) -> None:
-        self.func, self.kwargs, self.places, self.several = func, kwargs, places, several
-        self.args = [None if position in given else arg for position, arg in enumerate(args)]
-        self.given = given
-
-    def run(self, values: list[Any]) -> None:
-        args = self.args.copy()
-        for position, place in self.given.items():
-            args[position] = values[place]
-        result = self.func(*args, **self.kwargs)
-        if self.several:
-            for place, one in zip(self.places, result, strict=True):
-                values[place] = one
-        else:
-            values[self.places[0]] = result
-
-
-class _Launch:
-    """Launches compiled code."""
-
-    def __init__(self, start: Callable[..., None], numbers: list[Any], addresses: list[tuple[int, int, int]]) -> None:
-        self.start, self.numbers, self.addresses = start, numbers, addresses
-
-    def run(self, values: list[Any]) -> None:
-        arguments = self.numbers.copy()
-        for position, place, offset in self.addresses:
-            arguments[position] = values[place].data_ptr() + offset
-        self.start(arguments)
-
-
-class Plan:
-    """The steps of a call."""
-
-    def __init__(
-        self, steps: list[Any], room: Sequence[Tensor | None], result: int | list[int], device: torch.device
-    ) -> None:
-        self.steps = [step.run for step in steps]
-        self.room = room
-        self.result = result
-        self.device = device
-
-    def run(self, tensors: Sequence[Tensor]) -> Any:
-        """Repeats the call with other tensors of the same kind."""
-        if self.device.index != torch.cuda.current_device():
-            with torch.cuda.device(self.device):
-                return self._run(tensors)
-        return self._run(tensors)
-
-    def _run(self, tensors: Sequence[Tensor]) -> Any:
-        values = [*tensors, *self.room]
-        for run in self.steps:
-            run(values)
-        if isinstance(self.result, int):
-            return values[self.result]
-        return tuple([values[place] for place in self.result])

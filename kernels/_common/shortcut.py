@@ -3,8 +3,9 @@
 A public function checks its arguments, chooses the backend, casts under autocast, and calls an operator. What it does
 depends on nothing but the kind of the call; see `kind_of`. So it is watched at the first call of a kind: which operator
 does it call, with which of its tensors and which numbers, and is the operator's result its own? Later calls of the kind
-then are a look-up and the operator's call; where tensors were cast or reshaped before it, that is done again. Calls
-that something else watches are not shortened, nor are those that come to no operator.
+then are a look-up, or a glance where it was met lately, and the operator's call; where tensors were cast or reshaped
+before it, that is done again. Calls that something else watches are not shortened, nor are those that come to no
+operator.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from torch._ops import OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from vitrail.kernels._common.direct import direct_kind
+from vitrail.kernels._common.direct import someone_watches
 from vitrail.kernels._common.dispatch import settings
-from vitrail.kernels._common.kinds import MOST_REMEMBERED, Memory, kind_of
+from vitrail.kernels._common.kinds import MOST_REMEMBERED, Memory, any_autocast, kind_of, recognizer
 from vitrail.kernels._common.registration import Operator
 from vitrail.kernels._common.replay import are_distinct
+from vitrail.kernels._common.written import Answer, Latest
 
 _PREPARES = {Tensor.to, Tensor.float, Tensor.flatten, Tensor.select, Tensor.__getitem__}  # make one tensor of another
 _READ = {  # what a tensor holds, on which later calls may not depend
@@ -37,16 +39,30 @@ _Found = TypeVar("_Found")
 def shortened(function: Callable[_Given, _Found]) -> Callable[_Given, _Found]:
     """`function`, a public one, whose calls of a known kind go straight to its operator."""
     known = Memory(MOST_REMEMBERED)  # of `_Shortcut`, or None where a call of this kind has none
+    latest = Memory(MOST_REMEMBERED)  # of `Latest` with shortcuts, by all that is no argument
 
     @functools.wraps(function)
     def call(*arguments: _Given.args, **options: _Given.kwargs) -> _Found:
-        tensors: list[Tensor] = []
-        kind = direct_kind((*arguments, *options.values()), tensors)
-        if kind is None or settings.recorder is not None:
+        if someone_watches() or settings.recorder is not None:
             return function(*arguments, **options)
-        key = (kind, *options, settings.default_backend)
+        given, others = (*arguments, *options.values()), (*options, settings.default_backend)
+        is_usual = not any_autocast()
+        if is_usual and others in latest:
+            found = latest[others](given)
+            if found is not None:
+                return found[0].run(found[1])
+        tensors: list[Tensor] = []
+        kind = kind_of(given, tensors)
+        if kind is None:
+            return function(*arguments, **options)
+        key = (kind, *others)
         shortcut = known.get(key)
         if shortcut is not None:
+            recognize = shortcut.recognizer(given) if is_usual else None
+            if recognize is not None:
+                if others not in latest:
+                    latest[others] = Latest()
+                latest[others].add(recognize)
             return shortcut.run(tensors)
         if key in known or not are_distinct(tensors):
             return function(*arguments, **options)
@@ -150,6 +166,13 @@ class _Shortcut:
         self.arguments = [None if isinstance(one, Tensor) else one for one in arguments]
         self.places = list(places.items())
         self.steps, self.room = steps, [None] * n_made
+        self._recognize: Answer | bool | None = False  # not written yet
+
+    def recognizer(self, given: Sequence[Any]) -> Answer | None:
+        """A function that recognises calls of the public function like one that has come to this shortcut."""
+        if isinstance(self._recognize, bool):
+            self._recognize = recognizer(given, self)
+        return self._recognize
 
     def run(self, values: list[Any]) -> Tensor:
         """The operator's result for the public function's tensors, in their order."""

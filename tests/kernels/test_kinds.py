@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -35,6 +36,24 @@ def test_tells_apart_all_but_contents(other: tuple[Any, ...]) -> None:
     assert _kind(*_USUAL) == _kind(torch.ones(2, 3), *_USUAL[1:])
     assert _kind(*_USUAL) == _kind(*_USUAL[:3], [1, 2], *_USUAL[4:])
     assert _kind(*_USUAL) != _kind(*other)
+    assert _recognises(_USUAL, (torch.ones(2, 3), *_USUAL[1:]))
+    assert not _recognises(_USUAL, other)
+    assert _recognises(other, other)
+    assert not _recognises(other, _USUAL)
+
+
+def test_recognisers_tell_apart_where_tensors_begin_and_negated_views() -> None:
+    memory, numbers = torch.zeros(20), torch.zeros(8, dtype=torch.complex64)
+    assert _recognises((memory[:8],), (memory[4:12],))
+    assert not _recognises((memory[:8],), (memory[1:9],))
+    assert _recognises((numbers.imag,), (numbers.imag,))
+    assert not _recognises((numbers.imag,), (numbers.conj().imag,))
+    assert not _recognises((memory,), (memory.as_subclass(type("Other", (Tensor,), {})),))
+
+
+@pytest.mark.parametrize("arguments", [([torch.zeros(2)],), (torch.zeros(2), float("nan"))], ids=["tensors", "nan"])
+def test_some_kinds_have_no_recogniser(arguments: tuple[Any, ...]) -> None:
+    assert kinds.recognizer(arguments, 1) is None
 
 
 def test_autocast_and_alignment_count() -> None:
@@ -71,6 +90,18 @@ def test_negated_views_have_no_kind() -> None:
 
 def _kind(*arguments: Any) -> Any:
     return kinds.kind_of(arguments, [])
+
+
+def _recognises(known: tuple[Any, ...], arguments: tuple[Any, ...]) -> bool:
+    """Whether arguments are recognised as of the kind of others, and their tensors found."""
+    recognize = kinds.recognizer(known, "known")
+    assert recognize is not None
+    found = recognize(arguments)
+    if found is None:
+        return False
+    tensors: list[Tensor] = []
+    kinds.kind_of(arguments, tensors)
+    return found[0] == "known" and len(found[1]) == len(tensors) and all(map(operator.is_, found[1], tensors))
 
 
 def test_what_equals_something_allowed_is_still_refused() -> None:

@@ -6,6 +6,7 @@ Where there is no GPU a stand-in for compiled code works on the addresses that i
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -19,10 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.kernels._common import launch as launching
+from vitrail.kernels._common import overload as overloading
+from vitrail.kernels._common import plan as planning
 from vitrail.kernels._common import replay
 from vitrail.kernels._common.kinds import kind_of
 from vitrail.kernels._common.registration import register_operator
 from vitrail.kernels._common.shortcut import _Shortcut
+from vitrail.kernels._common.written import Latest
 from vitrail.tools._common.kernel_cases import OPERATORS
 
 pytest.importorskip("triton")
@@ -72,7 +76,7 @@ def add(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     kernel = _Kernel()
     driver_of_none = SimpleNamespace(get_current_stream=lambda device: f"stream of {device}")
     monkeypatch.setattr(type(driver), "active", driver_of_none)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(planning, "_current_device", lambda: None)
     monkeypatch.setattr(replay, "REPLAYS", True)
     monkeypatch.setattr(launching, "_compiled", {})
     monkeypatch.setattr(_Code, "replays", 0)
@@ -90,6 +94,7 @@ def _replayed(function: Callable[..., Any]) -> Callable[..., Any]:
         tensors: list[Tensor] = []
         return implementation.run(kind_of(arguments, tensors), tensors, arguments)
 
+    call.plans = implementation._plans  # type: ignore[attr-defined]
     return call
 
 
@@ -231,29 +236,160 @@ def test_one_tensor_in_two_places_is_not_recorded(add: Callable[..., None]) -> N
         torch.testing.assert_close(fast(x, y), function(x, y), rtol=0, atol=0)
 
 
+def test_scratch_of_launches_is_one_tensor(add: Callable[..., None]) -> None:
+    """Its parts do not overlap and begin as tensors do; results and what operators of PyTorch read stay their own."""
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scratch = [torch.empty(n, dtype=x.dtype, device=x.device) for n in (200, 130, 200, 1)]
+        out, shown, read = (torch.empty_like(x) for _ in range(3))
+        for part, number in zip(scratch, (1.0, 2.0, 3.0, 4.0), strict=True):
+            add(x[: part.numel()], part, number)
+        add(scratch[0], out, 0.25)
+        add(scratch[2][1:], shown[1:], 0.5)
+        add(scratch[2][:1], shown[:1], 0.5)
+        add(scratch[1][:3], read[:3], 0.0)
+        add(scratch[3], read[3:4], 0.0)
+        return out, shown[1:], read[:4].sum()
+
+    fast = _replayed(function)
+    for _ in range(4):
+        x = torch.randn(200)
+        found, wanted = fast(x), function(x)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    assert _Code.replays == 18
+    assert len({one.untyped_storage().data_ptr() for one in found}) == 3
+    assert found[0].untyped_storage().nbytes() == found[0].nbytes
+    assert found[0].untyped_storage().data_ptr() != fast(x)[0].untyped_storage().data_ptr()
+    (known,) = fast.plans.values()
+    (size,) = re.findall(r"memory = .*?\(\((\d+), \)", known.code)
+    starts = [0, *map(int, re.findall(r"(?<=[ (])scratch \+ (\d+)(?=,)", known.code))]
+    assert set(starts) == {0, 1024, 2048, 2048 + 4, 3072}  # one launch reads from the second number on
+    assert int(size) == 3584
+
+
+def test_large_scratch_has_tensors_of_its_own(add: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "_LARGE", 100)
+
+    def function(x: Tensor) -> Tensor:
+        large, small, out = torch.empty_like(x), torch.empty_like(x[:24]), torch.empty_like(x)
+        add(x, large, 1.0)
+        add(x[:24], small, 2.0)
+        add(large, out, 3.0)
+        add(small, out[:24], 4.0)
+        return out
+
+    fast = _replayed(function)
+    for _ in range(4):
+        x = torch.randn(25)
+        torch.testing.assert_close(fast(x), function(x), rtol=0, atol=0)
+    (known,) = fast.plans.values()
+    assert re.findall(r"memory = .*?\(\((\d+), \)", known.code) == ["512"]
+    assert known.code.count("= empty") == 3
+
+
+def test_what_is_shown_whole_is_made_as_it_is_shown(add: Callable[..., None]) -> None:
+    """Not what is read in two ways, or in part, or transposed."""
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        whole, read, twice, in_part, turned = (torch.empty_like(x) for _ in range(5))
+        for number, made in enumerate((whole, read, twice, in_part, turned)):
+            add(x, made, float(number))
+        shown = whole.view(6).view(3, 2), read.view(6), twice.view(6), twice.view(3, 2), in_part[1], turned.T, x.view(6)
+        return *shown, read.sum()
+
+    fast = _replayed(function)
+    for _ in range(4):
+        x = torch.randn(2, 3)
+        found, wanted = fast(x), function(x)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+        assert [one.stride() for one in found] == [one.stride() for one in wanted]
+    (known,) = fast.plans.values()
+    assert known.code.count("as_strided") == 6
+    assert not found[0]._is_view()
+
+
 @pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
 @pytest.mark.parametrize("hook", [print, SimpleNamespace(calls=[print]), SimpleNamespace(calls=[]), None])
-def test_launch_hooks_are_called(
-    add: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str, hook: Any
+def test_nothing_is_replayed_while_launches_have_hooks(
+    overload: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, name: str, hook: Any
 ) -> None:
-    """Functions and chains of them are, chains that are empty are not."""
+    """Functions and chains of them count, chains that are empty do not."""
     from triton import knobs
 
-    seen: list[Any] = []
+    has_some = hook is not None and (hook is print or bool(hook.calls))
+    x = torch.randn(2, 3)
+    for lately in (False, True):
+        with torch.set_grad_enabled(not lately):
+            overload(x, None, 0.5, [1, 2])
+            replays = _Code.replays
+            _DISPATCHED.clear()
+            with monkeypatch.context() as hooked:
+                hooked.setattr(knobs.runtime, name, hook)
+                assert torch.equal(overload(x, None, 0.5, [1, 2]), x + 3.5)
+            assert bool(_DISPATCHED) == has_some
+            assert _Code.replays == replays + (not has_some)
 
-    class Hooked:
-        function = packed_metadata = None
 
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *parameters: seen.append((grid, parameters))
+class _Recorded(list[Any]):
+    """Stands for a launcher in C."""
 
-        def run(self, *everything: Any) -> None:
-            seen.append("past the hooks")
+    def __call__(self, *given: Any) -> None:
+        self.append(given)
 
-    monkeypatch.setattr(knobs.runtime, name, hook)
-    launching.starter(Hooked(), (3, 2), torch.device("cpu"))((1, 2))
-    has_some = hook is not None and (hook is print or hook.calls)
-    assert seen == ([((3, 2, 1), (1, 2))] if has_some else ["past the hooks"])
+
+def _launcher(kind: str, **others: Any) -> Any:
+    """Triton's launcher around the stand-in, or another thing of its form."""
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    launcher = object.__new__(driver.CudaLauncher if kind == "triton" else type(kind, (), {}))
+    settings = {
+        "launch": _Recorded(), "num_ctas": 1, "launch_cooperative_grid": "cooperative", "launch_pdl": "dependent",
+        "global_scratch_size": 0, "global_scratch_align": 1, "profile_scratch_size": 0, "profile_scratch_align": 1,
+        "gsan_enabled": False, "arg_annotations": ["kinds"], "kernel_signature": b"types",
+    }  # fmt: skip
+    for name, value in {**settings, **others}.items():
+        setattr(launcher, name, value)
+    return launcher
+
+
+def test_the_launcher_in_c_gets_what_triton_gives_it(add: Callable[..., None]) -> None:
+    """Of the installed version: this fails where its launcher has changed under a known number."""
+    import triton
+
+    launcher = _launcher("triton")
+    code = SimpleNamespace(run=launcher, function="function", packed_metadata="metadata")
+    launcher(2, 3, 1, "stream", code.function, code.packed_metadata, None, None, None, 5, 0.5, None)
+    known = launching.starter(code)
+    parameters = ((5, 0.5, None),) if known.packs_parameters else (5, 0.5, None)
+    known.start(2, 3, 1, "stream", *known.before, *parameters)
+    if triton.__version__.startswith(("3.6.", "3.8.")):
+        assert known.start is launcher.launch
+    wanted, found = launcher.launch
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        lambda: _launcher("triton", global_scratch_size=64),
+        lambda: _launcher("triton", profile_scratch_size=64),
+        lambda: _launcher("triton", gsan_enabled=True),
+        lambda: _launcher("triton", launch=lambda *given: None),
+        lambda: _launcher("HIPLauncher"),
+    ],
+    ids=["workspace", "profile", "instrumented", "descriptors", "other"],
+)
+def test_launchers_that_do_more_are_not_passed_by(launcher: Callable[[], Any]) -> None:
+    run = launcher()
+    code = SimpleNamespace(run=run, function="function", packed_metadata="metadata")
+    assert launching.starter(code) == (run, ("function", "metadata", None, None, None), False)
+
+
+def test_unknown_versions_launchers_are_not_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.__version__", "3.99.0")
+    run = _launcher("triton")
+    del run.launch, run.global_scratch_size, run.launch_pdl
+    code = SimpleNamespace(run=run, function="function", packed_metadata="metadata")
+    assert launching.starter(code).start is run
 
 
 @pytest.fixture
@@ -277,6 +413,7 @@ def overload(add: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Itera
     _LAUNCH[:] = [add]
     found = getattr(torch.ops.vitrail, _OVERLOAD).default
     monkeypatch.setattr(found.replayed, "_plans", {})
+    monkeypatch.setattr(found.replayed, "_expected", Latest())
     for _ in range(3):
         found(torch.randn(2, 3), None, 0.5, [1, 2])
     dispatch = OpOverload.__call__
@@ -302,6 +439,63 @@ def test_graphs_calls_are_replayed_past_the_dispatcher(overload: Callable[..., T
     assert not _DISPATCHED
     overload(torch.randn(3, 2), None, 0.5, [1, 2])
     assert _DISPATCHED
+
+
+def test_graphs_calls_of_a_lately_repeated_kind_are_known_at_a_glance(
+    overload: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their kind is looked up once; what differs, or is on another device than the current, is not taken for one."""
+    looked_up: list[Any] = []
+
+    def find(arguments: Any, tensors: list[Tensor]) -> Any:
+        looked_up.append(arguments)
+        return kind_of(arguments, tensors)
+
+    monkeypatch.setattr(overloading, "kind_of", find)
+    with torch.no_grad():
+        for numbers in (0.5, 1.5, 0.5, 1.5, 0.5):
+            for _ in range(3):
+                x = torch.randn(2, 3)
+                assert torch.equal(overload(x, None, numbers, [1, 2]), x + (numbers + 3))
+    assert len(looked_up) == 4  # one, and until the other is known
+    replays = _Code.replays
+    with torch.no_grad():
+        for x in (torch.randn(3, 2), torch.randn(3, 2).T, torch.randn(8)[1:7].view(2, 3)):
+            assert torch.equal(overload(x, None, 0.5, [1, 2]), x + 3.5)
+        assert overload(torch.randn(2, 3, dtype=torch.float64), None, 0.5, [1, 2]).dtype == torch.float64
+        assert torch.equal(overload(torch.ones(2, 3), torch.ones(1), 0.5, [1, 2]), torch.full((2, 3), 4.5))
+        assert _Code.replays == replays
+        with torch.autocast("cpu", torch.bfloat16):
+            overload(torch.ones(2, 3), None, 0.5, [1, 2])
+        with monkeypatch.context() as other:
+            other.setattr(replay, "REPLAYS", False)
+            overload(torch.ones(2, 3), None, 0.5, [1, 2])
+        with pytest.raises(RuntimeError):
+            overload(torch.ones(2, 3), None, 0.5)
+    assert len(looked_up) == 4 + 8
+    assert _Code.replays == replays
+
+
+def test_graphs_calls_on_another_device_are_not_known_at_a_glance(
+    overload: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current: list[int | None] = [None]
+    monkeypatch.setattr(planning, "_current_device", lambda: current[0])
+    arguments = torch.randn(2, 3), None, 0.5, [1, 2]
+    (known,) = overload.replayed._plans.values()
+    repeat = known.for_kind_of(arguments)
+    assert torch.equal(repeat(arguments), arguments[0] + 3.5)
+    current[0] = 1
+    assert repeat(arguments) is None
+
+
+def test_only_the_latest_kinds_are_looked_for(overload: Callable[..., Tensor]) -> None:
+    x = torch.randn(2, 3)
+    with torch.no_grad():
+        for _ in range(5):
+            for number in range(9):
+                assert torch.equal(overload(x, None, float(number), [1, 2]), x + (number + 3))
+        assert len(overload.replayed._expected) == 4
 
 
 @pytest.mark.parametrize(
@@ -347,7 +541,7 @@ def test_compiled_graphs_call_past_the_dispatcher(overload: Callable[..., Tensor
 @pytest.mark.parametrize("compiled", [False, True], ids=["direct", "compiled"])
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "routing_layer"])
 def test_every_operator_replays_what_it_did(operator: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three steps on other numbers, forward and backward, to the last bit; the third is replayed.
+    """Steps on other numbers, forward and backward, to the last bit; from the third on they are replayed.
 
     In compiled code the first ones are called by the dispatcher, below autograd.
     """
@@ -367,7 +561,7 @@ def test_every_operator_replays_what_it_did(operator: str, compiled: bool, monke
             if compiled:
                 run = torch.compile(run, backend="aot_eager", dynamic=False)
             inputs = [one.make(device, torch.bfloat16, seed) for seed, one in enumerate(case.inputs)]
-            for _ in range(3):
+            for _ in range(4):
                 given = [_other(one) if torch.is_tensor(one) else one for one in implementation.prepare(*inputs)]
                 monkeypatch.setattr(replay, "REPLAYS", False)
                 wanted = _step(run, given)

@@ -115,6 +115,28 @@ def test_a_kind_is_looked_at_once(public: Callable[..., Tensor]) -> None:
     _compare(public, {"added": torch.randn(3, 4)}, 1)
 
 
+def test_options_of_one_value_are_told_apart_by_their_names() -> None:
+    def scaled(x: Tensor, *, factor: float = 1.0, power: float = 1.0) -> Tensor:
+        return _operator(x, x[:1], None, factor, (int(power),))
+
+    public = _shortened(scaled)
+    for options in ({"factor": 3.0}, {"power": 3.0}) * 3:
+        x = torch.randn(3, 4)
+        assert torch.equal(public(x, **options), scaled(x, **options))
+    assert len(_ran) == 2
+
+
+def test_a_recognised_call_of_another_kind_takes_its_own_way(public: Callable[..., Tensor]) -> None:
+    """Calls are recognised by what was met lately: each kind among several, in turns, and one that begins elsewhere."""
+    memory = torch.randn(13)
+    for _ in range(3):
+        for x in (torch.randn(3, 4), torch.randn(4, 3).T, memory[:12].view(3, 4), memory[1:].view(3, 4)):
+            for dtype in (torch.float32, torch.float64):
+                weight = torch.randn(1, 4, dtype=dtype)
+                assert torch.equal(public(x, weight), _definition(x, weight))
+    assert len(_ran) == 3 * 2
+
+
 def test_autocast_makes_kinds_of_its_own(public: Callable[..., Tensor]) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype):
@@ -225,5 +247,5 @@ def test_subclasses_take_the_whole_way(public: Callable[..., Tensor]) -> None:
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitrail.kernels._common.shortcut.MOST_REMEMBERED", 2)
     public = _shortened(_definition)
-    for factor in (0, 1, 2, 3, 0):
+    for factor in (*range(7), 0):  # what is not looked up any more was called long ago
         _compare(public, {"factor": factor}, 1, calls=2)

@@ -311,7 +311,7 @@ def _routing_bwd_dkdv_kernel(
     """One program: gradients of one block of keys and values, over the queries of the regions that chose them.
 
     `list_ptr` holds these regions, `n_listed` an image, between the two bounds of each key region; dense, the masks.
-    ADDS: that of the values begins with what `d_v_ptr` holds there, which no other program reads or writes.
+    ADDS: None, "first" or "last": when what `d_v_ptr` holds, which no other program reads or writes, is added there.
     """
     geometry = (height, width, n_regions, COLUMNS or columns, region_h, REGION_W or region_w)
     n_ranks = n_regions * region_h * region_w
@@ -329,7 +329,7 @@ def _routing_bwd_dkdv_kernel(
     stats = statistics_of(stats_ptr, image * n_heads + head, n_ranks, q_ptr.dtype.element_ty)
     d_k = tl.zeros((BLOCK_K, HEAD_DIM), tl.float32)
     d_v = tl.zeros((BLOCK_K, HEAD_DIM), tl.float32)
-    if ADDS:
+    if ADDS == "first":
         begun = d_v_ptr + _offsets(image, y, x, head, d_v_strides, HEAD_DIM)
         d_v = tl.load(begun, mask=real[:, None], other=0.0).to(tl.float32)
     for start in range(0, n_queries, BLOCK_Q):
@@ -349,7 +349,10 @@ def _routing_bwd_dkdv_kernel(
         d_scores = weights * (d_weights - correction[:, None]) * scale
         d_k = tl.dot(tl.trans(d_scores.to(q.dtype)), q, acc=d_k, input_precision="ieee")
     tl.store(d_k_ptr + _offsets(image, y, x, head, d_k_strides, HEAD_DIM), d_k.to(k.dtype), mask=real[:, None])
-    tl.store(d_v_ptr + _offsets(image, y, x, head, d_v_strides, HEAD_DIM), d_v.to(v.dtype), mask=real[:, None])
+    d_v_offsets = _offsets(image, y, x, head, d_v_strides, HEAD_DIM)
+    if ADDS == "last":
+        d_v += tl.load(d_v_ptr + d_v_offsets, mask=real[:, None], other=0.0)
+    tl.store(d_v_ptr + d_v_offsets, d_v.to(v.dtype), mask=real[:, None])
     if HAS_PAD:
         is_pad = (exists & (real == 0))[:, None]
         slot = d_pad_ptr + tl.program_id(0).to(tl.int64) * (2 * HEAD_DIM) + tl.arange(0, HEAD_DIM)
@@ -555,10 +558,12 @@ def _run_backward(
     listed, bounds = (listed, None) if problem.dense else _inverse_lists(routes)
     slots = problem.programs if problem.has_pad else 0
     d_pad = torch.empty((slots, problem.heads, 2, problem.head_dim), dtype=torch.float32, device=q.device)
+    # A sum that begins with a large value is rounded at its size with each product: in float32 that would show.
+    adds = ("last" if q.dtype == torch.float32 else "first") if adds_to_v else None
     launch(
         _routing_bwd_dkdv_kernel, problem.grid, *inputs, listed, bounds, stats, d_k, d_v, d_pad, *strides,
         *map_strides(d_k, d_v), *problem.geometry, problem.heads, problem.n_regions * problem.topk, problem.scale,
-        ADDS=adds_to_v, maxnreg=problem.registers if adds_to_v else None, **problem.options("bwd_dkdv"),
+        ADDS=adds, maxnreg=problem.registers if adds_to_v else None, **problem.options("bwd_dkdv"),
     )  # fmt: skip
     return d_pad
 

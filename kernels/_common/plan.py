@@ -221,8 +221,12 @@ class Plan:
         """
         with _writing:
             if isinstance(self._for_kind, bool):
-                lines = lines_of_kind(arguments, self._writer.constant)
-                device = f"if {self._writer.constant(_current_device, 'device')}() != {self.device.index}: return None"
-                text = text_of("repeat_if_alike", "arguments", [*(lines or ()), device, *self._steps])
-                self._for_kind = None if lines is None else compiled(text, self._writer.objects)
+                self._for_kind = self._write_for_kind(arguments)
             return self._for_kind
+
+    def _write_for_kind(self, arguments: Sequence[Any]) -> Answer | None:
+        lines = lines_of_kind(arguments, self._writer.constant)
+        if lines is None:
+            return None
+        device = f"if {self._writer.constant(_current_device, 'device')}() != {self.device.index}: return None"
+        return compiled(text_of("repeat_if_alike", "arguments", [*lines, device, *self._steps]), self._writer.objects)

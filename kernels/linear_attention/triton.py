@@ -77,6 +77,18 @@ def _chunk_sums(
 
 
 @triton.jit
+def _map_sums(
+    k_ptr, v_ptr, sums_ptr, k_strides, v_strides, image, head, row, n_chunks, first, end, width,
+    IS_WHOLE: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """The sums over the whole map: made here where the chunk is all of it, else of what the chunks have left."""
+    if IS_WHOLE:
+        return _chunk_sums(k_ptr, v_ptr, k_strides, v_strides, image, head, first, end, width, BLOCK, HEAD_DIM)
+    else:
+        return _add_chunks(sums_ptr, row, n_chunks, HEAD_DIM)
+
+
+@triton.jit
 def _store_key_gradients(
     k_ptr, v_ptr, d_k_ptr, d_v_ptr, k_strides, v_strides, d_k_strides, d_v_strides, d_products, d_keys_sum,
     image, head, first, end, width, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -121,12 +133,10 @@ def _linear_attention_fwd_kernel(
     image, head, chunk, row = place(n_chunks, heads)
     first = chunk * chunk_size
     end = tl.minimum(first + chunk_size, n_tokens)
-    if IS_WHOLE:
-        products, keys_sum = _chunk_sums(
-            k_ptr, v_ptr, k_strides, v_strides, image, head, first, end, width, BLOCK, HEAD_DIM
-        )
-    else:
-        products, keys_sum = _add_chunks(sums_ptr, row, n_chunks, HEAD_DIM)
+    products, keys_sum = _map_sums(
+        k_ptr, v_ptr, sums_ptr, k_strides, v_strides, image, head, row, n_chunks, first, end, width,
+        IS_WHOLE, BLOCK, HEAD_DIM,
+    )  # fmt: skip
     products *= tl.load(temperature_ptr + head).to(tl.float32)
     PRECISION: tl.constexpr = "ieee" if q_ptr.dtype.element_ty == tl.float32 else "tf32"
     for start in range(first, end, BLOCK):
@@ -154,12 +164,10 @@ def _linear_attention_bwd_dq_kernel(
     image, head, chunk, row = place(n_chunks, heads)
     first = chunk * chunk_size
     end = tl.minimum(first + chunk_size, n_tokens)
-    if IS_WHOLE:
-        products, keys_sum = _chunk_sums(
-            k_ptr, v_ptr, k_strides, v_strides, image, head, first, end, width, BLOCK, HEAD_DIM
-        )
-    else:
-        products, keys_sum = _add_chunks(sums_ptr, row, n_chunks, HEAD_DIM)
+    products, keys_sum = _map_sums(
+        k_ptr, v_ptr, sums_ptr, k_strides, v_strides, image, head, row, n_chunks, first, end, width,
+        IS_WHOLE, BLOCK, HEAD_DIM,
+    )  # fmt: skip
     temperature = tl.load(temperature_ptr + head).to(tl.float32)
     d_products = tl.zeros((HEAD_DIM, HEAD_DIM), tl.float32)
     d_keys_sum = tl.zeros((HEAD_DIM,), tl.float32)

@@ -297,6 +297,24 @@ def test_gradient_of_the_values_is_rounded_once_more_than_the_convolution(large_
     assert not torch.equal(apart, exact.half())
 
 
+@needs_triton
+def test_in_float32_the_convolutions_gradient_is_added_at_the_end() -> None:
+    """Sums that began with it would be rounded at its size with each product."""
+    from vitrail.kernels.routing_attention.triton import routing_attention_gradients
+
+    call = _draw_call(1, (1, 12, 12, 1, 16), 3, (2, 2), 4, torch.float32)
+    q, k, v = call.tensors["qkv"].float().unbind(3)
+    grad = call.grad.float().unflatten(3, (1, 16))
+    sums = []
+    for begun in (0.0, 4096.0):
+        parts = torch.full((*q.shape[:3], 3, *q.shape[3:]), begun, device=DEVICE).unbind(3)
+        routing_attention_gradients(
+            grad, q, k, v, *parts, None, None, call.routes, call.n_regions, 0.25, adds_to_v=begun > 0
+        )
+        sums.append(parts[2])
+    assert torch.equal(sums[1], sums[0] + 4096)
+
+
 @pytest.mark.gpu
 @_DTYPES
 @pytest.mark.parametrize("seed", seeds(60))

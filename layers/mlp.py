@@ -52,14 +52,14 @@ class Mlp(timm.layers.Mlp):
 
     @torch.jit.unused
     def _runs_fused(self, x: Tensor) -> bool:
-        if not self._is_plain() or self._drops() or records_graph():
+        if not self.is_plain() or self._drops() or records_graph():
             return False
         return _is_worth_it(x) and runs_fused(x, self.fc2.weight, need_gradients(chain([x], self.parameters())))
 
     def _drops(self) -> bool:
         return any(part.training and part.p > 0 for part in (self.drop1, self.drop2))
 
-    def _is_plain(self) -> bool:
+    def is_plain(self: timm.layers.Mlp) -> bool:
         """Whether the operator computes what the parts would; what replaces or watches one of them wants its call."""
         if watched._global_forward_hooks or watched._global_forward_pre_hooks:
             return False

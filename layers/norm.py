@@ -62,6 +62,17 @@ class LayerNorm(nn.LayerNorm):
 
 
 @register_notrace_module
+class TimmLayerNorm(timm.layers.LayerNorm):
+    """timm's `LayerNorm`, with the operator that `LayerNorm` has in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> the same."""
+        if self._fast_norm:
+            return fast_layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return _layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+@register_notrace_module
 class LayerNorm2d(timm.layers.LayerNorm2d):
     """timm's `LayerNorm2d`, over the channels of (B, C, H, W), with the operator that `LayerNorm` has in training."""
 

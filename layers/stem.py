@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-_MOST_CHANNELS = 4  # of an image; with more, cuDNN's own strided convolution keeps the tensor cores busy
+MOST_IMAGE_CHANNELS = 4  # of an image; with more, cuDNN's own strided convolution keeps the tensor cores busy
 _ALIGNMENT = 8  # channels, which the tensor cores take at once
 
 
@@ -43,7 +43,7 @@ class ImageConv2d(nn.Conv2d):
             return False
         plain = self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros"
         strides = self.stride[0] == self.stride[1] > 1 and not isinstance(self.padding, str)
-        return plain and strides and self.in_channels <= _MOST_CHANNELS
+        return plain and strides and self.in_channels <= MOST_IMAGE_CHANNELS
 
     @torch.jit.unused
     def _convolve_blocks(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from vitrail.kernels._common.checks import to_pair
 from vitrail.kernels._common.recording import padding_to, records_graph
 from vitrail.kernels.varied_window_attention import varied_window_attention_packed
 from vitrail.layers._heads import head_width
-from vitrail.layers.window import relative_position_bias
+from vitrail.layers.window import position_bias
 
 PADDINGS = ("end", "center")
 OFFSET_NORMS = ("padded", "floor", "floor_swapped")
@@ -108,7 +108,7 @@ class VariedWindowAttention(nn.Module):
         """
         qkv = self.qkv(x).view(x.shape[0], x.shape[1], x.shape[2], 3, self.num_heads, self.head_dim)
         offsets, stretch = self.predict_windows(x)
-        bias = relative_position_bias(self.relative_position_bias_table, self.window_size)
+        bias = position_bias(self.relative_position_bias_table, self.window_size)
         start = self.pad_start(x)
         if torch.jit.is_scripting():
             y = torch.ops.vitrail.varied_window_attention_packed(

@@ -10,27 +10,16 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
+from vitrail.kernels.relative_position_bias import relative_position_bias
 from vitrail.kernels.window_attention import window_attention_packed
 from vitrail.layers._heads import head_width
 
 
-def relative_position_bias(table: Tensor, window_size: tuple[int, int]) -> Tensor:
-    """Spreads Swin's table of relative positions over all pairs of tokens of a window (arXiv 2103.14030, eq. 4).
-
-    Args:
-        table: One row for each offset of a query (y, x) from a key (y', x'), raster order over (y - y', x - x') from
-            the most negative: ((2 h - 1) * (2 w - 1), heads).
-        window_size: Height h and width w in tokens.
-
-    Returns:
-        (heads, h * w, h * w): row the query's, column the key's raster position.
-    """
-    height, width = window_size
-    heads = table.shape[1]
-    # Sliding windows over the table hold the offsets y + (height - 1 - y'); the flip turns them into y - y'. Unlike
-    # indexing, its backward is deterministic and cheap.
-    grid = table.view(2 * height - 1, 2 * width - 1, heads).unfold(0, height, 1).unfold(1, width, 1)
-    return grid.flip(3, 4).permute(2, 0, 1, 3, 4).reshape(heads, height * width, height * width)
+def position_bias(table: Tensor, window_size: tuple[int, int]) -> Tensor:
+    """`vitrail.kernels.relative_position_bias`, in TorchScript too: (heads, h * w, h * w)."""
+    if torch.jit.is_scripting():
+        return torch.ops.vitrail.relative_position_bias(table, window_size)
+    return relative_position_bias(table, window_size)
 
 
 def padding_key_value(qkv_bias: Optional[Tensor], qkv: Tensor) -> tuple[Tensor, Tensor]:  # noqa: UP045 -- TorchScript
@@ -105,7 +94,7 @@ class WindowAttention(nn.Module):
         qkv = self.qkv(x).view(x.shape[0], x.shape[1], x.shape[2], 3, self.num_heads, self.head_dim)
         bias = None
         if self.relative_position_bias_table is not None:
-            bias = relative_position_bias(self.relative_position_bias_table, self.window_size)
+            bias = position_bias(self.relative_position_bias_table, self.window_size)
         pad_k, pad_v = padding_key_value(self.qkv.bias, qkv)
         if torch.jit.is_scripting():
             y = torch.ops.vitrail.window_attention_packed(

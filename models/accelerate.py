@@ -23,12 +23,13 @@ from vitrail.kernels.channel_attention import channel_attention, channel_attenti
 from vitrail.kernels.depthwise_conv import depthwise_conv
 from vitrail.kernels.depthwise_conv.op import FUSED_SIZES
 from vitrail.kernels.mlp.op import MOST_CHANNELS
+from vitrail.kernels.relative_position_bias import relative_position_bias
 from vitrail.kernels.window_attention import window_attention, window_attention_packed
 from vitrail.kernels.window_attention.op import MAX_WINDOW
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.norm import LayerNorm, LayerNorm2d, TimmLayerNorm
 from vitrail.layers.stem import MOST_IMAGE_CHANNELS, ImageConv2d
-from vitrail.layers.window import padding_key_value, relative_position_bias
+from vitrail.layers.window import padding_key_value
 
 __all__ = ["Acceleration", "accelerate", "register_acceleration"]
 

@@ -19,6 +19,7 @@ from vitrail.kernels.layer_norm import layer_norm
 from vitrail.kernels.linear_attention import linear_attention, linear_attention_packed
 from vitrail.kernels.mlp import mlp
 from vitrail.kernels.neighborhood_attention import neighborhood_attention
+from vitrail.kernels.relative_position_bias import relative_position_bias
 from vitrail.kernels.routing_attention import region_routes, routing_attention
 from vitrail.kernels.scattered_linear_attention import (
     scattered_linear_attention,
@@ -222,6 +223,11 @@ def _sparse_conv(dtype: torch.dtype, channels: int) -> None:
     keys_of_points(torch.zeros(50, 5), torch.zeros(50, dtype=torch.int64), (0.0, 0.0, 0.0), (0.1, 0.1, 0.2), shape)
 
 
+def _relative_position_bias(dtype: torch.dtype, size: int) -> None:
+    for heads in (1, 3, 16):
+        _train(relative_position_bias, _input(dtype, (2 * size - 1) ** 2, heads), size)
+
+
 _HEAD_DIMS = (16, 32, 64, 128)
 CALLS = {
     "window_attention": Calls(_window_attention, _HEAD_DIMS, 32),
@@ -234,6 +240,7 @@ CALLS = {
     "context_window_attention": Calls(_context_window_attention, _HEAD_DIMS, 32),
     "strip_gate": Calls(_strip_gate, (16, 64, 100), 64),
     "layer_norm": Calls(_layer_norm, (20, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 8192), 96),
+    "relative_position_bias": Calls(_relative_position_bias, (4, 7, 14), 7),
     "mlp": Calls(_mlp, (20, 64, 96, 128, 192, 256), 96),
     "depthwise_conv": Calls(_depthwise_conv, (3, 5, 7), 3),
     "scattered_linear_attention": Calls(_scattered_linear_attention, _HEAD_DIMS[:3], 32),

@@ -25,6 +25,7 @@ _SWIN_PARTS = {"Conv2d": 1, "LayerNorm": 11, "SwinTransformerBlock": 4, "Mlp": 4
 _DAVIT_PARTS = {
     "Conv2d": 1, "LayerNorm2d": 3, "LayerNorm": 8, "SpatialBlock": 2, "ChannelAttention": 2, "ConvPosEnc": 8, "Mlp": 4
 }  # fmt: skip
+_SWIN_OPERATORS = frozenset({"window_attention", "relative_position_bias"})
 _DAVIT_OPERATORS = frozenset({"window_attention", "channel_attention", "depthwise_conv"})
 
 
@@ -33,7 +34,7 @@ class _Case(NamedTuple):
     options: dict[str, Any]
     size: tuple[int, int]
     replaced: dict[str, int]
-    operators: frozenset[str] = frozenset({"window_attention"})
+    operators: frozenset[str] = _SWIN_OPERATORS
 
 
 _CASES = {
@@ -57,12 +58,14 @@ _CASES = {
         {"img_size": 64, "num_classes": 5},
         (64, 64),
         {"PartitionAttentionCl": 11, "AttentionCl": 22, "LayerNorm": 44, "LayerNorm2d": 1},
+        frozenset({"window_attention"}),
     ),
     "maxvit, tensorflow": _Case(
         "maxvit_tiny_tf_224",
         {"img_size": 64, "num_classes": 5, "depths": (1, 1), "embed_dim": (32, 64)},
         (64, 64),
         {"PartitionAttentionCl": 2, "AttentionCl": 4, "LayerNorm": 8, "LayerNorm2d": 1},
+        frozenset({"window_attention"}),
     ),
     "vit": _Case("test_vit", {"num_classes": 5}, (160, 160), {"Conv2d": 1, "LayerNorm": 13, "Mlp": 6}, frozenset()),
 }

@@ -12,6 +12,8 @@ from torch.nn import Parameter
 from vitrail.kernels._common.written import Answer, Names, compiled, text_of
 
 MOST_REMEMBERED = 1024  # kinds of one operator's calls
+_MOST_LATEST = 4  # of one shape; with more it is quicker to look up a call's kind
+_PLAIN_TENSORS = frozenset((Tensor, Parameter))
 _NO_TENSORS = frozenset((type(None), bool, int, float, str))
 any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
@@ -70,7 +72,7 @@ def lines_of_kind(arguments: Sequence[Any], constant: Callable[[Any], str]) -> l
     addresses: list[str] = []
     for argument in arguments:
         kind = type(argument)
-        if kind is Tensor or kind is Parameter:
+        if kind in _PLAIN_TENSORS:
             name, address = f"t{len(aligned)}", f"p{len(aligned)}"
             shapes.append(f"type({name}) is {constant(kind)} and {name}.shape == {constant(argument.shape)}")
             others.append(
@@ -113,11 +115,45 @@ def recognizer(arguments: Sequence[Any], value: Any) -> Answer | None:
     return compiled(text_of("recognize", "arguments", lines), names.objects)
 
 
+class Latest:
+    """Functions that answer calls of one kind each: for every shape of a first tensor the few that were called lately.
+
+    Models go through the shapes of their stages in turn, and through few kinds at each.
+    """
+
+    def __init__(self) -> None:
+        self._answers = Memory(MOST_REMEMBERED)  # lists, the latest first
+
+    def add(self, arguments: Sequence[Any], answer: Answer) -> None:
+        """Puts a function that answers such arguments first, where it may be already."""
+        shape = _first_shape(arguments)
+        others = [one for one in self._answers.get(shape, ()) if one is not answer]
+        self._answers[shape] = [answer, *others[: _MOST_LATEST - 1]]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._answers.values()))
+
+    def __call__(self, arguments: Sequence[Any]) -> Any:
+        """The answer to a call's arguments, if one of the functions has any."""
+        for place, answer in enumerate(self._answers.get(_first_shape(arguments), ())):
+            found = answer(arguments)
+            if found is not None:
+                if place > 0:
+                    self.add(arguments, answer)
+                return found
+        return None
+
+
+def _first_shape(arguments: Sequence[Any]) -> Hashable:
+    """Shape of the first argument, if that is a tensor whose sizes are certainly numbers."""
+    return arguments[0].shape if arguments and type(arguments[0]) in _PLAIN_TENSORS else None
+
+
 def _describe(arguments: Iterable[Any], tensors: list[Tensor], found: list[Any]) -> bool:
     """Appends the arguments' part of `kind_of`; whether it could. Written for speed: it is a large part of a call."""
     for argument in arguments:
         kind = type(argument)
-        if kind is Tensor or kind is Parameter:
+        if kind in _PLAIN_TENSORS:
             if argument.is_neg():  # a view that only notes that its numbers are negated
                 return False
             tensors.append(argument)

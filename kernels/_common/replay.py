@@ -28,10 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
-from vitrail.kernels._common.kinds import MOST_REMEMBERED, Memory
+from vitrail.kernels._common.kinds import MOST_REMEMBERED, Latest, Memory
 from vitrail.kernels._common.launch import has_launch_hooks, starter, stream_getter, tells_of_launches
 from vitrail.kernels._common.plan import Allocation, Launch, Operation, Plan, Step, View, Writer
-from vitrail.kernels._common.written import Latest
 
 REPLAYS = not TRITON_INTERPRETED
 _LARGE = 10 * 2**20  # bytes that PyTorch's allocator keeps apart, for other tensors of about this size to use again
@@ -60,7 +59,7 @@ class Replayed:
         """Makes `run_expected` know calls like one that a plan has repeated, which nothing but a graph has made."""
         repeat = plan.for_kind_of(arguments)
         if repeat is not None:
-            self._expected.add(repeat)
+            self._expected.add(arguments, repeat)
 
     def run_expected(self, arguments: Sequence[Any]) -> Any:
         """The result of a call of one of the kinds that were lately expected, or None; see `Plan.for_kind_of`."""

@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 from vitrail.kernels._common.direct import someone_watches
 from vitrail.kernels._common.dispatch import settings
-from vitrail.kernels._common.kinds import MOST_REMEMBERED, Memory, any_autocast, kind_of, recognizer
+from vitrail.kernels._common.kinds import MOST_REMEMBERED, Latest, Memory, any_autocast, kind_of, recognizer
 from vitrail.kernels._common.registration import Operator
 from vitrail.kernels._common.replay import are_distinct
-from vitrail.kernels._common.written import Answer, Latest
+from vitrail.kernels._common.written import Answer
 
 _PREPARES = {Tensor.to, Tensor.float, Tensor.flatten, Tensor.select, Tensor.__getitem__}  # make one tensor of another
 _READ = {  # what a tensor holds, on which later calls may not depend
@@ -62,7 +62,7 @@ def shortened(function: Callable[_Given, _Found]) -> Callable[_Given, _Found]:
             if recognize is not None:
                 if others not in latest:
                     latest[others] = Latest()
-                latest[others].add(recognize)
+                latest[others].add(given, recognize)
             return shortcut.run(tensors)
         if key in known or not are_distinct(tensors):
             return function(*arguments, **options)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-_MOST_LATEST = 4  # with more it is quicker to look up a call's kind
 Answer = Callable[[Sequence[Any]], Any]  # of calls of one kind, from their arguments; None for others
 
 
@@ -45,27 +44,3 @@ def compiled(text: str, objects: dict[str, Any]) -> Answer:
     exec(compile(text, "<written for a kind of calls>", "exec"), objects, found)
     (function,) = found.values()
     return function
-
-
-class Latest:
-    """A few functions that answer calls of one kind each, those that were called lately."""
-
-    def __init__(self) -> None:
-        self._answers: list[Answer] = []  # the latest first
-
-    def add(self, answer: Answer) -> None:
-        """Puts a function first, which may be there."""
-        self._answers = [answer, *(one for one in self._answers if one is not answer)][:_MOST_LATEST]
-
-    def __len__(self) -> int:
-        return len(self._answers)
-
-    def __call__(self, arguments: Sequence[Any]) -> Any:
-        """The answer to a call's arguments, if one of the functions has any."""
-        for place, answer in enumerate(self._answers):
-            found = answer(arguments)
-            if found is not None:
-                if place > 0:
-                    self.add(answer)
-                return found
-        return None

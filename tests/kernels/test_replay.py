@@ -6,6 +6,7 @@ Where there is no GPU a stand-in for compiled code works on the addresses that i
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -23,10 +24,9 @@ from vitrail.kernels._common import launch as launching
 from vitrail.kernels._common import overload as overloading
 from vitrail.kernels._common import plan as planning
 from vitrail.kernels._common import replay
-from vitrail.kernels._common.kinds import kind_of
+from vitrail.kernels._common.kinds import Latest, kind_of
 from vitrail.kernels._common.registration import register_operator
 from vitrail.kernels._common.shortcut import _Shortcut
-from vitrail.kernels._common.written import Latest
 from vitrail.tools._common.kernel_cases import OPERATORS
 
 pytest.importorskip("triton")
@@ -489,13 +489,26 @@ def test_graphs_calls_on_another_device_are_not_known_at_a_glance(
     assert repeat(arguments) is None
 
 
-def test_only_the_latest_kinds_are_looked_for(overload: Callable[..., Tensor]) -> None:
-    x = torch.randn(2, 3)
+def test_only_the_latest_kinds_of_a_shape_are_looked_for(overload: Callable[..., Tensor]) -> None:
     with torch.no_grad():
         for _ in range(5):
-            for number in range(9):
+            for x, number in itertools.product((torch.randn(2, 3), torch.randn(3, 2)), range(9)):
                 assert torch.equal(overload(x, None, float(number), [1, 2]), x + (number + 3))
-        assert len(overload.replayed._expected) == 4
+    assert len(overload.replayed._expected) == 4 + 4
+
+
+def test_kinds_of_many_shapes_are_known_at_a_glance(
+    overload: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a model's stages have them, one after the other, step by step."""
+    maps = [torch.randn(size, 3) for size in range(1, 20)]
+    with torch.no_grad():
+        for _ in range(4):
+            for x in maps:
+                overload(x, None, 0.5, [1, 2])
+        monkeypatch.setattr(overloading, "kind_of", lambda *_: pytest.fail("looked up"))
+        for x in maps:
+            assert torch.equal(overload(x, None, 0.5, [1, 2]), x + 3.5)
 
 
 @pytest.mark.parametrize(

@@ -224,8 +224,9 @@ class FusedDaViTChannelAttentionV2(davit.ChannelAttentionV2):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
         q, k, v = self.qkv(x).view(x.shape[0], x.shape[1], 1, 3, self.groups, -1).unbind(3)
-        scale = (x.shape[1] if self.dynamic_scale else self.head_dim) ** -0.5
-        return self.proj(channel_attention(v, q, k, scale=scale).flatten(2))
+        if self.dynamic_scale:  # as a factor of the map: a number of the operator would be another graph for every size
+            return self.proj(channel_attention(v, q * x.shape[1] ** -0.5, k, scale=1.0).flatten(2))
+        return self.proj(channel_attention(v, q, k, scale=self.head_dim**-0.5).flatten(2))
 
 
 def _channel_objection(attn: davit.ChannelAttention | davit.ChannelAttentionV2) -> str | None:
@@ -244,6 +245,8 @@ class FusedDaViTPosEnc(davit.ConvPosEnc):
 
 
 def _pos_enc_objection(encoding: davit.ConvPosEnc) -> str | None:
+    if type(encoding.proj) is not nn.Conv2d:
+        return f"its convolution is a {type(encoding.proj).__name__}"
     size = encoding.proj.kernel_size[0]
     return None if size in FUSED_SIZES else f"its filter has {size} pixels; fused: {FUSED_SIZES}"
 

@@ -19,8 +19,8 @@ _NAME = "relative_position_bias"
 def relative_position_bias(table: Tensor, window_size: int | Sequence[int], *, backend: str = "auto") -> Tensor:
     r"""Spreads Swin's table of relative positions over all pairs of tokens of a window (arXiv 2103.14030, eq. 4).
 
-    :math:`b_{h,(y,x),(y',x')} = t_{(y - y',\, x - x'),h}`. In PyTorch's own steps the backward takes eight small
-    kernels, which a model that is not a CUDA graph waits for; the fused one takes one, without atomics.
+    :math:`b_{h,(y,x),(y',x')} = t_{(y - y',\, x - x'),h}`. PyTorch's own steps take two small kernels forward and five
+    backward, whose launches a model waits for that is no CUDA graph; here it is one kernel each.
 
     Args:
         table: One row for each offset of a query (y, x) from a key (y', x'), raster order over (y - y', x - x') from

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import pytest
 import timm
 import torch
-from timm.models.davit import SpatialBlock
+from timm.models.davit import ChannelAttentionV2, SpatialBlock
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import vitrail
 from vitrail.kernels._common import dispatch
@@ -174,6 +175,18 @@ def test_compiles_into_one_graph() -> None:
     vitrail.accelerate(model)
     got = torch.compile(model, fullgraph=True, backend="eager")(image)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_numbers_of_tokens_make_no_graphs_of_their_own() -> None:
+    """Though one of DaViT's scales depends on it."""
+    model = nn.Sequential(ChannelAttentionV2(32, 2))
+    vitrail.accelerate(model)
+    counter = CompileCounter()
+    run = torch.compile(model, backend=counter)
+    for n_tokens in (64, 72, 80, 99, 121):
+        x = torch.randn(1, n_tokens, 32)
+        torch.testing.assert_close(run(x), model(x))
+    assert counter.frame_count == 2  # the second is for any number
 
 
 @pytest.mark.skipif(not dispatch.HAS_TRITON, reason="Triton is not installed")

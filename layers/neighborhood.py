@@ -9,6 +9,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
+from vitrail.kernels._common.recording import surely
 from vitrail.kernels.neighborhood_attention import neighborhood_attention
 from vitrail.layers._heads import head_width
 from vitrail.layers.window import padding_key_value
@@ -75,7 +76,9 @@ class NeighborhoodAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C), for any H and W."""
         qkv = self.qkv(x).view(x.shape[0], x.shape[1], x.shape[2], 3, self.num_heads, self.head_dim)
-        pad_k, pad_v = padding_key_value(self.qkv.bias, qkv)
+        height, width = self.kernel_size[0] * self.dilation[0], self.kernel_size[1] * self.dilation[1]
+        is_whole = surely(x.shape[1] >= height) and surely(x.shape[2] >= width)
+        pad_k, pad_v = padding_key_value(self.qkv.bias, qkv, not is_whole)
         q, k, v = qkv.unbind(3)
         if torch.jit.is_scripting():
             y = torch.ops.vitrail.neighborhood_attention(

@@ -10,6 +10,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
+from vitrail.kernels._common.recording import surely
 from vitrail.kernels.relative_position_bias import relative_position_bias
 from vitrail.kernels.window_attention import window_attention_packed
 from vitrail.layers._heads import head_width
@@ -22,18 +23,31 @@ def position_bias(table: Tensor, window_size: tuple[int, int]) -> Tensor:
     return relative_position_bias(table, window_size)
 
 
-def padding_key_value(qkv_bias: Optional[Tensor], qkv: Tensor) -> tuple[Tensor, Tensor]:  # noqa: UP045 -- TorchScript
+def padding_key_value(
+    qkv_bias: Optional[Tensor],  # noqa: UP045 -- TorchScript reads the annotations
+    qkv: Tensor,
+    padded: bool,
+) -> tuple[Optional[Tensor], Optional[Tensor]]:  # noqa: UP045
     """Key and value, (heads, D) each, of a position that is zero before the projection to `qkv`.
 
     Args:
         qkv_bias: Bias of the projection, (3 * heads * D,), or None.
         qkv: What it projected, (B, H, W, 3, heads, D).
+        padded: False where there is no such position: None and None, whose gradients need not be written and added.
     """
+    if not padded:
+        return None, None
     if qkv_bias is None:
         zeros = torch.zeros(2, qkv.shape[4], qkv.shape[5], dtype=qkv.dtype, device=qkv.device)
         return zeros[0], zeros[1]
     bias = qkv_bias.view(3, qkv.shape[4], qkv.shape[5])
     return bias[1], bias[2]
+
+
+def may_be_padded(x: Tensor, window_size: tuple[int, int]) -> bool:
+    """Whether windows may reach beyond the map x, (B, H, W, ...)."""
+    height, width = window_size
+    return not (surely(x.shape[1] % height == 0) and surely(x.shape[2] % width == 0))
 
 
 @register_notrace_module
@@ -95,7 +109,7 @@ class WindowAttention(nn.Module):
         bias = None
         if self.relative_position_bias_table is not None:
             bias = position_bias(self.relative_position_bias_table, self.window_size)
-        pad_k, pad_v = padding_key_value(self.qkv.bias, qkv)
+        pad_k, pad_v = padding_key_value(self.qkv.bias, qkv, may_be_padded(x, self.window_size))
         if torch.jit.is_scripting():
             y = torch.ops.vitrail.window_attention_packed(
                 qkv, bias, pad_k, pad_v, self.window_size, self.shift_size, self.scale, False

@@ -29,7 +29,7 @@ from vitrail.kernels.window_attention.op import MAX_WINDOW
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.norm import LayerNorm, LayerNorm2d, TimmLayerNorm
 from vitrail.layers.stem import MOST_IMAGE_CHANNELS, ImageConv2d
-from vitrail.layers.window import padding_key_value
+from vitrail.layers.window import may_be_padded, padding_key_value
 
 __all__ = ["Acceleration", "accelerate", "register_acceleration"]
 
@@ -162,7 +162,7 @@ class FusedSwinBlock(SwinTransformerBlock):
     def _attn(self, x: Tensor) -> Tensor:
         attn = self.attn
         qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1))
-        pad_k, pad_v = padding_key_value(attn.qkv.bias, qkv)
+        pad_k, pad_v = padding_key_value(attn.qkv.bias, qkv, may_be_padded(qkv, self.window_size))
         y = window_attention_packed(
             qkv,
             window_size=self.window_size,
@@ -198,7 +198,7 @@ class FusedDaViTSpatialBlock(davit.SpatialBlock):
     def _attend(self, x: Tensor) -> Tensor:
         attn = self.attn
         qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1))
-        pad_k, pad_v = padding_key_value(attn.qkv.bias, qkv)
+        pad_k, pad_v = padding_key_value(attn.qkv.bias, qkv, may_be_padded(qkv, self.window_size))
         y = window_attention_packed(qkv, window_size=self.window_size, pad_k=pad_k, pad_v=pad_v, scale=attn.scale)
         return attn.proj(y.flatten(3))
 

@@ -51,6 +51,27 @@ def padding_to(size: int, multiple: int) -> int:
     return (size + multiple - 1) // multiple * multiple - size
 
 
+def surely(condition: bool) -> bool:
+    """Whether a condition on sizes holds, and for all sizes that a graph is recorded or compiled for; scripted, too.
+
+    False where that is not known: unlike a branch on the condition it leaves the graph good for any size.
+    """
+    if torch.jit.is_scripting():
+        return condition
+    return _surely(condition)
+
+
+@torch.jit.unused
+def _surely(condition: bool) -> bool:
+    if torch.jit.is_tracing():
+        return False
+    if torch.compiler.is_dynamo_compiling() or isinstance(condition, torch.SymBool):
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(condition)
+    return bool(condition)
+
+
 def is_padded(pads: Sequence[int]) -> bool:
     """Whether anything is to be padded.
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from _graphs import keep_graphs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models._features_fx import is_notrace_module
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
+from vitrail.kernels._common import dispatch
 from vitrail.layers.window import WindowAttention
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIM, HEADS = 12, 3
 
 
@@ -91,6 +95,29 @@ def test_padding_is_that_of_the_input(qkv_bias: bool) -> None:
         want = layer.proj((weights @ v).transpose(1, 2).flatten(2)).view(2, 4, 5, DIM)
         got = layer(x)[:, rows, columns]
         torch.testing.assert_close(got, want[:, : got.shape[1], : got.shape[2]], rtol=1e-12, atol=1e-12)
+
+
+def test_windows_that_fit_have_no_padding_to_write_gradients_of() -> None:
+    layer = WindowAttention(32, 2, 4, shift_size=2)
+    backend, graphs = keep_graphs()
+    for size, padded in (((8, 12), False), ((8, 13), True)):
+        graphs.clear()
+        torch._dynamo.reset()
+        torch.compile(layer, backend=backend, fullgraph=True)(torch.randn(1, *size, 32)).sum().backward()
+        assert ("aten.select_backward.default" in graphs[1]) == padded
+
+
+@pytest.mark.skipif(not dispatch.HAS_TRITON, reason="Triton is not installed")
+def test_sizes_make_no_graphs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where attention is one node; the reference's steps depend on the padding."""
+    monkeypatch.setattr(dispatch.settings, "default_backend", "triton")
+    layer = WindowAttention(32, 2, 4, shift_size=2, rel_pos_bias=True).to(DEVICE)
+    counter = CompileCounter()
+    run = torch.compile(layer, backend=counter, fullgraph=True)
+    for size in ((8, 12), (9, 16), (12, 20), (15, 17), (16, 13)):
+        x = torch.randn(1, *size, 32, device=DEVICE)
+        torch.testing.assert_close(run(x), layer(x))
+    assert counter.frame_count == 2  # the second is for any size
 
 
 @pytest.mark.parametrize("rel_pos_bias", [True, False], ids=["bias", "plain"])

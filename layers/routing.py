@@ -10,12 +10,11 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
-from vitrail.kernels._common.partition import has_padding
 from vitrail.kernels.routing_attention import region_routes
-from vitrail.kernels.routing_attention.reference import region_size
 from vitrail.kernels.routing_attention_lepe import routing_attention_lepe
 from vitrail.layers._heads import head_width
 from vitrail.layers.depthwise import DepthwiseConv2d
+from vitrail.layers.window import may_be_padded
 
 
 @register_notrace_module
@@ -64,7 +63,7 @@ class RoutingAttention(nn.Module):
         qkv = self.qkv(x).view(x.shape[0], x.shape[1], x.shape[2], 3, self.num_heads, self.head_dim)
         q, k, _ = qkv.unbind(3)
         pads: Optional[Tensor] = None  # noqa: UP045 -- TorchScript reads the annotation
-        if has_padding(region_size(x.shape[1], x.shape[2], self.n_regions)[1]):
+        if may_be_padded(x, self.n_regions):
             pads = self.qkv.bias.view(3, self.num_heads, self.head_dim)
         pad_q, pad_k = (None, None) if pads is None else (pads[0], pads[1])
         grid, weight, bias = self.n_regions, self.lepe.weight, self.lepe.bias

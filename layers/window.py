@@ -44,10 +44,9 @@ def padding_key_value(
     return bias[1], bias[2]
 
 
-def may_be_padded(x: Tensor, window_size: tuple[int, int]) -> bool:
-    """Whether windows may reach beyond the map x, (B, H, W, ...)."""
-    height, width = window_size
-    return not (surely(x.shape[1] % height == 0) and surely(x.shape[2] % width == 0))
+def may_be_padded(x: Tensor, multiples: tuple[int, int]) -> bool:
+    """Whether the height or width of the map x, (B, H, W, ...), may be none of the multiples of a window or grid."""
+    return not (surely(x.shape[1] % multiples[0] == 0) and surely(x.shape[2] % multiples[1] == 0))
 
 
 @register_notrace_module

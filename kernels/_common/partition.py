@@ -9,18 +9,9 @@ from torch import Tensor
 from vitrail.kernels._common.recording import is_padded
 
 
-def has_padding(pads: tuple[int, int]) -> bool:
-    """`is_padded`, also for scripted models."""
-    if torch.jit.is_scripting():
-        padded = pads != (0, 0)
-    else:
-        padded = is_padded(pads)
-    return padded
-
-
 def pad_map(x: Tensor, pads: tuple[int, int], value: Tensor | None) -> Tensor:
     """Pads (B, H, W, heads, D) at the bottom and right with `value` (heads, D), or with zeros."""
-    if not has_padding(pads):
+    if not is_padded(pads):
         return x
     padded = F.pad(x, (0, 0, 0, 0, 0, pads[1], 0, pads[0]))
     if value is None:

@@ -81,8 +81,4 @@ def is_padded(pads: Sequence[int]) -> bool:
 
 
 def _is_zero(pad: int) -> bool:
-    if isinstance(pad, torch.SymInt) and _is_exporting():
-        from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-        return statically_known_true(pad == 0)
-    return bool(pad == 0)
+    return surely(pad == 0) if isinstance(pad, torch.SymInt) and _is_exporting() else bool(pad == 0)

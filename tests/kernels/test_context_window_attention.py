@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 from _cuda_graphs import assert_a_cuda_graph_repeats
-from _exactness import allowed_error
+from _exactness import allowed_error, error_in_norm
 from _seeds import seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -221,8 +221,7 @@ def assert_exact(inputs: list[Tensor], grad: Tensor, places: dict[str, object]) 
         assert ours.dtype == theirs.dtype
         assert ours.is_contiguous()
         assert ours.isfinite().all()
-        error = (ours.double() - exact).norm() / (exact.norm() + 1e-12)
-        assert error <= allowed_error(exact, theirs, grad.dtype)
+        assert error_in_norm(ours, exact) <= allowed_error(exact, theirs, grad.dtype)
     if DEVICE == "cuda":
         assert all(torch.equal(a, b) for a, b in zip(fused, results(inputs, grad, places, "triton"), strict=True))
 

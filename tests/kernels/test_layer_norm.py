@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _cuda_graphs import assert_a_cuda_graph_repeats
-from _exactness import allowed_error
+from _exactness import assert_as_exact
 from _graphs import keep_graphs
 from _seeds import seeds
 from torch import Tensor
@@ -164,10 +164,7 @@ def assert_exact(inputs: list[Tensor], grad: Tensor, eps: float) -> None:
     eager = results(inputs, grad, eps, "eager")
     truth = results([t.double() for t in inputs], grad.double(), eps, "eager")
     for exact, ours, theirs in zip(truth, fused, eager, strict=True):
-        assert ours.dtype == theirs.dtype
-        assert ours.isfinite().all()
-        error = (ours.double() - exact).norm() / (exact.norm() + 1e-12)
-        assert error <= allowed_error(exact, theirs, ours.dtype)
+        assert_as_exact(ours, theirs, exact)
     assert all(torch.equal(a, b) for a, b in zip(fused, results(inputs, grad, eps, "triton"), strict=True))
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from _cuda_graphs import assert_a_cuda_graph_repeats
-from _exactness import allowed_error
+from _exactness import allowed_error, assert_as_exact
 from _graphs import keep_graphs
 from _seeds import seeds
 from torch import Tensor
@@ -83,9 +83,7 @@ class _Call(NamedTuple):
         for exact, ours, theirs in zip(self.run(torch.float64, "eager"), fused, self.run(dtype, "eager"), strict=True):
             assert ours.dtype == dtype
             assert ours.is_contiguous()
-            assert ours.isfinite().all()
-            error = (ours.double() - exact).norm() / (exact.norm() + 1e-12)
-            assert error <= allowed_error(exact, theirs, dtype)
+            assert_as_exact(ours, theirs, exact)
         with torch.no_grad():
             assert torch.equal(fused[0], self.apart(self.leaves(dtype), "triton"))
         if DEVICE == "cuda":

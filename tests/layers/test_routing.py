@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from _graphs import keep_graphs
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from vitrail.kernels._common.dispatch import HAS_TRITON, settings
 from vitrail.layers.routing import FullAttention, RoutingAttention
@@ -126,3 +127,17 @@ def test_bad_arguments_are_named() -> None:
         RoutingAttention(16, 2, 7, 50)
     with pytest.raises(ValueError, match="n_win is 0"):
         RoutingAttention(16, 2, 0, 1)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_sizes_make_no_graphs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where attention is one node; the reference's steps depend on the padding."""
+    monkeypatch.setattr(settings, "default_backend", "triton")
+    layer = RoutingAttention(32, 2, n_win=2, topk=1).to(DEVICE)
+    counter = CompileCounter()
+    run = torch.compile(layer, backend=counter)
+    with torch.no_grad():
+        for size in ((8, 12), (9, 16), (12, 20), (15, 17), (16, 13)):
+            x = torch.randn(1, *size, 32, device=DEVICE)
+            torch.testing.assert_close(run(x), layer(x))
+    assert counter.frame_count == 2  # the second is for any size

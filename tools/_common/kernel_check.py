@@ -47,7 +47,7 @@ class Check:
             self.images = steps.round().long()
         few = [self._of_images(x, spec.per_image) for x, spec in zip(inputs, case.inputs, strict=True)]
         generator = torch.Generator(few[0].device).manual_seed(1)
-        grad = torch.randn(few[0].shape, device=few[0].device, generator=generator)
+        grad = torch.randn(tuple(case.output_shape(*few)), device=few[0].device, generator=generator)
         self.grad = grad.to(few[0].dtype)
         exact = [leaf(x.double() if x.is_floating_point() else x) for x in few]
         self.truth = _results(case.reference, exact, self.grad)
@@ -73,12 +73,12 @@ class Check:
             with torch.no_grad():
                 out = run(*(x.detach() for x in self.inputs))
             return [relative_error(self._of_images(out, True), self.truth[0])]
-        grad = self.grad
+        grad, shape = self.grad, tuple(self.case.output_shape(*self.inputs))
         if self.images is not None:
-            grad = grad.new_zeros(self.inputs[0].shape).index_copy(0, self.images, grad)
+            grad = grad.new_zeros(shape).index_copy(0, self.images, grad)
         out, *gradients = _results(run, self.inputs, grad)
-        if out.shape != self.inputs[0].shape:
-            raise ValueError(f"the result has shape {tuple(out.shape)}, expected {tuple(self.inputs[0].shape)}")
+        if out.shape != shape:
+            raise ValueError(f"the result has shape {tuple(out.shape)}, expected {shape}")
         per_image = [spec.per_image for spec, x in zip(self.case.inputs, self.inputs, strict=True) if is_leaf(x)]
         errors = [relative_error(self._of_images(out, True), self.truth[0])]
         for got, want, split in zip(gradients, self.truth[1:], per_image, strict=True):

@@ -18,6 +18,7 @@ from vitrail.tools._common.kernel_cases import (
     linear_attention,
     mlp,
     neighborhood_attention,
+    relative_position_bias,
     retention,
     routing_attention,
     routing_layer,
@@ -45,6 +46,7 @@ OPERATORS: dict[str, Callable[[str], list[KernelCase]]] = {
     "depthwise_conv": depthwise_conv.cases,
     "layer_norm": layer_norm.cases,
     "mlp": mlp.cases,
+    "relative_position_bias": relative_position_bias.cases,
 }
 
 

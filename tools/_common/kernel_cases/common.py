@@ -102,6 +102,10 @@ def _all(*inputs: Tensor) -> float:
     return 1.0
 
 
+def _shape_of_first(*inputs: Tensor) -> torch.Size:
+    return inputs[0].shape
+
+
 @dataclass(frozen=True)
 class KernelCase:
     """An operator at one size.
@@ -109,13 +113,14 @@ class KernelCase:
     Attributes:
         operator: Name of the operator.
         name: What tells the case from the operator's others.
-        inputs: What is computed from; the output has the shape of the first.
+        inputs: What is computed from; the output has the dtype of the first.
         reference: The definition, for any dtype and any number of images.
         implementations: What is measured, by name. Those of this package have names that start with "vitrail".
         ours: The implementation that the others are compared to.
         jumps: Rounding may change the result as a whole, because something is chosen by size. Then the check is in
             float32, whatever the run is in, and what is compiled is checked uncompiled.
         needed: From the inputs to the part of the operations, counted by shapes, that these inputs call for.
+        output_shape: From the inputs to the shape of the output: that of the first, if nothing else is said.
     """
 
     operator: str
@@ -126,6 +131,7 @@ class KernelCase:
     ours: str = "vitrail"
     jumps: bool = False
     needed: Callable[..., float] = _all
+    output_shape: Callable[..., Sequence[int]] = _shape_of_first
 
 
 def stack_qkv(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:

@@ -69,7 +69,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
-from vitrail.kernels._common.launch import launch
+from vitrail.kernels._common.launch import contiguous, launch
 from vitrail.kernels._common.triton import INTERPRETED, add_parts_kernel, exp2_normal, gelu_16, gelu_16_and_slope
 
 _JOINT_SIZES = (3, 5)  # filters whose gradient, and the map's, fit into the registers of one thread
@@ -189,15 +189,52 @@ def _columns(strip, width, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _halves(tile, LEVELS: tl.constexpr):
+    """A tile (..., 2, 2) taken apart along its LEVELS last axes: a tuple, in the order in which it lies in memory."""
+    tiles = (tile,)
+    for _ in tl.static_range(LEVELS):
+        evens = ()
+        odds = ()
+        for i in tl.static_range(len(tiles)):
+            even, odd = tl.split(tiles[i])
+            evens = evens + (even,)
+            odds = odds + (odd,)
+        tiles = evens + odds
+    return tiles
+
+
+@triton.jit
+def _load_taps(weight_ptr, block, DIM: tl.constexpr, CHANNELS: tl.constexpr, K: tl.constexpr):
+    """A block's filter, (CHANNELS,) for each tap and some more.
+
+    It is loaded as it lies, and exchanged once, so that a thread holds all taps of its channels.
+    """
+    channel = (block * CHANNELS + tl.arange(0, CHANNELS))[:, None]
+    tap = tl.arange(0, 32 if K == 5 else 64)[None, :]
+    taps = tl.load(weight_ptr + channel * (K * K) + tap, mask=(channel < DIM) & (tap < K * K), other=0.0)
+    if K == 5:
+        return _halves(tl.reshape(taps, (CHANNELS, 2, 2, 2, 2, 2)), 5)
+    else:
+        return _halves(tl.reshape(taps, (CHANNELS, 2, 2, 2, 2, 2, 2)), 6)
+
+
+@triton.jit
 def _load_filter(
-    weight_ptr, channels, exists, TAP: tl.constexpr, CHANNEL: tl.constexpr, K: tl.constexpr,
+    weight_ptr, block, channels, exists, DIM: tl.constexpr, CHANNELS: tl.constexpr, K: tl.constexpr,
     TURNED: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
-    """All taps, (STRIPS, CHANNELS) each."""
+    """All taps of a filter (DIM, K * K), (STRIPS, CHANNELS) each."""
+    taps = ()
+    if K == 3:
+        for tap in tl.static_range(K * K):
+            taps = taps + (tl.load(weight_ptr + channels * (K * K) + tap, mask=exists, other=0.0),)
+    else:
+        found = _load_taps(weight_ptr, block, DIM, CHANNELS, K)
+        for tap in tl.static_range(K * K):
+            taps = taps + (tl.broadcast_to(found[tap][None, :], channels.shape),)
     weights = ()
     for tap in tl.static_range(K * K):
-        place = weight_ptr + channels * CHANNEL + ((K * K - 1 - tap) if TURNED else tap) * TAP
-        weight = tl.load(place, mask=exists, other=0.0).to(tl.float32)
+        weight = taps[(K * K - 1 - tap) if TURNED else tap].to(tl.float32)
         if SKIP and tap == K * K // 2:
             weight += 1.0
         weights = weights + (weight,)
@@ -310,7 +347,7 @@ def _depthwise_conv_kernel(
     x_ptr, weight_ptr, bias_ptr, pad_ptr, other_ptr, out_ptr, x_strides, other_strides,
     height, width, pad_bottom, pad_right, out_height, out_width, origin_y, origin_x, n_strips, rows,
     DIM: tl.constexpr, PIXEL: tl.constexpr, OTHER_PIXEL: tl.constexpr, OUT_PIXEL: tl.constexpr,
-    TAP: tl.constexpr, CHANNEL: tl.constexpr, K: tl.constexpr, TURNED: tl.constexpr, SKIP: tl.constexpr,
+    K: tl.constexpr, TURNED: tl.constexpr, SKIP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr, GELU: tl.constexpr, OTHER: tl.constexpr,
     COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, WORD: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -327,7 +364,7 @@ def _depthwise_conv_kernel(
     channels, known = _channels(block, DIM, STRIPS, CHANNELS)
     words, real = _channels(block, DIM // WORD, STRIPS, CHANNELS // WORD)
     pad = _load_pad(pad_ptr, words, real, HAS_PAD, WORD)
-    weights = _load_filter(weight_ptr, channels, known, TAP, CHANNEL, K, TURNED, SKIP)
+    weights = _load_filter(weight_ptr, block, channels, known, DIM, CHANNELS, K, TURNED, SKIP)
     start = tl.zeros((STRIPS, CHANNELS), tl.float32)
     if HAS_BIAS:
         start = tl.load(bias_ptr + channels, mask=known, other=0.0).to(tl.float32)
@@ -403,7 +440,7 @@ def _gradients_kernel(
     x_ptr, grad_ptr, weight_ptr, pad_ptr, out_ptr, parts_ptr, x_strides, grad_strides,
     height, width, pad_bottom, pad_right, n_strips, rows,
     DIM: tl.constexpr, PIXEL: tl.constexpr, GRAD_PIXEL: tl.constexpr, OUT_PIXEL: tl.constexpr,
-    TAP: tl.constexpr, CHANNEL: tl.constexpr, K: tl.constexpr, OF_MAP: tl.constexpr, SKIP: tl.constexpr,
+    K: tl.constexpr, OF_MAP: tl.constexpr, SKIP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_PAD: tl.constexpr,
     COLUMNS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr, WORD: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -424,7 +461,7 @@ def _gradients_kernel(
     zero = tl.zeros((STRIPS, CHANNELS), tl.float32)
     weights = ()
     if OF_MAP:
-        weights = _load_filter(weight_ptr, channels, known, TAP, CHANNEL, K, True, SKIP)
+        weights = _load_filter(weight_ptr, block, channels, known, DIM, CHANNELS, K, True, SKIP)
     sums = _filled(zero, K * K + 1)
     begin = part * rows
     end = tl.minimum(begin + rows, tl.cdiv(n_strips, STRIPS) * own_height)
@@ -506,12 +543,6 @@ def _gradients_kernel(
         tl.store(parts_ptr + place, tl.sum(sums[tap], 0), mask=outs < DIM)
 
 
-def _taps(weight: Tensor) -> Tensor:
-    """(C, 1, K, K) -> (K * K, C), channels side by side: a copy that pays from 5x5 on."""
-    taps = weight.flatten(1).t()
-    return taps if weight.shape[-1] == 3 else taps.contiguous()
-
-
 def _as_map(x: Tensor) -> Tensor:
     """The kernels step through channels one by one, over pixels by a constant; other layouts are copied."""
     stride = x.stride(2)
@@ -565,6 +596,11 @@ def _strides(x: Tensor, word: int) -> tuple[int, int]:
     return x.stride(0) // word, x.stride(1) // word
 
 
+def _pixel_distance(x: Tensor) -> int:
+    """Of a map whose pixels all lie at one distance; the stride of an axis of one pixel says nothing."""
+    return next((x.stride(axis) for axis in (2, 1, 0) if x.shape[axis] > 1), x.shape[3])
+
+
 def _shares(n_strips: int, height: int, halo: int, tile: Tile, options: dict[str, Any]) -> tuple[int, int]:
     """How the rows of all strips are shared out: rows of a program, and programs.
 
@@ -581,7 +617,7 @@ def _shares(n_strips: int, height: int, halo: int, tile: Tile, options: dict[str
 
 def _convolve(
     x: Tensor,
-    taps: Tensor,
+    weight: Tensor,
     bias: Tensor | None = None,
     pad_value: Tensor | None = None,
     pads: Sequence[int] = (0, 0),
@@ -606,7 +642,7 @@ def _convolve(
         out = torch.empty((batch, out_height, out_width, dim), dtype=dtype or x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    kernel_size = math.isqrt(len(taps))
+    kernel_size = weight.shape[-1]
     tile = _tile(_TILES, kernel_size, x)
     added = x if other is None else _as_map(other)
     pad = x if pad_value is None else _in_words(pad_value.to(x.dtype))
@@ -616,10 +652,10 @@ def _convolve(
     rows, n_programs = _shares(n_strips, out_height, kernel_size - 1, tile, options)
     launch(
         _depthwise_conv_kernel, (n_programs,),
-        x, taps, taps if bias is None else bias, pad, added, out,
+        x, contiguous(weight), weight if bias is None else bias, pad, added, out,
         _strides(x, word), _strides(added, word), height, width, *pads, out_height, out_width, *origin, n_strips, rows,
-        PIXEL=x.stride(2) // word, OTHER_PIXEL=added.stride(2) // word, OUT_PIXEL=out.stride(2),
-        TAP=taps.stride(0), CHANNEL=taps.stride(1), K=kernel_size, TURNED=turned, SKIP=skip,
+        PIXEL=x.stride(2) // word, OTHER_PIXEL=added.stride(2) // word, OUT_PIXEL=_pixel_distance(out),
+        K=kernel_size, TURNED=turned, SKIP=skip,
         HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, GELU=gelu,
         OTHER=role if other is not None else None, **options,
     )  # fmt: skip
@@ -629,7 +665,7 @@ def _convolve(
 def _gradients(
     grad: Tensor,
     x: Tensor,
-    taps: Tensor,
+    weight: Tensor,
     bias: Tensor | None,
     pad_value: Tensor | None,
     pads: Sequence[int],
@@ -638,7 +674,7 @@ def _gradients(
 ) -> Tensor:
     """The programs' sums of the filter's gradient; fills the gradient of x, if it is given."""
     batch, height, width, dim = x.shape
-    kernel_size = math.isqrt(len(taps))
+    kernel_size = weight.shape[-1]
     tile = _tile(_GRADIENT_TILES, kernel_size, x)
     pad = x if pad_value is None else _in_words(pad_value.to(x.dtype))
     options = _tile_options(tile, x)
@@ -650,10 +686,10 @@ def _gradients(
     out = x if d_x is None else d_x
     launch(
         _gradients_kernel, (n_programs,),
-        x, grad, taps, pad, out, parts, _strides(x, word), _strides(grad, word),
+        x, grad, contiguous(weight), pad, out, parts, _strides(x, word), _strides(grad, word),
         height, width, *pads, n_strips, rows,
-        PIXEL=x.stride(2) // word, GRAD_PIXEL=grad.stride(2) // word, OUT_PIXEL=out.stride(2),
-        TAP=taps.stride(0), CHANNEL=taps.stride(1), K=kernel_size, OF_MAP=d_x is not None, SKIP=skip,
+        PIXEL=x.stride(2) // word, GRAD_PIXEL=grad.stride(2) // word, OUT_PIXEL=_pixel_distance(out),
+        K=kernel_size, OF_MAP=d_x is not None, SKIP=skip,
         HAS_BIAS=bias is not None, HAS_PAD=pad_value is not None, **options,
     )  # fmt: skip
     return parts
@@ -671,15 +707,15 @@ def _add_parts(parts: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     return d_weight, d_bias
 
 
-def _pad_gradient(grad: Tensor, taps: Tensor, pads: Sequence[int]) -> Tensor:
+def _pad_gradient(grad: Tensor, weight: Tensor, pads: Sequence[int]) -> Tensor:
     """Gradient of what the padding holds: the map's gradient, summed over what lies below and beside the map."""
     height, width = grad.shape[1:3]
-    reach = math.isqrt(len(taps)) // 2
+    reach = weight.shape[-1] // 2
     bottom, right = min(pads[0], reach), min(pads[1], reach)
     below = _convolve(
-        grad, taps, turned=True, size=(bottom, width + right), origin=(height, 0), dtype=torch.float32
+        grad, weight, turned=True, size=(bottom, width + right), origin=(height, 0), dtype=torch.float32
     )  # fmt: skip
-    beside = _convolve(grad, taps, turned=True, size=(height, right), origin=(0, width), dtype=torch.float32)
+    beside = _convolve(grad, weight, turned=True, size=(height, right), origin=(0, width), dtype=torch.float32)
     return below.sum((0, 1, 2)) + beside.sum((0, 1, 2))
 
 
@@ -702,7 +738,7 @@ def depthwise_conv_forward(
     if skip and gelu:  # behind GELU the input cannot be part of the filter
         residual = x if residual is None else residual + x
     skip = skip and not gelu
-    return _convolve(x, _taps(weight), bias, pad_value, pads, residual, "add", gelu=gelu, skip=skip, out=out)
+    return _convolve(x, weight, bias, pad_value, pads, residual, "add", gelu=gelu, skip=skip, out=out)
 
 
 def depthwise_conv_backward(
@@ -723,16 +759,15 @@ def depthwise_conv_backward(
     if x.numel() == 0:
         zeros = [zeros_or_empty(x, tensor) for tensor in (x, weight, bias, pad_value)]
         return zeros[0], zeros[1], zeros[2], zeros[3]
-    taps = _taps(weight)
     passed = grad if skip and gelu else None
     if gelu:
-        grad = _convolve(x, taps, bias, pad_value, pads, grad, "slope")
+        grad = _convolve(x, weight, bias, pad_value, pads, grad, "slope")
     x, grad = _as_map(x), _as_map(grad)
     if d_x is None:
         d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     is_joint = weight.shape[-1] in _JOINT_SIZES and passed is None
-    parts = _gradients(grad, x, taps, bias, pad_value, pads, d_x if is_joint else None, skip)
+    parts = _gradients(grad, x, weight, bias, pad_value, pads, d_x if is_joint else None, skip)
     if not is_joint:
-        _convolve(grad, taps, other=passed, role="add", turned=True, skip=skip and not gelu, out=d_x)
-    d_pad = empty_gradient(x) if pad_value is None else _pad_gradient(grad, taps, pads).to(pad_value.dtype)
+        _convolve(grad, weight, other=passed, role="add", turned=True, skip=skip and not gelu, out=d_x)
+    d_pad = empty_gradient(x) if pad_value is None else _pad_gradient(grad, weight, pads).to(pad_value.dtype)
     return d_x, *_add_parts(parts, weight, bias), d_pad

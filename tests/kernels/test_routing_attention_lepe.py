@@ -265,6 +265,14 @@ def test_fused_is_as_exact_as_eager(
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [(5, 1), (1, 4), (1, 1)], ids=["column", "row", "pixel"])
+def test_fused_on_thin_maps(size: tuple[int, int], dtype: torch.dtype, poison: None, large_tiles: None) -> None:
+    """The stride of an axis of one pixel says nothing."""
+    _draw_call(1, (2, *size, 1, 16), 3, (2, 2), 2, dtype).check_fused(dtype)
+
+
+@needs_triton
 def test_autocast_leaves_padding_as_it_is(large_tiles: None) -> None:
     """The projection's bias stays in float32, and so does its gradient."""
     call = _draw_call(0, (1, 3, 3, 1, 16), 3, (2, 2), 2, torch.float16)

@@ -18,9 +18,12 @@ from vitrail.kernels._common.dispatch import settings
 from vitrail.kernels._common.recording import records_graph
 from vitrail.kernels.layer_norm import layer_norm
 
-# Values from which PyTorch's kernels take longer than a host needs to call the operator, forward and backward (0.8 ms
-# on the host of an H100, before calls were replayed): below, a model that is not compiled would wait for its host.
-_LARGE = 2**25
+# Values from which a step that is not compiled gains by the operator: below, it waits for its host, for which the
+# operator is a little more work. Eager training on an H100 (bfloat16, 224, torch 2.11), milliseconds with PyTorch's /
+# from 2**25, 2**24, 2**23, 2**22 values / always: DaViT-T, and accelerated Swin-T alike, with 128 images 63 / 54, 51,
+# 49, 49 / 48; DaViT-T with 64: 39 / 39, 37, 35, 36 / 34, Swin-T 38 / 38, 36, 35, 34 / 37; with 16, where the host is
+# what is waited for, 29 / 31, 29, 29, 28 / 27 and 34 / 32, 31, 31, 32 / 34.
+_LARGE = 2**23
 
 
 def _layer_norm(
@@ -51,7 +54,7 @@ class LayerNorm(nn.LayerNorm):
 
     Where gradients are recorded, on a GPU and over one axis, it runs `vitrail.kernels.layer_norm`, which moves each map
     once in each direction: under `torch.compile` always (PyTorch's own saves the normalised map for the backward there,
-    in float32), else for maps of 2**25 values or more, on which the host is not what is waited for, or where
+    in float32), else for maps of 2**23 values or more, on which the host is not what is waited for, or where
     `VITRAIL_BACKEND` is "triton". Everywhere else, exported models included, it is `F.layer_norm`: in inference
     `torch.compile` fuses that with its neighbours.
     """

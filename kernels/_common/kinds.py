@@ -63,45 +63,72 @@ def lines_of_kind(arguments: Sequence[Any], constant: Callable[[Any], str]) -> l
         constant: See `Names`.
 
     Returns:
-        None if the arguments hold sequences of tensors, or numbers that are not equal to themselves.
+        None if the arguments hold numbers that are not equal to themselves.
     """
-    names: list[str] = []
-    shapes: list[str] = []  # come first: a call of another kind is mostly seen as such by them
-    others: list[str] = []
-    aligned: list[str] = []
-    addresses: list[str] = []
-    for argument in arguments:
-        kind = type(argument)
-        if kind in _PLAIN_TENSORS:
-            name, address = f"t{len(aligned)}", f"p{len(aligned)}"
-            shapes.append(f"type({name}) is {constant(kind)} and {name}.shape == {constant(argument.shape)}")
-            others.append(
-                f"{name}.stride() == {constant(argument.stride())} and {name}.dtype is {constant(argument.dtype)}"
-                f" and {name}.device == {constant(argument.device)} and not {name}.is_neg()"
-            )
-            addresses.append(f"{address} = {name}.data_ptr()")
-            aligned.append(f"{address} & 15 == {argument.data_ptr() & 15}")
-        else:
-            name = value = f"a{len(names)}"
-            others.append(f"type({name}) is {constant(kind)}")
-            if isinstance(argument, (tuple, list)):
-                argument, kinds = tuple(argument), tuple(map(type, argument))
-                if not _NO_TENSORS.issuperset(kinds):
-                    return None
-                value = f"(*{name},)"
-                others.append(f"(*map(type, {name}),) == {constant(kinds)}")
-            if argument != argument:
-                return None
-            if argument is not None:
-                others.append(f"{value} == {constant(argument)}")
-        names.append(name)
-    return [
-        f"if len(arguments) != {len(names)}: return None",
-        f"[{', '.join(names)}] = arguments",
-        f"if not ({' and '.join(shapes + others)}): return None",
-        *addresses,
-        f"if not ({' and '.join(aligned) or True}): return None",
-    ]
+    return _Conditions(constant).lines(arguments)
+
+
+class _Conditions:
+    """What is asked of arguments, in the order in which it is asked."""
+
+    def __init__(self, constant: Callable[[Any], str]) -> None:
+        self._constant = constant
+        self._unpacking: list[str] = []  # lines that give names to all that the arguments hold
+        self._shapes: list[str] = []  # come first: a call of another kind is mostly seen as such by them
+        self._others: list[str] = []
+        self._addresses: list[str] = []
+        self._aligned: list[str] = []
+
+    def lines(self, arguments: Sequence[Any]) -> list[str] | None:
+        if not self._unpack("arguments", arguments, f"len(arguments) != {len(arguments)}"):
+            return None
+        return [
+            *self._unpacking,
+            f"if not ({' and '.join(self._shapes + self._others)}): return None",
+            *self._addresses,
+            f"if not ({' and '.join(self._aligned) or True}): return None",
+        ]
+
+    def _unpack(self, name: str, values: Sequence[Any], differs: str) -> bool:
+        """Gives names to the values of a sequence, unless it differs, and asks of each; whether that can be asked."""
+        place = len(self._unpacking)
+        self._unpacking += (f"if {differs}: return None", "")  # before the lines of the sequences in it
+        names = []
+        for position, value in enumerate(values):
+            if type(value) in _PLAIN_TENSORS:
+                names.append(f"t{len(self._aligned)}")
+                self._add_tensor(value)
+            else:
+                names.append(f"{name}_{position}")
+                if not self._add(names[-1], value):
+                    return False
+        self._unpacking[place + 1] = f"[{', '.join(names)}] = {name}"
+        return True
+
+    def _add_tensor(self, tensor: Tensor) -> None:
+        name, address, constant = f"t{len(self._aligned)}", f"p{len(self._aligned)}", self._constant
+        self._shapes.append(f"type({name}) is {constant(type(tensor))} and {name}.shape == {constant(tensor.shape)}")
+        self._others.append(
+            f"{name}.stride() == {constant(tensor.stride())} and {name}.dtype is {constant(tensor.dtype)}"
+            f" and {name}.device == {constant(tensor.device)} and not {name}.is_neg()"
+        )
+        self._addresses.append(f"{address} = {name}.data_ptr()")
+        self._aligned.append(f"{address} & 15 == {tensor.data_ptr() & 15}")
+
+    def _add(self, name: str, value: Any) -> bool:
+        """Asks of what is no tensor."""
+        constant, kind = self._constant, type(value)
+        same_type = f"type({name}) is {constant(kind)}"
+        if isinstance(value, (tuple, list)):
+            kinds = tuple(map(type, value))
+            if not _NO_TENSORS.issuperset(kinds):
+                return self._unpack(name, value, f"not {same_type} or len({name}) != {len(value)}")
+            same_type += f" and (*map(type, {name}),) == {constant(kinds)}"
+            name, value = f"(*{name},)", tuple(value)
+        self._others.append(same_type)
+        if value is not None:
+            self._others.append(f"{name} == {constant(value)}")
+        return bool(value == value)
 
 
 def recognizer(arguments: Sequence[Any], value: Any) -> Answer | None:

@@ -7,13 +7,14 @@ to the filter's centre, so that it costs nothing, forward and backward.
 
 Tiling. A thread owns two channels and walks down strips of the map, `COLUMNS` outputs wide; a tile's first axis are
 strips side by side, which go through all images. Triton cannot index into registers, so that a thread holds tuples of
-tiles, one for each pixel, and loops over columns and taps are unrolled; the loop over rows is not, which keeps the
-code small (950 instructions for 5x5 where patches of 4 x 4 took 1600) and its compilation short. Every input pixel of
-a row and its halo is loaded and converted once, then multiplied by all taps that meet it: K rows of outputs are begun
-at once, the first of them is done and leaves. The filter stays in registers, which two channels a thread allow for 7x7
-(98 numbers), more do not. All programs get the same number of rows, which may begin and end inside a strip, unless
-whole strips cost no more. The distance of pixels is a constant of the kernel (it is the model's width), so that it
-becomes an immediate offset of the loads.
+tiles, one for each pixel, and loops over columns and taps are unrolled; the loop over rows is not, which keeps the code
+small (950 instructions for 5x5 where patches of 4 x 4 took 1600) and its compilation short. Every input pixel of a row
+and its halo is loaded and converted once, then multiplied by all taps that meet it: K rows of outputs are begun at
+once, the first of them is done and leaves. The filter stays in registers, which two channels a thread allow for 7x7 (98
+numbers), more do not. 5x5 and 7x7 filters are loaded as they lie, taps side by side, and exchanged once through shared
+memory, so that a thread gets all taps of its channels; to take them apart (`tl.split`) costs nothing. All programs get
+the same number of rows, which may begin and end inside a strip, unless whole strips cost no more. The distance of
+pixels is a constant of the kernel (it is the model's width), so that it becomes an immediate offset of the loads.
 
 Loads. `STEP` rows of inputs, and of what is added, are under way. Two channels of 16 bits are one word of 32, and stay
 one until their row's turn: LLVM repacks numbers of 16 bits at the end of the loop's body, and so waits for the loads
@@ -31,12 +32,14 @@ Roofline. For 56x56x96 and batch 64 in bfloat16 the bytes of a forward take 25.7
 of the loop (16, 38 and 70 an output) in 10, 25 and 45.
 
 Measured on one H100 80GB (torch 2.11, triton 3.6, bfloat16, batch 64, CUDA-graph replay), microseconds at 56x56x96 /
-28x28x192 / 14x14x384, the filter's copy included. Forward: 3x3 with `skip` 34.2 / 18.5 / 10.8, 5x5 with residual 54.2 /
-29.7 / 17.7, 7x7 with GELU 66.3 / 40.1 / 25.0. Whole backward: 3x3 54.6 / 32.3 / 18.7, 5x5 81.9 / 45.8 / 30.9, 7x7 207.5
-/ 129.3 at the first two. In the same runs the form before, with numbers of 16 bits in the loop and bits as masks: 35 /
-21 / 11.6, 65 / 37 / 21 and 78 / 46 / 28 forward; of 7x7, the slope of GELU took 104 / 59 / 37 (81 / 49 / 31 now), the
-filter's gradient 75 / 50 / 32 (67 / 41 / 27). An earlier form of the joint 5x5 gradients, without `_alone` and with x
-loaded row by row where a strip begins, took 72.0 / 52.8 / 34.3: quicker at 56x56x96 alone.
+28x28x192 / 14x14x384 / 7x7x768. Forward: 3x3 with `skip` 34.8 / 18.0 / 8.5 / 5.5, 5x5 with residual 52.4 / 28.2 / 13.4
+/ 8.2, 7x7 with GELU 63.6 / 37.1 / 21.6 / 15.3. Whole backward: 3x3 55.1 / 31.7 / 17.4 / 12.9, 5x5 77.6 / 42.7 / 26.6 /
+18.9. In the same run with filters that a copy transposed before, equal to the bit: 5x5 forward 54.2 / 29.8 / 15.2 /
+10.2 and backward 79.4 / 44.6 / 28.7 / 21.0, 7x7 forward 66.2 / 39.7 / 23.9 / 17.6; whole backward of 7x7, in another
+run, 207.5 / 129.3. With numbers of 16 bits in the loop and bits as masks, copy included: 35 / 21 / 11.6, 65 / 37 / 21
+and 78 / 46 / 28 forward; of 7x7, the slope of GELU 104 / 59 / 37 (81 / 49 / 31 since), the filter's gradient 75 / 50 /
+32 (67 / 41 / 27). Joint 5x5 gradients without `_alone` and with x loaded row by row where a strip begins, copy
+included: 72.0 / 52.8 / 34.3, quicker at 56x56x96 alone.
 
 Tried and rejected, at the same sizes. Forward of 5x5, where 168 registers took 53.8 / 30.9 / 17.5 in that run: no limit
 (192, eight warps a multiprocessor) 60.5 / 33.9 / 20.4; one row under way, loop unrolled twice, 62.6 / 36.2 / 20.6;
@@ -45,11 +48,11 @@ columns 33.9 / 18.8 / 10.6; gradients with 168 registers and twelve warps 55 / 3
 / 18.5. Gradients of 7x7 filters with one row under way 69.0 / 43.0 / 28.4. Whole strips for 7x7 at 14x14, 28 rows for
 21: 28.1, not 25.0. One channel a thread and seven columns: 54 instructions an output of 5x5, not 45. Patches of 4 x 4
 with all rows unrolled, forward at 56x56x96 33 (3x3), 70 (5x5) and 105 (7x7, GELU by `tl.erf`); fetching rows into the
-L2 cache ahead of the loads, no faster; reading 5x5 and 7x7 filters without the copy, 2 to 70% slower; fewer registers
-by force (7x7, 168), 80% slower. On tensor cores (bands of Toeplitz matrices) the convolution took 108, 164 and 116 for
-3x3, 5x5 and 7x7, the gradient of 7x7 filters 65.6 / 52.1 / 25.7: not worth a second form. Not tried, by arithmetic:
-multiply-adds of pairs of 16 bits round every partial sum; Winograd's form along a row leaves 28 of 49 products of 7x7
-and adds some 23 operations.
+L2 cache ahead of the loads, no faster; 5x5 and 7x7 filters loaded tap by tap where they lie, 2 to 70% slower than from
+a copy; fewer registers by force (7x7, 168), 80% slower. On tensor cores (bands of Toeplitz matrices) the convolution
+took 108, 164 and 116 for 3x3, 5x5 and 7x7, the gradient of 7x7 filters 65.6 / 52.1 / 25.7: not worth a second form. Not
+tried, by arithmetic: multiply-adds of pairs of 16 bits round every partial sum; Winograd's form along a row leaves 28
+of 49 products of 7x7 and adds some 23 operations.
 """
 
 # Kernels build tuples by adding to them: they cannot unpack.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -51,9 +51,41 @@ def test_recognisers_tell_apart_where_tensors_begin_and_negated_views() -> None:
     assert not _recognises((memory,), (memory.as_subclass(type("Other", (Tensor,), {})),))
 
 
-@pytest.mark.parametrize("arguments", [([torch.zeros(2)],), (torch.zeros(2), float("nan"))], ids=["tensors", "nan"])
-def test_some_kinds_have_no_recogniser(arguments: tuple[Any, ...]) -> None:
-    assert kinds.recognizer(arguments, 1) is None
+def test_what_is_not_itself_has_no_recogniser() -> None:
+    assert kinds.recognizer((torch.zeros(2), float("nan")), 1) is None
+    assert kinds.recognizer((torch.zeros(2), [torch.zeros(2), float("nan")]), 1) is None
+
+
+class _Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+_NESTED = (torch.zeros(2), _Pair(torch.zeros(3), [torch.zeros(4), None, (1, 2.0)]), "a", (torch.zeros(5),), [])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (_NESTED[0], _Pair(torch.zeros(4), _NESTED[1].second), *_NESTED[2:]),
+        (_NESTED[0], _Pair(_NESTED[1].first, [torch.zeros(3), None, (1, 2.0)]), *_NESTED[2:]),
+        (_NESTED[0], _Pair(_NESTED[1].first, [_NESTED[1].second[0], None, (1, 2)]), *_NESTED[2:]),
+        (_NESTED[0], _Pair(_NESTED[1].first, [_NESTED[1].second[0], None]), *_NESTED[2:]),
+        (_NESTED[0], _Pair(_NESTED[1].first, _NESTED[1].second[0]), *_NESTED[2:]),
+        (_NESTED[0], tuple(_NESTED[1]), *_NESTED[2:]),
+        (_NESTED[0], 3, *_NESTED[2:]),
+        (*_NESTED[:3], (torch.zeros(5), torch.zeros(5)), []),
+        (*_NESTED[:3], (torch.zeros(5).half(),), []),
+        (*_NESTED[:3], torch.zeros(1, 5), []),
+        (*_NESTED[:4], [1]),
+    ],
+)
+def test_recognisers_look_into_sequences(other: tuple[Any, ...]) -> None:
+    alike = (torch.ones(2), _Pair(torch.ones(3), [torch.ones(4), None, (1, 2.0)]), "a", (torch.ones(5),), [])
+    assert _recognises(_NESTED, alike)
+    assert not _recognises(_NESTED, other)
+    assert _recognises(other, other)
+    assert not _recognises(other, _NESTED)
 
 
 def test_autocast_and_alignment_count() -> None:

@@ -22,6 +22,8 @@ adds whole tiles up, over many tiles of queries; a second kernel adds along the 
 Numerics. Logits, softmax and all sums are float32; the weights are rounded to the inputs' dtype before they meet values
 or gradients; float32 inputs use full float32 products. There the statistics are the rows' maxima and totals, not their
 log-sum-exp, whose rounding is one error of all weights of a row: sums of many, as a pad's gradient, do not average it.
+The bias' gradient of float32 has its products, and statistics of its own, in float64: as a sum over the whole map it
+would show their rounding, and worse, that of statistics which were rounded otherwise than its weights.
 The forward leaves nothing but its output. No atomics: every gradient has one program, or partial sums that are added in
 a fixed order. Gradients are therefore deterministic.
 

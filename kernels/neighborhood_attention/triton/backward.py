@@ -41,10 +41,51 @@ from vitrail.kernels.neighborhood_attention.triton.tiles import (
 
 
 @triton.jit
+def _exact(tile):
+    """Float32 as float64: in the bias' gradient, a sum over the whole map, the rounding of products would show."""
+    if tile.dtype == tl.float32:
+        return tile.to(tl.float64)
+    else:
+        return tile
+
+
+@triton.jit
 def _add_correction(weights, decay, correction, grad, v):
     """Adds a tile's sum_j P_ij dP_ij to what earlier tiles have left."""
-    d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
+    d_weights = tl.dot(grad, tl.trans(v.to(grad.dtype)), input_precision="ieee")
     return correction * decay + tl.sum(weights * d_weights, 1)
+
+
+@triton.jit
+def _walk_for_statistics(
+    q, grad, spans, k_ptr, v_ptr, rpb_ptr, extra_k_ptr, extra_v_ptr, pad_k_ptr, pad_v_ptr, image, head, axes, dilations,
+    k_strides, v_strides, extra_k_strides, extra_v_strides, n_extra, scale,
+    AXES: tl.constexpr, HAS_RPB: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr, ONE_COLUMN: tl.constexpr,
+    QUERY_H: tl.constexpr, QUERY_W: tl.constexpr, KEY_H: tl.constexpr, KEY_W: tl.constexpr,
+    HEAD_DIM: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """(maximum, total, correction) of each row's softmax over all of its keys; in float64 if the queries are."""
+    dtype: tl.constexpr = tl.float64 if q.dtype == tl.float64 else tl.float32
+    maximum = tl.full((QUERY_H * QUERY_W,), float("-inf"), dtype)
+    total = tl.zeros((QUERY_H * QUERY_W,), dtype)
+    correction = tl.zeros((QUERY_H * QUERY_W,), dtype)
+    for step in range(n_steps(spans, AXES, ONE_COLUMN, KEY_H, KEY_W)):
+        _k, v, logits = key_tile(
+            step, q, spans, k_ptr, v_ptr, rpb_ptr, pad_k_ptr, pad_v_ptr, image, head, axes, dilations, k_strides,
+            v_strides, scale, AXES, HAS_RPB, HAS_PAD, ONE_COLUMN, QUERY_H, QUERY_W, KEY_H, KEY_W, HEAD_DIM, OFFSET,
+        )  # fmt: skip
+        weights, decay, maximum, total = online_softmax(logits, maximum, total, scale * LOG2E)
+        correction = _add_correction(weights, decay, correction, grad, v)
+    if HAS_EXTRA:
+        for start in range(0, n_extra, KEY_H * KEY_W):
+            _k, v, logits = extra_tile(
+                start, q, extra_k_ptr, extra_v_ptr, image, head, n_extra, extra_k_strides, extra_v_strides,
+                KEY_H * KEY_W, HEAD_DIM,
+            )  # fmt: skip
+            weights, decay, maximum, total = online_softmax(logits, maximum, total, scale * LOG2E)
+            correction = _add_correction(weights, decay, correction, grad, v)
+    total = tl.where(total == 0.0, 1.0, total)
+    return finite(maximum), total, correction / total
 
 
 @triton.jit
@@ -54,6 +95,21 @@ def _add_d_q(d_q, logits, shift, correction, grad, k, v, scale):
     d_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
     d_logits = weights * (d_weights - correction[:, None])
     return tl.dot(d_logits.to(k.dtype), k, acc=d_q, input_precision="ieee")
+
+
+@triton.jit
+def _store_statistics(
+    stats_ptr, shift, factor, correction, row, axes, lengths, dilations,
+    QUERY_H: tl.constexpr, QUERY_W: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Leaves the statistics of the own tile of queries; `row` counts images and heads, `dtype` is the queries'."""
+    query_row, query_column = tile_places(QUERY_H, QUERY_W)
+    places = own_places(axes)
+    numbers = token_numbers(places, axes, places[0], query_row, query_column, lengths, dilations)
+    n_tokens = lengths[0].to(tl.int64) * lengths[1] * lengths[2]
+    stats = statistics_of(stats_ptr, row, n_tokens, dtype) + numbers
+    real = have_tokens(places, axes, QUERY_H, QUERY_W)
+    store_statistics(stats, n_tokens, shift, factor, correction, real, dtype)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "n_extra"])
@@ -91,30 +147,14 @@ def neighborhood_bwd_dq_kernel(
         d_q = tl.dot(d_logits.to(k.dtype), k, input_precision="ieee") / total[:, None]
         shift, factor = softmax_statistics(finite(maximum), total, q.dtype)
     else:
-        maximum = tl.full((QUERY_H * QUERY_W,), float("-inf"), tl.float32)
-        total = tl.zeros((QUERY_H * QUERY_W,), tl.float32)
-        correction = tl.zeros((QUERY_H * QUERY_W,), tl.float32)
-        steps = n_steps(spans, AXES, ONE_COLUMN, KEY_H, KEY_W)
-        for step in range(steps):
-            _k, v, logits = key_tile(
-                step, q, spans, k_ptr, v_ptr, rpb_ptr, pad_k_ptr, pad_v_ptr, image, head, axes, dilations, k_strides,
-                v_strides, scale, AXES, HAS_RPB, HAS_PAD, ONE_COLUMN, QUERY_H, QUERY_W, KEY_H, KEY_W, HEAD_DIM, OFFSET,
-            )  # fmt: skip
-            weights, decay, maximum, total = online_softmax(logits, maximum, total, scale * LOG2E)
-            correction = _add_correction(weights, decay, correction, grad, v)
-        if HAS_EXTRA:
-            for start in range(0, n_extra, KEY_H * KEY_W):
-                _k, v, logits = extra_tile(
-                    start, q, extra_k_ptr, extra_v_ptr, image, head, n_extra, extra_k_strides, extra_v_strides,
-                    KEY_H * KEY_W, HEAD_DIM,
-                )  # fmt: skip
-                weights, decay, maximum, total = online_softmax(logits, maximum, total, scale * LOG2E)
-                correction = _add_correction(weights, decay, correction, grad, v)
-        total = tl.where(total == 0.0, 1.0, total)
-        correction = correction / total
-        shift, factor = softmax_statistics(finite(maximum), total, q.dtype)
+        maximum, total, correction = _walk_for_statistics(
+            q, grad, spans, k_ptr, v_ptr, rpb_ptr, extra_k_ptr, extra_v_ptr, pad_k_ptr, pad_v_ptr, image, head, axes,
+            dilations, k_strides, v_strides, extra_k_strides, extra_v_strides, n_extra, scale,
+            AXES, HAS_RPB, HAS_EXTRA, HAS_PAD, ONE_COLUMN, QUERY_H, QUERY_W, KEY_H, KEY_W, HEAD_DIM, OFFSET,
+        )  # fmt: skip
+        shift, factor = softmax_statistics(maximum, total, q.dtype)
         d_q = tl.zeros((QUERY_H * QUERY_W, HEAD_DIM), tl.float32)
-        for step in range(steps):
+        for step in range(n_steps(spans, AXES, ONE_COLUMN, KEY_H, KEY_W)):
             k, v, logits = key_tile(
                 step, q, spans, k_ptr, v_ptr, rpb_ptr, pad_k_ptr, pad_v_ptr, image, head, axes, dilations, k_strides,
                 v_strides, scale, AXES, HAS_RPB, HAS_PAD, ONE_COLUMN, QUERY_H, QUERY_W, KEY_H, KEY_W, HEAD_DIM, OFFSET,
@@ -131,13 +171,46 @@ def neighborhood_bwd_dq_kernel(
     store_own(
         d_q_ptr, d_q * (scale * SIGN), image, head, axes, dilations, d_q_strides, QUERY_H, QUERY_W, HEAD_DIM, OFFSET
     )  # fmt: skip
-    row, column = tile_places(QUERY_H, QUERY_W)
-    places = own_places(axes)
-    numbers = token_numbers(places, axes, places[0], row, column, lengths, dilations)
-    real = have_tokens(places, axes, QUERY_H, QUERY_W)
-    n_tokens = length_z.to(tl.int64) * length_y * length_x
-    stats = statistics_of(stats_ptr, image * n_heads + head, n_tokens, q.dtype) + numbers
-    store_statistics(stats, n_tokens, shift, factor, correction, real, q.dtype)
+    row = image * n_heads + head
+    _store_statistics(
+        stats_ptr, shift, factor, correction, row, axes, lengths, dilations, QUERY_H, QUERY_W, q.dtype
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*SIZES, "n_extra"])
+def neighborhood_bwd_exact_stats_kernel(
+    grad_ptr, q_ptr, k_ptr, v_ptr, rpb_ptr, extra_k_ptr, extra_v_ptr, pad_k_ptr, pad_v_ptr, stats_ptr,
+    grad_strides, q_strides, k_strides, v_strides, extra_k_strides, extra_v_strides,
+    dilations, groups, length_z, length_y, length_x, tiles_z, tiles_y, tiles_x, n_heads, n_extra, scale,
+    AXES: tl.constexpr, SIGN: tl.constexpr, HAS_RPB: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_PAD: tl.constexpr,
+    ONE_COLUMN: tl.constexpr, QUERY_H: tl.constexpr, QUERY_W: tl.constexpr,
+    KEY_H: tl.constexpr, KEY_W: tl.constexpr, HEAD_DIM: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """One program: statistics of one tile of float32 queries of one head, from products in float64.
+
+    The bias' gradient takes its own logits in float64. Weights of which the statistics know otherwise rounded logits
+    do not sum to one, nor do their gradients to zero, which is worse than rounding all alike.
+    """
+    head = tl.program_id(0) % n_heads
+    lengths = (length_z, length_y, length_x)
+    image, axes = locate(
+        tl.program_id(0) // n_heads, lengths, dilations, groups, (tiles_z, tiles_y, tiles_x),
+        AXES, HAS_PAD, QUERY_H, QUERY_W,
+    )  # fmt: skip
+    spans = key_spans(axes, AXES, QUERY_H, QUERY_W)
+    q = load_queries(q_ptr, image, head, axes, dilations, q_strides, SIGN, QUERY_H, QUERY_W, HEAD_DIM, OFFSET)
+    grad = load_queries(grad_ptr, image, head, axes, dilations, grad_strides, 1, QUERY_H, QUERY_W, HEAD_DIM, OFFSET)
+    maximum, total, correction = _walk_for_statistics(
+        _exact(q), _exact(grad), spans, k_ptr, v_ptr, rpb_ptr, extra_k_ptr, extra_v_ptr, pad_k_ptr, pad_v_ptr,
+        image, head, axes, dilations, k_strides, v_strides, extra_k_strides, extra_v_strides, n_extra, scale,
+        AXES, HAS_RPB, HAS_EXTRA, HAS_PAD, ONE_COLUMN, QUERY_H, QUERY_W, KEY_H, KEY_W, HEAD_DIM, OFFSET,
+    )  # fmt: skip
+    shift = maximum.to(tl.float32)
+    factor = tl.exp2(shift.to(tl.float64) - maximum) / total
+    row = image * n_heads + head
+    _store_statistics(
+        stats_ptr, shift, factor, correction, row, axes, lengths, dilations, QUERY_H, QUERY_W, q.dtype
+    )  # fmt: skip
 
 
 @triton.jit
@@ -265,15 +338,6 @@ def neighborhood_bwd_dextra_kernel(
 def _overlaps(place, SIZE: tl.constexpr, span):
     first, end = span
     return (place + SIZE > first) & (place < end)
-
-
-@triton.jit
-def _exact(tile):
-    """Float32 as float64: in the bias' gradient, a sum over the whole map, the rounding of products would show."""
-    if tile.dtype == tl.float32:
-        return tile.to(tl.float64)
-    else:
-        return tile
 
 
 @triton.jit(do_not_specialize=[*SIZES, "n_slots", "n_splits"])

@@ -20,6 +20,7 @@ from vitrail.kernels.neighborhood_attention.triton.backward import (
     neighborhood_bwd_dq_kernel,
     neighborhood_bwd_drpb_kernel,
     neighborhood_bwd_drpb_sum_kernel,
+    neighborhood_bwd_exact_stats_kernel,
 )
 from vitrail.kernels.neighborhood_attention.triton.forward import neighborhood_fwd_kernel
 
@@ -373,6 +374,20 @@ def _run_dq(problem: Problem, inputs: _Inputs, grad: Tensor, d_q: Tensor) -> Ten
     return stats
 
 
+def _exact_statistics(problem: Problem, inputs: _Inputs, grad: Tensor) -> Tensor:
+    """The statistics of every query's softmax from products in float64."""
+    stats = empty_statistics(problem.batch * problem.heads, math.prod(problem.lengths), grad)
+    plan = problem.bwd_dq
+    options = {name: value for name, value in plan.options.items() if name != "SINGLE"}
+    launch(
+        neighborhood_bwd_exact_stats_kernel, (problem.batch * plan.slots * problem.heads,),
+        grad, *inputs.tensors, stats, *_strides(grad), *inputs.strides,
+        *plan.geometry, problem.n_extra, problem.scale,
+        **options, OFFSET=_offset_type(grad, *inputs.maps),
+    )  # fmt: skip
+    return stats
+
+
 def _run_dkdv(
     problem: Problem, inputs: _Inputs, grad: Tensor, stats: Tensor, d_k: Tensor, d_v: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -396,6 +411,8 @@ def _run_dkdv(
 
 def _run_drpb(problem: Problem, inputs: _Inputs, grad: Tensor, stats: Tensor, rpb: Tensor) -> Tensor:
     """Gradient of the bias: sums for each pair of places in a tile, and of these along the distances."""
+    if grad.dtype == torch.float32:
+        stats = _exact_statistics(problem, inputs, grad)
     plan = problem.bwd_drpb
     tiles = plan.tiles
     rows, columns = (boxes_around(*sizes) for sizes in zip(tiles.own, tiles.others, problem.axes[1:], strict=True))

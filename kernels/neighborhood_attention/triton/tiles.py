@@ -268,7 +268,7 @@ def key_tile(
         HAS_PAD, KEY_H, KEY_W, HEAD_DIM, OFFSET,
     )  # fmt: skip
     logits = logits_by_query(
-        q, k, places, axes, rpb_ptr, head, scale, AXES, HAS_RPB, QUERY_H, QUERY_W, KEY_H, KEY_W
+        q, k.to(q.dtype), places, axes, rpb_ptr, head, scale, AXES, HAS_RPB, QUERY_H, QUERY_W, KEY_H, KEY_W
     )  # fmt: skip
     return k, v, logits
 

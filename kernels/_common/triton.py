@@ -108,10 +108,10 @@ def load_statistics(ptr, size, mask, dtype: tl.constexpr):
         return shift, tl.full(shift.shape, 1.0, tl.float32), correction
 
 
-def empty_statistics(rows: int, size: int, q: Tensor) -> Tensor:
-    """Uninitialised statistics of rows of `size` queries: shift, correction and, in float32, factor."""
+def empty_statistics(rows: int, size: int, q: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uninitialised statistics of rows of `size` queries: shift, correction and, of float32 queries, factor."""
     n_statistics = 3 if q.dtype == torch.float32 else 2
-    return torch.empty((rows, n_statistics, size), dtype=torch.float32, device=q.device)
+    return torch.empty((rows, n_statistics, size), dtype=dtype, device=q.device)
 
 
 @triton.jit

@@ -205,11 +205,9 @@ def neighborhood_bwd_exact_stats_kernel(
         image, head, axes, dilations, k_strides, v_strides, extra_k_strides, extra_v_strides, n_extra, scale,
         AXES, HAS_RPB, HAS_EXTRA, HAS_PAD, ONE_COLUMN, QUERY_H, QUERY_W, KEY_H, KEY_W, HEAD_DIM, OFFSET,
     )  # fmt: skip
-    shift = maximum.to(tl.float32)
-    factor = tl.exp2(shift.to(tl.float64) - maximum) / total
     row = image * n_heads + head
     _store_statistics(
-        stats_ptr, shift, factor, correction, row, axes, lengths, dilations, QUERY_H, QUERY_W, q.dtype
+        stats_ptr, maximum, 1.0 / total, correction, row, axes, lengths, dilations, QUERY_H, QUERY_W, q.dtype
     )  # fmt: skip
 
 

@@ -375,8 +375,8 @@ def _run_dq(problem: Problem, inputs: _Inputs, grad: Tensor, d_q: Tensor) -> Ten
 
 
 def _exact_statistics(problem: Problem, inputs: _Inputs, grad: Tensor) -> Tensor:
-    """The statistics of every query's softmax from products in float64."""
-    stats = empty_statistics(problem.batch * problem.heads, math.prod(problem.lengths), grad)
+    """The statistics of every query's softmax, in float64 as are their products."""
+    stats = empty_statistics(problem.batch * problem.heads, math.prod(problem.lengths), grad, torch.float64)
     plan = problem.bwd_dq
     options = {name: value for name, value in plan.options.items() if name != "SINGLE"}
     launch(

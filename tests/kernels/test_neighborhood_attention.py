@@ -526,7 +526,7 @@ def test_fused_of_nothing() -> None:
 
 @needs_triton
 def test_gradient_of_the_bias_in_float32_is_more_exact_than_eager() -> None:
-    """It sums products over the whole map; rounded to float32, they or the statistics, these make it as wrong."""
+    """It sums products over the whole map: those, or the statistics, rounded to float32 would make it as wrong."""
     call = make_call((Axis(9, 4), Axis(6, 3)), FULL, "rpb", dim=128, scale=128**-0.5)
     exact, ours, theirs = (
         call.run(dtype, backend)[4] for dtype, backend in ((torch.float64, "eager"), (FULL, "triton"), (FULL, "eager"))

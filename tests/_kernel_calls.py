@@ -90,6 +90,8 @@ def _neighborhood_attention(dtype: torch.dtype, head_dim: int) -> None:
         _train(neighborhood_attention, *maps, kernel_size=kernel, rpb=_input(dtype, _HEADS, *[2 * kernel - 1] * 2))
     _train(neighborhood_attention, *line, kernel_size=7, rpb=_input(dtype, _HEADS, 13))
     _train(neighborhood_attention, *volume, kernel_size=(3, 5, 5), rpb=_input(dtype, _HEADS, 5, 9, 9))
+    line = [_input(torch.float32, 2, 60, _HEADS, head_dim) for _ in range(3)]
+    _train(neighborhood_attention, *line, kernel_size=7, rpb=_input(torch.float32, _HEADS, 13))  # a kernel of its own
 
 
 def _routing_attention(dtype: torch.dtype, head_dim: int) -> None:

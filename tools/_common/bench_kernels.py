@@ -234,17 +234,13 @@ class _Bench:
         sets = [self.inputs]
         if self.settings.device.type == "cuda" and not self.settings.host:
             cache = torch.cuda.get_device_properties(self.settings.device).L2_cache_size
-            copies = min(16, math.ceil(2 * cache / self._bytes(kind)))
+            copies = min(16, math.ceil(2 * cache / bytes_moved(self.case, self.inputs, kind)))
             sets += [self._like_inputs(seed) for seed in range(2, copies + 1)]
         return [_run_on(one, kind, inputs) for inputs in sets]
 
     def _floor(self, kind: str) -> float:
         """Seconds of the least traffic."""
-        return self._bytes(kind) / self.limits().copy_bytes_per_s
-
-    def _bytes(self, kind: str) -> int:
-        out = math.prod(self.case.output_shape(*self.inputs)) * self.inputs[0].element_size()
-        return bytes_moved(self.inputs, out, kind)
+        return bytes_moved(self.case, self.inputs, kind) / self.limits().copy_bytes_per_s
 
     def _like_inputs(self, seed: int) -> list[Tensor]:
         """Other numbers, the same tables: an implementation may have made something of these."""
@@ -272,11 +268,12 @@ def _judge(check: Check, entry: _Entry) -> None:
     entry.error, entry.correct = check.judge(entry.one, entry.is_ours)
 
 
-def bytes_moved(inputs: Sequence[Tensor], out: int, kind: str) -> int:
-    """Least traffic: every input read once, every result written once, the output of `out` bytes among them.
+def bytes_moved(case: KernelCase, inputs: Sequence[Tensor], kind: str) -> int:
+    """Least traffic: every input read once, every result written once.
 
     The backward pass reads the inputs and the incoming gradient and writes a gradient for every floating input.
     """
+    out = math.prod(case.output_shape(*inputs)) * inputs[0].element_size()
     forward = nbytes(*inputs) + out
     if kind == "forward":
         return forward

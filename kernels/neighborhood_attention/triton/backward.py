@@ -41,12 +41,18 @@ from vitrail.kernels.neighborhood_attention.triton.tiles import (
 
 
 @triton.jit
-def _exact(tile):
-    """Float32 as float64: in the bias' gradient, a sum over the whole map, the rounding of products would show."""
-    if tile.dtype == tl.float32:
-        return tile.to(tl.float64)
-    else:
-        return tile
+def _load_own_queries(
+    grad_ptr, q_ptr, grad_strides, q_strides, head, n_heads, lengths, dilations, groups, tiles,
+    AXES: tl.constexpr, SIGN: tl.constexpr, HAS_PAD: tl.constexpr, QUERY_H: tl.constexpr, QUERY_W: tl.constexpr,
+    HEAD_DIM: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """A program's tile of queries: (image, axes, spans of its keys, output's gradient, signed queries)."""
+    slot = tl.program_id(0) // n_heads
+    image, axes = locate(slot, lengths, dilations, groups, tiles, AXES, HAS_PAD, QUERY_H, QUERY_W)
+    spans = key_spans(axes, AXES, QUERY_H, QUERY_W)
+    q = load_queries(q_ptr, image, head, axes, dilations, q_strides, SIGN, QUERY_H, QUERY_W, HEAD_DIM, OFFSET)
+    grad = load_queries(grad_ptr, image, head, axes, dilations, grad_strides, 1, QUERY_H, QUERY_W, HEAD_DIM, OFFSET)
+    return image, axes, spans, grad, q
 
 
 @triton.jit
@@ -127,13 +133,10 @@ def neighborhood_bwd_dq_kernel(
     """
     head = tl.program_id(0) % n_heads
     lengths = (length_z, length_y, length_x)
-    image, axes = locate(
-        tl.program_id(0) // n_heads, lengths, dilations, groups, (tiles_z, tiles_y, tiles_x),
-        AXES, HAS_PAD, QUERY_H, QUERY_W,
+    image, axes, spans, grad, q = _load_own_queries(
+        grad_ptr, q_ptr, grad_strides, q_strides, head, n_heads, lengths, dilations, groups,
+        (tiles_z, tiles_y, tiles_x), AXES, SIGN, HAS_PAD, QUERY_H, QUERY_W, HEAD_DIM, OFFSET,
     )  # fmt: skip
-    spans = key_spans(axes, AXES, QUERY_H, QUERY_W)
-    q = load_queries(q_ptr, image, head, axes, dilations, q_strides, SIGN, QUERY_H, QUERY_W, HEAD_DIM, OFFSET)
-    grad = load_queries(grad_ptr, image, head, axes, dilations, grad_strides, 1, QUERY_H, QUERY_W, HEAD_DIM, OFFSET)
     if SINGLE:
         k, v, logits = key_tile(
             0, q, spans, k_ptr, v_ptr, rpb_ptr, pad_k_ptr, pad_v_ptr, image, head, axes, dilations, k_strides,
@@ -193,16 +196,13 @@ def neighborhood_bwd_exact_stats_kernel(
     """
     head = tl.program_id(0) % n_heads
     lengths = (length_z, length_y, length_x)
-    image, axes = locate(
-        tl.program_id(0) // n_heads, lengths, dilations, groups, (tiles_z, tiles_y, tiles_x),
-        AXES, HAS_PAD, QUERY_H, QUERY_W,
+    image, axes, spans, grad, q = _load_own_queries(
+        grad_ptr, q_ptr, grad_strides, q_strides, head, n_heads, lengths, dilations, groups,
+        (tiles_z, tiles_y, tiles_x), AXES, SIGN, HAS_PAD, QUERY_H, QUERY_W, HEAD_DIM, OFFSET,
     )  # fmt: skip
-    spans = key_spans(axes, AXES, QUERY_H, QUERY_W)
-    q = load_queries(q_ptr, image, head, axes, dilations, q_strides, SIGN, QUERY_H, QUERY_W, HEAD_DIM, OFFSET)
-    grad = load_queries(grad_ptr, image, head, axes, dilations, grad_strides, 1, QUERY_H, QUERY_W, HEAD_DIM, OFFSET)
     maximum, total, correction = _walk_for_statistics(
-        _exact(q), _exact(grad), spans, k_ptr, v_ptr, rpb_ptr, extra_k_ptr, extra_v_ptr, pad_k_ptr, pad_v_ptr,
-        image, head, axes, dilations, k_strides, v_strides, extra_k_strides, extra_v_strides, n_extra, scale,
+        q.to(tl.float64), grad.to(tl.float64), spans, k_ptr, v_ptr, rpb_ptr, extra_k_ptr, extra_v_ptr, pad_k_ptr,
+        pad_v_ptr, image, head, axes, dilations, k_strides, v_strides, extra_k_strides, extra_v_strides, n_extra, scale,
         AXES, HAS_RPB, HAS_EXTRA, HAS_PAD, ONE_COLUMN, QUERY_H, QUERY_W, KEY_H, KEY_W, HEAD_DIM, OFFSET,
     )  # fmt: skip
     row = image * n_heads + head
@@ -336,6 +336,15 @@ def neighborhood_bwd_dextra_kernel(
 def _overlaps(place, SIZE: tl.constexpr, span):
     first, end = span
     return (place + SIZE > first) & (place < end)
+
+
+@triton.jit
+def _exact(tile):
+    """Float32 as float64: in the bias' gradient, a sum over the whole map, the rounding of products would show."""
+    if tile.dtype == tl.float32:
+        return tile.to(tl.float64)
+    else:
+        return tile
 
 
 @triton.jit(do_not_specialize=[*SIZES, "n_slots", "n_splits"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import torch
+from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor
 
 from vitrail.kernels.relative_position_bias import relative_position_bias
@@ -36,6 +36,7 @@ def cases(suite: str) -> list[KernelCase]:
 def _case(shape: _Shape) -> KernelCase:
     tokens = shape.window**2
     ours = functools.partial(relative_position_bias, window_size=shape.window)
+    with_index = functools.partial(_with_index, shape.window)
     return KernelCase(
         "relative_position_bias",
         str(shape),
@@ -44,20 +45,16 @@ def _case(shape: _Shape) -> KernelCase:
         {
             "vitrail": Implementation(ours),
             "eager": Implementation(functools.partial(ours, backend="eager")),
-            "index": Implementation(_index, _with_index),
-            "index compiled": compiled(_index, _with_index),
+            "index": Implementation(_index, with_index),
+            "index compiled": compiled(_index, with_index),
         },
         output_shape=lambda table: (shape.heads, tokens, tokens),
     )
 
 
-def _with_index(table: Tensor) -> tuple[Tensor, Tensor]:
+def _with_index(window: int, table: Tensor) -> tuple[Tensor, Tensor]:
     """The table and, as Swin keeps it beside, the row of every pair of a query and a key, (h * w, h * w)."""
-    width = (int(table.shape[0] ** 0.5) + 1) // 2  # of a square window
-    place = torch.arange(width, device=table.device)
-    rows = place[:, None] - place + width - 1  # (h, h'), of one axis
-    pairs = rows[:, None, :, None] * (2 * width - 1) + rows[None, :, None, :]
-    return table, pairs.reshape(width**2, width**2)
+    return table, get_relative_position_index(window, window).to(table.device)
 
 
 def _index(table: Tensor, rows: Tensor) -> Tensor:

@@ -32,8 +32,9 @@ def wheels(root_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
     _build("wheel", checkout, folder / "from_checkout")
     _build("sdist", checkout, folder / "sdist")
     (sdist,) = (folder / "sdist").glob("*.tar.gz")
+    filters = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not before Python 3.11.4 and 3.10.12
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
+        archive.extractall(folder / "unpacked", **filters)
     (unpacked,) = (folder / "unpacked").iterdir()
     _build("wheel", unpacked, folder / "from_sdist")
     return [next((folder / place).glob("*.whl")) for place in ("from_checkout", "from_sdist")]

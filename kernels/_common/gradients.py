@@ -33,11 +33,6 @@ def zeros_or_empty(like: Tensor, tensor: Tensor | None) -> Tensor:
     return empty_gradient(like) if tensor is None else torch.zeros_like(tensor, memory_format=torch.contiguous_format)
 
 
-def sum_of_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Adds up along the first axis, in the parts' dtype; small maps leave a single part, and the host its work."""
-    return (parts[0] if len(parts) == 1 else parts.sum(0)).to(dtype)
-
-
 def fake_gradients(grad: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """Shapes of a backward operator's results: a contiguous gradient of each tensor, an empty one if it is absent."""
     return tuple(

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitrail.kernels._common.launch import launch
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -233,6 +235,55 @@ def add_parts_kernel(
         tl.store(d_weight_ptr + channels * TAPS + tap, gradient.to(d_weight_ptr.dtype.element_ty), mask=exists)
     elif HAS_BIAS:
         tl.store(d_bias_ptr + channels, gradient.to(d_bias_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=["n_parts"])
+def _sum_of_parts_kernel(
+    parts_ptr, out_ptr, second_ptr, n_parts, size, INNER: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Adds up a block of numbers of (parts, size) in order; with INNER they go to two tensors, INNER by INNER."""
+    numbers = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = numbers < size
+    total = tl.zeros((PARTS, BLOCK), tl.float32)
+    for start in range(0, n_parts, PARTS):
+        parts = start + tl.arange(0, PARTS)
+        place = parts_ptr + parts.to(tl.int64)[:, None] * size + numbers[None, :]
+        total += tl.load(place, mask=(parts < n_parts)[:, None] & exists[None, :], other=0.0)
+    found = tl.sum(total, 0)
+    if INNER == 0:
+        tl.store(out_ptr + numbers, found.to(out_ptr.dtype.element_ty), mask=exists)
+    else:
+        which = numbers // INNER % 2
+        place = numbers // (2 * INNER) * INNER + numbers % INNER
+        tl.store(out_ptr + place, found.to(out_ptr.dtype.element_ty), mask=exists & (which == 0))
+        tl.store(second_ptr + place, found.to(second_ptr.dtype.element_ty), mask=exists & (which == 1))
+
+
+def sum_of_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Adds up the first axis of contiguous float32 parts, in one launch where PyTorch takes two."""
+    if len(parts) == 1 and parts.dtype == dtype:
+        return parts[0]
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    _sum_parts(parts, out, out, 0)
+    return out
+
+
+def sums_of_pairs(parts: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same of (parts, ..., 2, D): two tensors (..., D), each of its own dtype."""
+    shape = (*parts.shape[1:-2], parts.shape[-1])
+    first, second = (torch.empty(shape, dtype=dtype, device=parts.device) for dtype in dtypes)
+    _sum_parts(parts, first, second, parts.shape[-1])
+    return first, second
+
+
+def _sum_parts(parts: Tensor, first: Tensor, second: Tensor, inner: int) -> None:
+    size = math.prod(parts.shape[1:])
+    rows, block = (8, 512) if len(parts) <= 8 else (64, 64)
+    if size:
+        launch(
+            _sum_of_parts_kernel, (triton.cdiv(size, block),), parts, first, second, len(parts), size,
+            INNER=inner, PARTS=rows, BLOCK=block, num_warps=4, num_stages=1,
+        )  # fmt: skip
 
 
 class Chunks:

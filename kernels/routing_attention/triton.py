@@ -70,6 +70,7 @@ from vitrail.kernels._common.triton import (
     softmax_statistics,
     statistics_of,
     store_statistics,
+    sums_of_pairs,
 )
 from vitrail.kernels.routing_attention.reference import region_size
 
@@ -503,10 +504,7 @@ def routing_attention_backward(
     """Fused backward: the gradients of q, k, v, contiguous, and of pad_k and pad_v, empty if absent."""
     d_q, d_k, d_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     d_pads = routing_attention_gradients(grad, q, k, v, d_q, d_k, d_v, pad_k, pad_v, routes, n_regions, scale)
-    if pad_k is None or pad_v is None or d_pads is None:
-        return d_q, d_k, d_v, zeros_or_empty(grad, pad_k), zeros_or_empty(grad, pad_v)
-    d_pad_k, d_pad_v = d_pads.unbind(1)
-    return d_q, d_k, d_v, d_pad_k.to(pad_k.dtype).contiguous(), d_pad_v.to(pad_v.dtype).contiguous()
+    return d_q, d_k, d_v, *(d_pads or (zeros_or_empty(grad, pad_k), zeros_or_empty(grad, pad_v)))
 
 
 def routing_attention_gradients(
@@ -523,11 +521,12 @@ def routing_attention_gradients(
     n_regions: tuple[int, int],
     scale: float,
     adds_to_v: bool = False,
-) -> Tensor | None:
+) -> tuple[Tensor, Tensor] | None:
     """Writes d_q, d_k and d_v, whose last stride is 1; with `adds_to_v` the last is added to what d_v holds.
 
     Returns:
-        The gradients of pad_k and pad_v, (heads, 2, D) in float32; None where they have no influence.
+        The gradients of pad_k and pad_v, (heads, D), with `adds_to_v`, where more is to be added, in float32; None
+        where they have no influence.
     """
     if q.numel() == 0:
         return None
@@ -535,7 +534,9 @@ def routing_attention_gradients(
     problem = _Problem(q, pad_k, routes, n_regions, scale)
     inputs = (grad, q, k, v, contiguous(pad_k), contiguous(pad_v))
     d_pad = _run_backward(problem, inputs, routes.contiguous(), (d_q, d_k, d_v), adds_to_v)
-    return d_pad.sum(0) if problem.has_pad else None
+    if pad_k is None or pad_v is None or not problem.has_pad:
+        return None
+    return sums_of_pairs(d_pad, *((torch.float32,) * 2 if adds_to_v else (pad_k.dtype, pad_v.dtype)))
 
 
 def _run_backward(

@@ -18,7 +18,6 @@ with the limit for single warps, too, 234 at the second size. Prefetched into th
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vitrail.kernels._common.gradients import zeros_or_empty
@@ -67,8 +66,8 @@ def routing_attention_lepe_backward(
     )
     if pads is None or d_attention_pads is None:
         return d_qkv, zeros_or_empty(grad, pads), d_weight, d_bias
-    d_attention_pads[:, 1].add_(d_pad_value.view(qkv.shape[4:]))
-    d_pads = F.pad(d_attention_pads.transpose(0, 1), (0, 0, 0, 0, 1, 0))  # (3, heads, D): none of the queries
+    d_pad_k, d_pad_v = d_attention_pads
+    d_pads = torch.stack((torch.zeros_like(d_pad_k), d_pad_k, d_pad_v + d_pad_value.view(qkv.shape[4:])))
     return d_qkv, d_pads.to(pads.dtype), d_weight, d_bias
 
 

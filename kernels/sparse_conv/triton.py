@@ -24,9 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitrail.kernels._common.gradients import sum_of_parts
 from vitrail.kernels._common.launch import launch, unit_stride
-from vitrail.kernels._common.triton import add_product
+from vitrail.kernels._common.triton import add_product, sum_of_parts
 
 _ROWS = 64  # voxels of a tile
 _TAPS = 3  # taps of a depth-wise kernel whose rows are under way at once

@@ -41,6 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitrail.kernels._common.launch import launch, multiprocessors
+from vitrail.kernels._common.triton import sum_of_parts
 
 _TILE = 4096  # values
 _SMALL_TILE = 2048  # where more run out of registers: channels-last maps, and values that are loaded one by one
@@ -190,14 +191,10 @@ def strip_gate_backward(
     d_h = _slots(logits_h, math.ceil(x.shape[3] / tiling.block_w))
     d_w = _slots(logits_w, math.ceil(x.shape[2] / tiling.run))
     _run(grad, x, (logits_h, logits_w), d_x, (d_h, d_w), tiling, skip)
-    return _added(d_h, logits_h), _added(d_w, logits_w)
+    return sum_of_parts(d_h, logits_h.dtype), sum_of_parts(d_w, logits_w.dtype)
 
 
 def _slots(logits: Tensor, n_slots: int) -> Tensor:
     """Room for so many partial gradients of a strip, in float32 where they are still to be added up."""
     dtype = logits.dtype if n_slots == 1 else torch.float32
     return torch.empty((n_slots, *logits.shape), dtype=dtype, device=logits.device)
-
-
-def _added(slots: Tensor, logits: Tensor) -> Tensor:
-    return slots[0] if len(slots) == 1 else slots.sum(0).to(logits.dtype)

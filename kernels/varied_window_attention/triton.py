@@ -80,9 +80,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitrail.kernels._common.gradients import empty_gradient, sum_of_parts
+from vitrail.kernels._common.gradients import empty_gradient
 from vitrail.kernels._common.launch import Config, launch, map_strides, multiprocessors, unit_stride
-from vitrail.kernels._common.triton import shares
+from vitrail.kernels._common.triton import shares, sum_of_parts
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -420,7 +420,8 @@ def _varied_window_bwd_kernel(
         image, row, column = _stepped((image, row, column), step_place, rows, columns)
         prediction += step.to(tl.int64) * n_heads
     if HAS_BIAS:
-        tl.store(d_bias_ptr + (tl.program_id(0) * BLOCK + tokens[:, None]) * BLOCK + tokens[None, :], d_bias)
+        pairs = (tl.program_id(0) * N_TOKENS + tokens[:, None]) * N_TOKENS + tokens[None, :]
+        tl.store(d_bias_ptr + pairs, d_bias, mask=exists[:, None] & exists[None, :])
 
 
 @triton.jit
@@ -645,7 +646,7 @@ def varied_window_attention_backward(
     d_offsets, d_stretch = torch.empty_like(offsets), torch.empty_like(stretch)
     walkers = problem.walkers(config.programs)
     bias_slots = torch.empty(
-        (0 if bias is None else walkers, problem.heads, problem.block, problem.block),
+        (0 if bias is None else walkers, problem.heads, problem.tokens, problem.tokens),
         dtype=torch.float32,
         device=q.device,
     )
@@ -662,9 +663,7 @@ def varied_window_attention_backward(
         READ_AGAIN=problem.is_wide, **config.launch,
     )  # fmt: skip
     _map_gradients(problem, d_samples, offsets, stretch, d_k, d_v)
-    d_bias = empty_gradient(grad)
-    if bias is not None:
-        d_bias = sum_of_parts(bias_slots[..., : problem.tokens, : problem.tokens], bias.dtype).contiguous()
+    d_bias = empty_gradient(grad) if bias is None else sum_of_parts(bias_slots, bias.dtype)
     return d_offsets, d_stretch, d_bias
 
 

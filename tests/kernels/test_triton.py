@@ -1,9 +1,15 @@
-"""What the operators' kernels share: the softmax over tiles, and what finds its weights again."""
+"""What the operators' kernels share: the softmax over tiles, what finds its weights again, and sums of parts."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
+from _seeds import seeds
+from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -18,7 +24,12 @@ from vitrail.kernels._common.triton import (
     softmax_statistics,
     statistics_of,
     store_statistics,
+    sum_of_parts,
+    sums_of_pairs,
 )
+from vitrail.kernels.neighborhood_attention import neighborhood_attention
+from vitrail.kernels.routing_attention import routing_attention
+from vitrail.kernels.window_attention import window_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS, KEYS, TILE = 64, 128, 16
@@ -55,3 +66,49 @@ def test_weights_that_are_found_again_sum_to_one(dtype: torch.dtype, allowed: fl
     stats = empty_statistics(1, ROWS, torch.empty(0, dtype=dtype, device=DEVICE))
     _sums_kernel[(1,)](logits, stats, found, 1.5, ROWS, KEYS, TILE, getattr(tl, str(dtype).split(".")[1]))
     assert (found - 1).abs().max() < allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seed", seeds(12))
+def test_sums_of_parts_and_of_pairs(seed: int, dtype: torch.dtype) -> None:
+    """Any number of parts, none too, of any shape; what lies behind them is not read."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    n_parts, shape = draw.choice([0, 1, 2, 63, 64, 65, 300]), [draw.randint(1, 9) for _ in range(draw.randint(1, 3))]
+    dim = draw.choice([1, 3, 16, 32])
+    rows = torch.randn(n_parts + 1, *shape, 2, dim, generator=generator).to(DEVICE)
+    rows[n_parts:] = torch.nan
+    parts = rows[:n_parts]
+    wanted = parts.double().sum(0)
+    allowed = max(torch.finfo(dtype).eps, 1e-6)
+    torch.testing.assert_close(sum_of_parts(parts, dtype).double(), wanted, rtol=allowed, atol=1e-5)
+    first, second = sums_of_pairs(parts, dtype, torch.float32)
+    assert (first.dtype, second.dtype) == (dtype, torch.float32)
+    assert first.is_contiguous()
+    assert second.is_contiguous()
+    torch.testing.assert_close(first.double(), wanted[..., 0, :], rtol=allowed, atol=1e-5)
+    torch.testing.assert_close(second.double(), wanted[..., 1, :], rtol=1e-6, atol=1e-5)
+    assert torch.equal(first, sums_of_pairs(parts, dtype, dtype)[0])
+
+
+_OPERATORS: dict[str, Callable[..., Tensor]] = {
+    "window": partial(window_attention, window_size=4),
+    "neighborhood": partial(neighborhood_attention, kernel_size=7),
+    "routing": partial(routing_attention, routes=torch.tensor([2, 3], device=DEVICE).expand(1, 4, 2), n_regions=2),
+}
+
+
+@pytest.mark.parametrize("name", _OPERATORS)
+def test_gradients_of_pads_have_their_dtypes(name: str) -> None:
+    """Which need not be the maps', nor one."""
+    q, k, v = (torch.randn(1, 5, 5, 2, 16, device=DEVICE, dtype=torch.float16) for _ in range(3))
+    dtypes = torch.float32, torch.float16
+    found = []
+    for backend in ("triton", "eager"):
+        torch.manual_seed(0)
+        pads = [torch.randn(2, 16, device=DEVICE).to(dtype).requires_grad_() for dtype in dtypes]
+        out = _OPERATORS[name](q, k, v, pad_k=pads[0], pad_v=pads[1], backend=backend)
+        found.append(torch.autograd.grad(out.float().sum(), pads))
+        assert tuple(one.dtype for one in found[-1]) == dtypes
+    for fused, eager in zip(*found, strict=True):
+        assert eager.abs().max() > 0
+        torch.testing.assert_close(fused, eager, rtol=1e-2, atol=1e-2)

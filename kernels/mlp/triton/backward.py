@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitrail.kernels._common.gradients import empty_gradient, sum_of_parts, zeros_or_empty
+from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
 from vitrail.kernels._common.launch import as_rows, contiguous, launch, multiprocessors, row_stride
-from vitrail.kernels._common.triton import gelu_16_and_slope
+from vitrail.kernels._common.triton import gelu_16_and_slope, sum_of_parts
 from vitrail.kernels.mlp.op import has_room
 from vitrail.kernels.mlp.triton.tiles import Tile, load, store, tile_for, widths_of
 

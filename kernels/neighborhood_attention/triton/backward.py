@@ -429,4 +429,4 @@ def neighborhood_bwd_drpb_sum_kernel(
         slot = (split.to(tl.int64) * n_heads + head) * size
         mask = (split < n_splits)[:, None] & listed[None, :]
         total += tl.load(sums_ptr + slot[:, None] + pair[None, :], mask=mask, other=0.0)
-    tl.store(d_rpb_ptr + entry, tl.sum(tl.sum(total, 0), 0))
+    tl.store(d_rpb_ptr + entry, tl.sum(tl.sum(total, 0), 0).to(d_rpb_ptr.dtype.element_ty))

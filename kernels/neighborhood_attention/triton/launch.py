@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
 from vitrail.kernels._common.launch import contiguous, launch, multiprocessors, unit_stride
-from vitrail.kernels._common.triton import empty_statistics, shares
+from vitrail.kernels._common.triton import empty_statistics, shares, sums_of_pairs
 from vitrail.kernels.neighborhood_attention.triton.backward import (
     neighborhood_bwd_dextra_kernel,
     neighborhood_bwd_dkdv_kernel,
@@ -405,8 +405,7 @@ def _run_dkdv(
     _, _, pad_k, pad_v = inputs.given
     if pad_k is None or pad_v is None or not problem.has_pad:
         return zeros_or_empty(grad, pad_k), zeros_or_empty(grad, pad_v)
-    d_pad_k, d_pad_v = d_pads.sum(0).unbind(1)
-    return d_pad_k.to(pad_k.dtype).contiguous(), d_pad_v.to(pad_v.dtype).contiguous()
+    return sums_of_pairs(d_pads, pad_k.dtype, pad_v.dtype)
 
 
 def _run_drpb(problem: Problem, inputs: _Inputs, grad: Tensor, stats: Tensor, rpb: Tensor) -> Tensor:
@@ -429,13 +428,13 @@ def _run_drpb(problem: Problem, inputs: _Inputs, grad: Tensor, stats: Tensor, rp
         *plan.geometry, n_slots, splits, problem.scale,
         **plan.options, **boxes, OFFSET=_offset_type(grad, *inputs.maps),
     )  # fmt: skip
-    d_rpb = torch.empty(rpb.shape, dtype=torch.float32, device=grad.device)
+    d_rpb = torch.empty(rpb.shape, dtype=rpb.dtype, device=grad.device)
     shared = {name: plan.options[name] for name in ("AXES", "QUERY_H", "QUERY_W", "KEY_H", "KEY_W")}
     launch(
         neighborhood_bwd_drpb_sum_kernel, (rpb.numel(),), sums, d_rpb, problem.heads, splits, **shared, **boxes,
         SPLITS=32, num_warps=4,
     )  # fmt: skip
-    return d_rpb.to(rpb.dtype)
+    return d_rpb
 
 
 def _run_dextra(problem: Problem, inputs: _Inputs, grad: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:

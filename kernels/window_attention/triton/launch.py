@@ -11,9 +11,9 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitrail.kernels._common.gradients import empty_gradient, sum_of_parts, zeros_or_empty
+from vitrail.kernels._common.gradients import empty_gradient, zeros_or_empty
 from vitrail.kernels._common.launch import Config, contiguous, launch, map_strides, multiprocessors, unit_stride
-from vitrail.kernels._common.triton import empty_statistics, shares
+from vitrail.kernels._common.triton import empty_statistics, shares, sum_of_parts, sums_of_pairs
 from vitrail.kernels.window_attention.triton.one_tile import _window_bwd_kernel, _window_fwd_kernel
 from vitrail.kernels.window_attention.triton.tiled import (
     _window_bwd_dbias_kernel,
@@ -332,8 +332,7 @@ def window_attention_backward(
     d_bias = empty_gradient(grad) if bias is None else sum_of_parts(bias_slots, bias.dtype)
     if pad_k is None or pad_v is None or not problem.has_pad:
         return d_bias, zeros_or_empty(grad, pad_k), zeros_or_empty(grad, pad_v)
-    d_pad = pad_slots.sum(0)  # (heads, 2, D)
-    return d_bias, d_pad[:, 0].to(pad_k.dtype).contiguous(), d_pad[:, 1].to(pad_v.dtype).contiguous()
+    return d_bias, *sums_of_pairs(pad_slots, pad_k.dtype, pad_v.dtype)
 
 
 def _backward_one_tile(

@@ -67,8 +67,9 @@ def routing_attention_lepe_backward(
     if pads is None or d_attention_pads is None:
         return d_qkv, zeros_or_empty(grad, pads), d_weight, d_bias
     d_pad_k, d_pad_v = d_attention_pads
-    d_pads = torch.stack((torch.zeros_like(d_pad_k), d_pad_k, d_pad_v + d_pad_value.view(qkv.shape[4:])))
-    return d_qkv, d_pads.to(pads.dtype), d_weight, d_bias
+    d_pads = torch.zeros_like(pads, memory_format=torch.contiguous_format)  # those of the queries stay zero
+    d_pads[1], d_pads[2] = d_pad_k, d_pad_v + d_pad_value.view(qkv.shape[4:])
+    return d_qkv, d_pads, d_weight, d_bias
 
 
 def _padding(

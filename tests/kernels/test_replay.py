@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from _kernel_calls import CALLS, Calls
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,9 +25,11 @@ from vitrail.kernels._common import launch as launching
 from vitrail.kernels._common import overload as overloading
 from vitrail.kernels._common import plan as planning
 from vitrail.kernels._common import replay
+from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
 from vitrail.kernels._common.kinds import Latest, kind_of
 from vitrail.kernels._common.registration import register_operator
 from vitrail.kernels._common.shortcut import _Shortcut
+from vitrail.kernels.routing_attention_lepe import routing_attention_lepe
 from vitrail.tools._common.kernel_cases import OPERATORS
 
 pytest.importorskip("triton")
@@ -548,6 +551,39 @@ def test_compiled_graphs_call_past_the_dispatcher(overload: Callable[..., Tensor
         out.sum().backward()
         assert torch.equal(x.grad, torch.full((2, 3), 6.0))
         assert step < 3 or not [one for one in _DISPATCHED if one.namespace == "vitrail"]
+
+
+def _routing_attention_lepe(dtype: torch.dtype, head_dim: int) -> None:
+    """Which has no kernels of its own, on maps that regions tile and on others."""
+    for size in (14, 25):
+        shapes = (2, size, size, 3, 2, head_dim), (3, 2, head_dim), (2 * head_dim, 1, 5, 5), (2 * head_dim,)
+        qkv, pads, weight, bias = (torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes)
+        routes = torch.arange(4).expand(2, 49, 4)
+        out = routing_attention_lepe(qkv, routes, weight, bias, n_regions=7, pads=pads, backend="triton")
+        out.backward(torch.zeros_like(out))
+
+
+@pytest.mark.skipif(not TRITON_INTERPRETED, reason="on a GPU kernels run")
+@pytest.mark.parametrize("operator", [*CALLS, "routing_attention_lepe"])
+def test_every_operator_can_be_repeated(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that they do around their launches, in every way in which these are compiled; nothing is launched here."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    seen = []
+
+    def run(replayed: replay.Replayed, kind: Any, tensors: list[Tensor], arguments: list[Any]) -> Any:
+        recorder = replay._Recorder(tensors)
+        with recorder:
+            result = replayed.function(*arguments)
+        seen.append((replayed.function.__name__, recorder.repeatable))
+        return result
+
+    monkeypatch.setattr(InterpretedFunction, "run", lambda *arguments, **options: None)
+    monkeypatch.setattr(replay.Replayed, "run", run)
+    calls = CALLS.get(operator, Calls(_routing_attention_lepe, (32,), 32))
+    calls.run(torch.bfloat16, calls.usual)
+    assert operator == "retention" or {name for name, _ in seen} >= {"_forward", "_backward"}
+    assert [name for name, repeatable in seen if not repeatable] == []
 
 
 @pytest.mark.gpu

@@ -17,10 +17,7 @@ _HERE = Path(__file__).resolve().parent
 
 
 def written_kernels() -> set[tuple[str, str]]:
-    """(operator, kernel) of all Triton kernels; shared ones count for every operator whose files name them.
-
-    Or name a shared function that launches them.
-    """
+    """(operator, kernel) of all Triton kernels; shared ones count for every operator whose files come to them."""
     root = _HERE.parent / "kernels"
     texts = [(file.relative_to(root).parts[0], file.read_text()) for file in sorted(root.rglob("*.py"))]
     written = {(owner, name) for owner, text in texts for name in re.findall(_KERNEL, text, re.MULTILINE)}

@@ -268,10 +268,11 @@ def sum_of_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def sums_of_pairs(parts: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, Tensor]:
+def sums_of_pairs(parts: Tensor, dtype: torch.dtype, second_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The same of (parts, ..., 2, D): two tensors (..., D), each of its own dtype."""
     shape = (*parts.shape[1:-2], parts.shape[-1])
-    first, second = (torch.empty(shape, dtype=dtype, device=parts.device) for dtype in dtypes)
+    first = torch.empty(shape, dtype=dtype, device=parts.device)
+    second = torch.empty(shape, dtype=second_dtype, device=parts.device)
     _sum_parts(parts, first, second, parts.shape[-1])
     return first, second
 

@@ -536,7 +536,8 @@ def routing_attention_gradients(
     d_pad = _run_backward(problem, inputs, routes.contiguous(), (d_q, d_k, d_v), adds_to_v)
     if pad_k is None or pad_v is None or not problem.has_pad:
         return None
-    return sums_of_pairs(d_pad, *((torch.float32,) * 2 if adds_to_v else (pad_k.dtype, pad_v.dtype)))
+    dtypes = (torch.float32, torch.float32) if adds_to_v else (pad_k.dtype, pad_v.dtype)
+    return sums_of_pairs(d_pad, *dtypes)
 
 
 def _run_backward(

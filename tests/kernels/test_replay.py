@@ -6,6 +6,7 @@ Where there is no GPU a stand-in for compiled code works on the addresses that i
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -25,12 +26,13 @@ from vitrail.kernels._common import launch as launching
 from vitrail.kernels._common import overload as overloading
 from vitrail.kernels._common import plan as planning
 from vitrail.kernels._common import replay
-from vitrail.kernels._common.dispatch import TRITON_INTERPRETED
+from vitrail.kernels._common.dispatch import TRITON_INTERPRETED, settings
 from vitrail.kernels._common.kinds import Latest, kind_of
 from vitrail.kernels._common.registration import register_operator
 from vitrail.kernels._common.shortcut import _Shortcut
 from vitrail.kernels.routing_attention_lepe import routing_attention_lepe
 from vitrail.tools._common.kernel_cases import OPERATORS
+from vitrail.tools._common.kernel_cases.common import normal
 
 pytest.importorskip("triton")
 
@@ -72,11 +74,10 @@ def _add(source: Tensor, target: Tensor, n: int, number: float) -> None:
 
 
 @pytest.fixture
-def add(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Launches the stand-in, as `launch` would on a GPU, which `torch.cuda` seems to have."""
+def replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls are replayed as on a GPU, which `torch.cuda` seems to have."""
     from triton.runtime import driver
 
-    kernel = _Kernel()
     driver_of_none = SimpleNamespace(get_current_stream=lambda device: f"stream of {device}")
     monkeypatch.setattr(type(driver), "active", driver_of_none)
     monkeypatch.setattr(planning, "_current_device", lambda: None)
@@ -84,10 +85,59 @@ def add(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     monkeypatch.setattr(launching, "_compiled", {})
     monkeypatch.setattr(_Code, "replays", 0)
 
+
+@pytest.fixture
+def add(replays: None) -> Callable[..., None]:
+    """Launches the stand-in, as `launch` would on a GPU."""
+    kernel = _Kernel()
+
     def launch(source: Tensor, target: Tensor, number: float) -> None:
         launching._launch_remembered(0, kernel, (2,), (source, target, target.numel(), number), {})
 
     return launch
+
+
+class _Interpreted:
+    """Stands for the compiled code of a launch: the interpreter on the addresses that it is given."""
+
+    function = packed_metadata = 0
+
+    def __init__(self, start: Callable[..., None], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        self.start, self.arguments, self.constants = start, arguments, constants
+
+    def run(self, *everything: Any) -> None:
+        grid, stream, parameters = everything[:3], everything[3], everything[9:]
+        assert stream == "stream of None"
+        given = map(_at, parameters, self.arguments)
+        self.start(*given, grid=grid, warmup=False, **self.constants)
+
+
+def _at(parameter: Any, recorded: Any) -> Any:
+    """What lies at an address, if that is what was recorded in place of a tensor."""
+    if not isinstance(recorded, Tensor) or recorded.numel() == 0:
+        return parameter if not isinstance(recorded, Tensor) else recorded
+    n_values = 1 + sum((size - 1) * stride for size, stride in zip(recorded.shape, recorded.stride(), strict=True))
+    memory = (ctypes.c_byte * (n_values * recorded.element_size())).from_address(parameter)
+    return torch.frombuffer(memory, dtype=recorded.dtype)
+
+
+@pytest.fixture
+def interpreted(replays: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches of the operators' kernels, which the interpreter runs, are recorded and replayed, too."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    run = InterpretedFunction.run
+
+    def recorded(kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **constants: Any) -> None:
+        start = functools.partial(run, kernel)
+        with torch._C._DisableTorchDispatch():  # kernels do not pass through PyTorch
+            start(*arguments, grid=grid, warmup=warmup, **constants)
+        listener = getattr(launching._thread, "listener", None)
+        if listener is not None:
+            listener(_Interpreted(start, arguments, constants), grid, arguments)
+
+    monkeypatch.setattr(InterpretedFunction, "run", recorded)
+    monkeypatch.setattr(settings, "default_backend", "triton")
 
 
 def _replayed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -586,21 +636,36 @@ def test_every_operator_can_be_repeated(operator: str, monkeypatch: pytest.Monke
     assert [name for name, repeatable in seen if not repeatable] == []
 
 
+_MEASURED = [name for name in OPERATORS if name != "routing_layer"]
+
+
+@pytest.mark.skipif(not TRITON_INTERPRETED, reason="on a GPU kernels are compiled")
+@pytest.mark.parametrize("operator", [*_MEASURED, "routing_attention_lepe"])
+def test_every_operator_replays_in_the_interpreter(
+    operator: str, interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _check_replays(operator, "cpu", torch.float16, False, monkeypatch)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True], ids=["direct", "compiled"])
-@pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "routing_layer"])
+@pytest.mark.parametrize("operator", _MEASURED)
 def test_every_operator_replays_what_it_did(operator: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps on other numbers, forward and backward, to the last bit; from the third on they are replayed.
-
-    In compiled code the first ones are called by the dispatcher, below autograd.
-    """
+    """In compiled code the first steps are called by the dispatcher, below autograd."""
     torch._dynamo.reset()
-    device, plans, shortcuts = torch.device("cuda"), [], []
+    _check_replays(operator, "host", torch.bfloat16, compiled, monkeypatch)
+
+
+def _check_replays(
+    operator: str, suite: str, dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps on other numbers, forward and backward, to the last bit; from the third on they are replayed."""
+    device, plans, shortcuts = torch.device("cuda" if suite == "host" else "cpu"), [], []
     run_shortcut = _Shortcut.run
     monkeypatch.setattr(_Shortcut, "run", lambda one, given: shortcuts.append(one) or run_shortcut(one, given))
     run_plan = replay.Plan.run
     monkeypatch.setattr(replay.Plan, "run", lambda plan, given: plans.append(plan) or run_plan(plan, given))
-    for case in OPERATORS[operator]("host"):
+    for case in OPERATORS[operator](suite) if operator in OPERATORS else _lepe_cases():
         for name, implementation in case.implementations.items():
             if not name.startswith("vitrail"):
                 continue
@@ -609,8 +674,8 @@ def test_every_operator_replays_what_it_did(operator: str, compiled: bool, monke
             run = implementation.run
             if compiled:
                 run = torch.compile(run, backend="aot_eager", dynamic=False)
-            inputs = [one.make(device, torch.bfloat16, seed) for seed, one in enumerate(case.inputs)]
-            for _ in range(4):
+            inputs = [one.make(device, dtype, seed) for seed, one in enumerate(case.inputs)]
+            for _ in range(4 if compiled else 3):
                 given = [_other(one) if torch.is_tensor(one) else one for one in implementation.prepare(*inputs)]
                 monkeypatch.setattr(replay, "REPLAYS", False)
                 wanted = _step(run, given)
@@ -620,6 +685,19 @@ def test_every_operator_replays_what_it_did(operator: str, compiled: bool, monke
             # The backward of `mlp` launches no kernel of ours.
             assert len(set(plans)) >= (1 if operator == "mlp" else 2), name
             assert bool(shortcuts) != compiled, name
+
+
+def _lepe_cases() -> Iterator[Any]:
+    """Of the operator that the benchmark measures as a part of BiFormer's layer; regions leave room on the second."""
+    routes = torch.tensor([2, 3]).expand(1, 4, 2)
+
+    def run(qkv: Tensor, pads: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return routing_attention_lepe(qkv, routes, weight, bias, n_regions=2, pads=pads)
+
+    for size in (8, 7):
+        inputs = normal(1, size, size, 3, 2, 16), normal(3, 2, 16), normal(32, 1, 3, 3), normal(32)
+        prepared = SimpleNamespace(run=run, prepare=lambda *given: given)
+        yield SimpleNamespace(inputs=inputs, implementations={"vitrail": prepared})
 
 
 def _other(given: Tensor) -> Tensor:

@@ -114,8 +114,10 @@ class _Interpreted:
 
 def _at(parameter: Any, recorded: Any) -> Any:
     """What lies at an address, if that is what was recorded in place of a tensor."""
-    if not isinstance(recorded, Tensor) or recorded.numel() == 0:
-        return parameter if not isinstance(recorded, Tensor) else recorded
+    if not isinstance(recorded, Tensor):
+        return parameter
+    if recorded.numel() == 0:
+        return recorded
     n_values = 1 + sum((size - 1) * stride for size, stride in zip(recorded.shape, recorded.stride(), strict=True))
     memory = (ctypes.c_byte * (n_values * recorded.element_size())).from_address(parameter)
     return torch.frombuffer(memory, dtype=recorded.dtype)

@@ -21,26 +21,22 @@ def written_kernels() -> set[tuple[str, str]]:
     root = _HERE.parent / "kernels"
     texts = [(file.relative_to(root).parts[0], file.read_text()) for file in sorted(root.rglob("*.py"))]
     written = {(owner, name) for owner, text in texts for name in re.findall(_KERNEL, text, re.MULTILINE)}
-    shared = {name for owner, name in written if owner == "_common"}
-    functions = [
-        one
-        for owner, text in texts
-        if owner == "_common"
-        for one in re.split(r"^(?=def |@|class )", text, flags=re.MULTILINE)
-    ]
-    users = {(owner, name) for owner, text in texts for name in shared if _launches(text, name, functions)}
+    common = "\n".join(text for owner, text in texts if owner == "_common")
+    shared = {name: _names_of(name, common) for owner, name in written if owner == "_common"}
+    users = {(owner, name) for owner, text in texts for name, names in shared.items() if re.search(names, text)}
     used = {name for owner, name in users if owner != "_common"}
     return {(owner, name) for owner, name in written | users if owner != "_common" or name not in used}
 
 
-def _launches(text: str, kernel: str, functions: list[str]) -> bool:
-    """Whether a text names a shared kernel, or one of the functions that come to it."""
+def _names_of(kernel: str, common: str) -> str:
+    """A pattern of a shared kernel's name and of those of the functions that come to it."""
+    functions = re.split(r"^(?=def |@|class )", common, flags=re.MULTILINE)
     names, known = {kernel}, 0
     while len(names) > known:
-        known = len(names)
-        users = (re.match(r"def (\w+)", one) for one in functions if re.search(rf"\b({'|'.join(names)})\b", one))
+        known, pattern = len(names), rf"\b({'|'.join(sorted(names))})\b"
+        users = (re.match(r"def (\w+)", one) for one in functions if re.search(pattern, one))
         names |= {user[1] for user in users if user}
-    return re.search(rf"\b({'|'.join(names)})\b", text) is not None
+    return pattern
 
 
 def compiled_rows(*arguments: str) -> list[dict[str, Any]]:

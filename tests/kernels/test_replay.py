@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from _kernel_calls import CALLS, Calls
+from _kernel_calls import CALLS
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -605,16 +605,6 @@ def test_compiled_graphs_call_past_the_dispatcher(overload: Callable[..., Tensor
         assert step < 3 or not [one for one in _DISPATCHED if one.namespace == "vitrail"]
 
 
-def _routing_attention_lepe(dtype: torch.dtype, head_dim: int) -> None:
-    """Which has no kernels of its own, on maps that regions tile and on others."""
-    for size in (14, 25):
-        shapes = (2, size, size, 3, 2, head_dim), (3, 2, head_dim), (2 * head_dim, 1, 5, 5), (2 * head_dim,)
-        qkv, pads, weight, bias = (torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes)
-        routes = torch.arange(4).expand(2, 49, 4)
-        out = routing_attention_lepe(qkv, routes, weight, bias, n_regions=7, pads=pads, backend="triton")
-        out.backward(torch.zeros_like(out))
-
-
 @pytest.mark.skipif(not TRITON_INTERPRETED, reason="on a GPU kernels run")
 @pytest.mark.parametrize("operator", [*CALLS, "routing_attention_lepe"])
 def test_every_operator_can_be_repeated(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -632,8 +622,13 @@ def test_every_operator_can_be_repeated(operator: str, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(InterpretedFunction, "run", lambda *arguments, **options: None)
     monkeypatch.setattr(replay.Replayed, "run", run)
-    calls = CALLS.get(operator, Calls(_routing_attention_lepe, (32,), 32))
-    calls.run(torch.bfloat16, calls.usual)
+    monkeypatch.setattr(settings, "default_backend", "triton")
+    if operator in CALLS:
+        CALLS[operator].run(torch.bfloat16, CALLS[operator].usual)
+    else:
+        for case in _lepe_cases():
+            inputs = [one.make(torch.device("cpu"), torch.bfloat16, seed) for seed, one in enumerate(case.inputs)]
+            _step(case.implementations["vitrail"].run, inputs)
     assert operator == "retention" or {name for name, _ in seen} >= {"_forward", "_backward"}
     assert [name for name, repeatable in seen if not repeatable] == []
 

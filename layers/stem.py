@@ -7,14 +7,16 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
-from torch import Tensor, nn
+from torch import Tensor
+
+from vitrail.layers.conv import Conv2d, conv2d
 
 MOST_IMAGE_CHANNELS = 4  # of an image; with more, cuDNN's own strided convolution keeps the tensor cores busy
 _ALIGNMENT = 8  # channels, which the tensor cores take at once
 
 
 @register_notrace_module
-class ImageConv2d(nn.Conv2d):
+class ImageConv2d(Conv2d):
     """A strided convolution, computed on GPUs as one of stride 1 over blocks of pixels.
 
     The blocks are `stride` x `stride` pixels: an image of 3 channels becomes a smaller one of `3 * stride ** 2`
@@ -34,7 +36,7 @@ class ImageConv2d(nn.Conv2d):
         if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript leaves out a branch on this call alone
             if x.is_cuda and self._gains(x):
                 return self._convolve_blocks(x)
-        return self._conv_forward(x.contiguous(memory_format=torch.channels_last), self.weight, self.bias)
+        return self._convolve(x.contiguous(memory_format=torch.channels_last))
 
     @torch.jit.unused
     def _gains(self, x: Tensor) -> bool:
@@ -51,7 +53,7 @@ class ImageConv2d(nn.Conv2d):
         spans = [_Span.of(x.shape[2 + i], self.kernel_size[i], stride, pads[i]) for i in (0, 1)]
         image = _to_blocks(x, [span.image for span in spans], stride)
         weight = _to_blocks(self.weight, [span.filter for span in spans], stride)
-        return F.conv2d(image, weight, self.bias)
+        return conv2d(image, weight, self.bias)
 
 
 class _Span(NamedTuple):

@@ -14,6 +14,7 @@ from timm.layers import ClassifierHead, DropPath, register_notrace_module, trunc
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from vitrail.layers.conv import Conv2d
 from vitrail.layers.depthwise import DepthwiseConv2d
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.norm import LayerNorm
@@ -164,13 +165,13 @@ class _ConvStem(nn.Sequential):
             ImageConv2d(in_chans, dim // 2, 3, 2, 1, **factory),
             nn.BatchNorm2d(dim // 2, **factory),
             nn.GELU(),
-            nn.Conv2d(dim // 2, dim, 3, stride // 2, 1, **factory),
+            Conv2d(dim // 2, dim, 3, stride // 2, 1, **factory),
             nn.BatchNorm2d(dim, **factory),
         )
 
 
 def _conv_merge(dim_in: int, dim_out: int, **factory: Any) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(dim_in, dim_out, 3, 2, 1, **factory), nn.BatchNorm2d(dim_out, **factory))
+    return nn.Sequential(Conv2d(dim_in, dim_out, 3, 2, 1, **factory), nn.BatchNorm2d(dim_out, **factory))
 
 
 @register_notrace_module
@@ -191,7 +192,7 @@ class _PatchStem(nn.Sequential):
 
 
 def _patch_merge(dim_in: int, dim_out: int, **factory: Any) -> nn.Sequential:
-    return nn.Sequential(nn.BatchNorm2d(dim_in, **factory), nn.Conv2d(dim_in, dim_out, 2, 2, **factory))
+    return nn.Sequential(nn.BatchNorm2d(dim_in, **factory), Conv2d(dim_in, dim_out, 2, 2, **factory))
 
 
 _OFFICIAL_KEYS = (

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
 from vitrail.layers.channel import ChannelAttention
+from vitrail.layers.conv import Conv2d
 from vitrail.layers.depthwise import DepthwiseConv2d
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.norm import LayerNorm, LayerNorm2d
@@ -70,7 +71,7 @@ class Downsample(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = LayerNorm2d(dim_in, eps=_NORM_EPS, device=device, dtype=dtype)
-        self.conv = nn.Conv2d(dim_in, dim_out, 2, stride=2, device=device, dtype=dtype)
+        self.conv = Conv2d(dim_in, dim_out, 2, stride=2, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(pad_to_multiple(self.norm(x), 2))

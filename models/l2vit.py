@@ -16,6 +16,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitrail.kernels._common.checks import to_pair
+from vitrail.layers.conv import Conv2d
 from vitrail.layers.linear import LinearAttention, LocalConcentration
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.norm import LayerNorm, LayerNorm2d
@@ -51,7 +52,7 @@ class Stem(nn.Module):
             ImageConv2d(in_chans, dim // 2, 3, 2, 1, **factory),
             nn.BatchNorm2d(dim // 2, **factory),
             nn.ReLU(),
-            nn.Conv2d(dim // 2, dim, 3, 2, 1, **factory),
+            Conv2d(dim // 2, dim, 3, 2, 1, **factory),
             nn.BatchNorm2d(dim, **factory),
         )
         self.norm = LayerNorm2d(dim, eps=_NORM_EPS, **factory)

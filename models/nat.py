@@ -17,6 +17,7 @@ from timm.layers import ClassifierHead, DropPath, LayerScale, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from vitrail.layers.conv import Conv2d
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.neighborhood import NeighborhoodAttention
 from vitrail.layers.norm import LayerNorm, LayerNorm2d
@@ -47,7 +48,7 @@ class ConvStem(nn.Module):
     ) -> None:
         super().__init__()
         self.conv1 = ImageConv2d(in_chans, dim // 2, 3, stride=2, padding=1, device=device, dtype=dtype)
-        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, device=device, dtype=dtype)
+        self.conv2 = Conv2d(dim // 2, dim, 3, stride=2, padding=1, device=device, dtype=dtype)
         self.norm = LayerNorm2d(dim, eps=_NORM_EPS, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ class ConvDownsample(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.reduction = nn.Conv2d(dim_in, dim_out, 3, stride=2, padding=1, bias=False, device=device, dtype=dtype)
+        self.reduction = Conv2d(dim_in, dim_out, 3, stride=2, padding=1, bias=False, device=device, dtype=dtype)
         self.norm = LayerNorm2d(dim_out, eps=_NORM_EPS, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from timm.layers import ClassifierHead, DropPath, LayerScale, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from vitrail.layers.conv import Conv2d
 from vitrail.layers.depthwise import DepthwiseConv2d
 from vitrail.layers.norm import LayerNorm
 from vitrail.layers.retention import Retention, RetentionPosition
@@ -38,20 +39,20 @@ def conv_stem(in_chans: int, dim: int, stride: int, **factory: Any) -> nn.Sequen
         ImageConv2d(in_chans, half, 3, 2, 1, **factory),
         nn.BatchNorm2d(half, **factory),
         nn.GELU(),
-        nn.Conv2d(half, half, 3, 1, 1, **factory),
+        Conv2d(half, half, 3, 1, 1, **factory),
         nn.BatchNorm2d(half, **factory),
         nn.GELU(),
-        nn.Conv2d(half, dim, 3, stride // 2, 1, **factory),
+        Conv2d(half, dim, 3, stride // 2, 1, **factory),
         nn.BatchNorm2d(dim, **factory),
         nn.GELU(),
-        nn.Conv2d(dim, dim, 3, 1, 1, **factory),
+        Conv2d(dim, dim, 3, 1, 1, **factory),
         nn.BatchNorm2d(dim, **factory),
     )
 
 
 def conv_downsample(dim_in: int, dim_out: int, **factory: Any) -> nn.Sequential:
     """3x3 convolution and norm: (B, dim_in, H, W) -> (B, dim_out, H / 2, W / 2), rounded up."""
-    return nn.Sequential(nn.Conv2d(dim_in, dim_out, 3, 2, 1, **factory), nn.BatchNorm2d(dim_out, **factory))
+    return nn.Sequential(Conv2d(dim_in, dim_out, 3, 2, 1, **factory), nn.BatchNorm2d(dim_out, **factory))
 
 
 class ConvFeedForward(nn.Module):

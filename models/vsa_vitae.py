@@ -17,6 +17,7 @@ from timm.layers import ClassifierHead, DropPath, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from vitrail.layers.conv import Conv2d
 from vitrail.layers.depthwise import DepthwiseConv2d
 from vitrail.layers.mlp import Mlp
 from vitrail.layers.norm import LayerNorm
@@ -52,7 +53,7 @@ class PyramidReduction(nn.Module):
         self.convs = nn.ModuleList()
         for dilation in dilations:
             padding = math.ceil(((kernel_size - 1) * dilation + 1 - stride) / 2)
-            conv = nn.Conv2d(dim_in, dim, kernel_size, stride, padding, dilation, device=device, dtype=dtype)
+            conv = Conv2d(dim_in, dim, kernel_size, stride, padding, dilation, device=device, dtype=dtype)
             self.convs.append(conv)
         self.act = nn.GELU()
 
@@ -66,7 +67,7 @@ def _parallel_convs(
     """The branch of locality beside the attention: 3x3 convolutions with batch norm and SiLU between them."""
     layers: list[nn.Module] = []
     for i, stride in enumerate(strides):
-        layers.append(nn.Conv2d(dims[i], dims[i + 1], 3, stride, 1, groups=groups, **factory))
+        layers.append(Conv2d(dims[i], dims[i + 1], 3, stride, 1, groups=groups, **factory))
         if i < len(strides) - 1:
             layers += [nn.BatchNorm2d(dims[i + 1], **factory), nn.SiLU()]
     return nn.Sequential(*layers)

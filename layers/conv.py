@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from vitrail.kernels._common.checks import autocast_together
+from vitrail.kernels._common.direct import need_gradients
 from vitrail.kernels._common.gradients import empty_gradient
 from vitrail.kernels._common.recording import records_graph
 from vitrail.kernels._common.registration import register_operator
@@ -23,9 +24,13 @@ class Conv2d(nn.Conv2d):
 
     Where Inductor compiles a graph with convolutions, it lays all maps with four axes that come before or behind one as
     it takes a (B, C, H, W) image to be best: the second axis innermost. Those of (B, H, W, C) networks then have their
-    rows innermost, and are copied before and behind every operator that wants the channels there. In DaViT-T's training
-    on an H100 these copies took 3 of 21.6 ms. So under `torch.compile` the convolution is an operator of its own,
-    `vitrail::conv2d`, which calls PyTorch's.
+    rows innermost, and are copied before and behind every operator that wants the channels there. So where
+    `torch.compile` records a call for training, the convolution is an operator of its own, `vitrail::conv2d`, which
+    calls PyTorch's. In inference, whose norms Inductor computes and fuses with such copies, it is left to Inductor.
+
+    Compiled training as a CUDA graph on an H100 (bfloat16, 128 images of 224 x 224, torch 2.11), images/s without and
+    with the operator: DaViT-T 5,860 and 7,092, BiFormer-T 6,776 and 7,607, BiFormer-S 3,824 and 3,843. Inference:
+    DaViT-T and BiFormer within 1 % of each other, RMT-T 16,680 and 14,743.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,7 +53,7 @@ def conv2d(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
 ) -> Tensor:
-    """`F.conv2d` with numbers for both axes; under `torch.compile` the result is channels-last, see `Conv2d`.
+    """`F.conv2d` with numbers for both axes; in compiled training the result is channels-last, see `Conv2d`.
 
     Args:
         x: Map, (B, C, H, W).
@@ -59,7 +64,7 @@ def conv2d(
         dilation: Pixels between the filter's taps.
         groups: Parts of the channels that are convolved on their own.
     """
-    if not _is_compiled(x):
+    if not _is_compiled_training(x, weight):
         return F.conv2d(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
     x, weight = autocast_together(x, weight)
     y = _run_conv2d(x.permute(0, 2, 3, 1), weight, stride, padding, dilation, groups)
@@ -68,9 +73,11 @@ def conv2d(
     return y.permute(0, 3, 1, 2)
 
 
-def _is_compiled(x: Tensor) -> bool:
-    """Whether `torch.compile` records a call for a batch of maps, on a device for which there is an operator."""
-    return torch.compiler.is_compiling() and not records_graph() and x.dim() == 4 and x.device.type in ("cpu", "cuda")
+def _is_compiled_training(x: Tensor, weight: Tensor) -> bool:
+    """Whether `torch.compile` records gradients of a batch of maps, on a device for which there is an operator."""
+    if not torch.compiler.is_compiling() or records_graph():
+        return False
+    return x.dim() == 4 and x.device.type in ("cpu", "cuda") and need_gradients((x, weight))
 
 
 def _forward(x: Tensor, weight: Tensor, *constants: Any) -> Tensor:

@@ -75,10 +75,16 @@ def test_no_dense_convolution_is_left_to_the_compiler(name: str) -> None:
         groups.extend(node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1) for node in nodes)
         return module.forward
 
-    model = build(name).eval()
-    with torch.no_grad():
-        torch.compile(model, backend=backend)(torch.randn(1, 3, 64, 64))
+    torch.compile(build(name).eval(), backend=backend)(torch.randn(1, 3, 64, 64))
     assert all(n > 1 for n in groups)  # depth-wise ones, by their definition on CPUs
+
+
+def test_inference_is_left_to_the_compiler() -> None:
+    backend, graphs = keep_graphs()
+    layer, image = Conv2d(4, 6, 3), torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend=backend)(image), layer(image))
+    assert graphs == [["aten.convolution.default"]]
 
 
 def test_mixed_precision_is_pytorchs() -> None:

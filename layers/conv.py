@@ -63,13 +63,18 @@ def conv2d(
         padding: Zeros before and after both axes.
         dilation: Pixels between the filter's taps.
         groups: Parts of the channels that are convolved on their own.
+
+    Raises:
+        ValueError: In compiled training, dtypes or channels do not fit together; elsewhere PyTorch raises its own.
     """
     if not _is_compiled_training(x, weight):
         return F.conv2d(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
-    x, weight = autocast_together(x, weight)
+    x, weight, *biases = autocast_together(x, weight, *([] if bias is None else [bias]))
     y = _run_conv2d(x.permute(0, 2, 3, 1), weight, stride, padding, dilation, groups)
-    if bias is not None:  # here, where it is added together with what comes next
-        y = y + bias.to(y.dtype)
+    for added in biases:  # here, where it is added together with what comes next
+        if added.dtype != y.dtype:
+            raise ValueError(f"conv2d: bias has dtype {added.dtype}, x has {x.dtype}; they must agree")
+        y = y + added
     return y.permute(0, 3, 1, 2)
 
 

@@ -94,8 +94,15 @@ def test_mixed_precision_is_pytorchs() -> None:
         found, want = torch.compile(layer, fullgraph=True, backend=backend)(image), layer(image)
     assert found.dtype == want.dtype == torch.bfloat16
     torch.testing.assert_close(found, want, atol=0.02, rtol=0.02)
-    with pytest.raises(Exception, match="dtype"):
-        torch.compile(layer.double(), fullgraph=True, backend=backend)(image)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_other_dtypes_are_refused_by_name(name: str) -> None:
+    layer = Conv2d(4, 6, 3)
+    parameter = getattr(layer, name)
+    parameter.data = parameter.data.double()
+    with pytest.raises(Exception, match=f"{name} has dtype torch.float64, x has torch.float32"):
+        torch.compile(layer, fullgraph=True, backend=keep_graphs()[0])(torch.randn(2, 4, 8, 8))
 
 
 @pytest.mark.parametrize("options", [{"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}])

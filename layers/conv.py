@@ -11,7 +11,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from vitrail.kernels._common.checks import autocast_together
+from vitrail.kernels._common.checks import autocast_together, check_alike
 from vitrail.kernels._common.direct import need_gradients
 from vitrail.kernels._common.gradients import empty_gradient
 from vitrail.kernels._common.recording import records_graph
@@ -65,17 +65,19 @@ def conv2d(
         groups: Parts of the channels that are convolved on their own.
 
     Raises:
-        ValueError: In compiled training, dtypes or channels do not fit together; elsewhere PyTorch raises its own.
+        ValueError: Dtypes, devices or channels do not fit together, in compiled training; else PyTorch raises its own.
     """
     if not _is_compiled_training(x, weight):
         return F.conv2d(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
-    x, weight, *biases = autocast_together(x, weight, *([] if bias is None else [bias]))
+    x, weight = autocast_together(x, weight)
+    if bias is not None:
+        (bias,) = autocast_together(bias)
+    check_alike("conv2d", ("dtype", "device"), x=x, weight=weight, bias=bias)
+    if x.shape[1] != weight.shape[1] * groups:
+        raise ValueError(f"conv2d: x has {x.shape[1]} channels, weight takes {weight.shape[1] * groups}")
     y = _run_conv2d(x.permute(0, 2, 3, 1), weight, stride, padding, dilation, groups)
-    for added in biases:  # here, where it is added together with what comes next
-        if added.dtype != y.dtype:
-            raise ValueError(f"conv2d: bias has dtype {added.dtype}, x has {x.dtype}; they must agree")
-        y = y + added
-    return y.permute(0, 3, 1, 2)
+    # The bias is no part of the operator: the compiler adds it together with what comes next.
+    return (y if bias is None else y + bias).permute(0, 3, 1, 2)
 
 
 def _is_compiled_training(x: Tensor, weight: Tensor) -> bool:
@@ -121,10 +123,6 @@ def _backward(
 def _fake_forward(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> Tensor:
-    if x.shape[3] != weight.shape[1] * groups:
-        raise ValueError(f"conv2d: x has {x.shape[3]} channels, weight takes {weight.shape[1] * groups}")
-    if x.dtype != weight.dtype:
-        raise ValueError(f"conv2d: weight has dtype {weight.dtype}, x has {x.dtype}; they must agree")
     size = [
         (x.shape[1 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
     ]

@@ -18,11 +18,11 @@ def check_floating(op: str, **tensors: Tensor) -> None:
             raise TypeError(f"{op}: {name} is {tensor.dtype}; allowed: floating-point dtypes")
 
 
-def check_alike(op: str, **tensors: Tensor) -> None:
-    """Raises `ValueError` unless all given tensors agree in shape, dtype and device."""
+def check_alike(op: str, attributes: Sequence[str] = ("shape", "dtype", "device"), /, **tensors: Tensor | None) -> None:
+    """Raises `ValueError` unless all given tensors agree in these attributes with the first; None is passed over."""
     (first_name, first), *others = tensors.items()
     for name, tensor in others:
-        for what in ("shape", "dtype", "device"):
+        for what in attributes if tensor is not None else ():
             given, wanted = getattr(tensor, what), getattr(first, what)
             if given != wanted:
                 raise ValueError(

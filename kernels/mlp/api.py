@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitrail.kernels._common.checks import autocast_is_on, autocast_together, check_dims, check_floating, check_shape
+from vitrail.kernels._common.checks import (
+    autocast_is_on,
+    autocast_together,
+    check_alike,
+    check_dims,
+    check_floating,
+    check_shape,
+)
 from vitrail.kernels._common.dispatch import choose_backend, settings
 from vitrail.kernels._common.shortcut import shortened
 from vitrail.kernels.mlp.op import fused_support, run_mlp
@@ -45,7 +52,7 @@ def mlp(
     if autocast_is_on(x):
         x, w1, w2 = autocast_together(x, w1, w2)
         b1, b2 = (None if bias is None else bias.to(x.dtype) for bias in (b1, b2))
-    _check_alike(x, w1, b1, w2, b2)
+    check_alike(_NAME, ("dtype", "device"), x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     if choose_backend(_NAME, backend, fused_support(x, w2), x) == "triton":
         return run_mlp(x, w1, b1, w2, b2)
     return mlp_reference(x, w1, b1, w2, b2)
@@ -72,14 +79,3 @@ def _check(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | No
         if bias is not None:
             check_floating(_NAME, **{name: bias})
             check_shape(_NAME, name, bias, weight.shape[:1])
-
-
-def _check_alike(x: Tensor, *parameters: Tensor | None) -> None:
-    """Raises `ValueError` unless all tensors have x's dtype and device."""
-    for name, tensor in zip(("w1", "b1", "w2", "b2"), parameters, strict=True):
-        if tensor is None:
-            continue
-        for what in ("dtype", "device"):
-            given, wanted = getattr(tensor, what), getattr(x, what)
-            if given != wanted:
-                raise ValueError(f"{_NAME}: {name} has {what} {given}, x has {wanted}; they must agree")

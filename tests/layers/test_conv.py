@@ -14,9 +14,10 @@ from _seeds import seeds
 from timm.layers import is_notrace_module
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitrail.layers.conv import Conv2d, _run_conv2d
+from vitrail.layers.conv import Conv2d, _backward, _run_conv2d
 
 CHANNELS_FIRST = ("mobilenetv2_ela_b", "resnet18_ela_t")
 
@@ -140,8 +141,26 @@ def test_one_compilation_for_all_sizes() -> None:
     assert compilations.frame_count == 1
 
 
-def test_flops_are_those_of_pytorchs_own() -> None:
-    layer, image = Conv2d(4, 6, 3, 2, 1), torch.randn(2, 4, 9, 8, requires_grad=True)
+@pytest.mark.parametrize("needed", [(True, False), (False, True)])
+def test_gradients_that_nobody_needs_are_not_computed(needed: tuple[bool, bool]) -> None:
+    masks = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.convolution_backward.default:
+                masks.append(tuple(args[-1]))
+            return func(*args, **(kwargs or {}))
+
+    x, weight, grad = torch.randn(2, 9, 8, 4), torch.randn(6, 4, 3, 3), torch.randn(2, 7, 6, 6)
+    with Watch():
+        found = _backward(grad, x, weight, (1, 1), (0, 0), (1, 1), 1, needed)
+    assert masks == [(*needed, False)]
+    assert tuple(one.numel() > 0 for one in found) == needed
+
+
+@pytest.mark.parametrize("of_a_map", [True, False])
+def test_flops_are_those_of_pytorchs_own(of_a_map: bool) -> None:
+    layer, image = Conv2d(4, 6, 3, 2, 1), torch.randn(2, 4, 9, 8, requires_grad=of_a_map)
     counts = []
     for convolve in (
         lambda: F.conv2d(image, layer.weight, None, 2, 1),
